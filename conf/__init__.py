@@ -1,0 +1,1 @@
+"""What may be chosen: one typed settings class per stage, and the recipes."""

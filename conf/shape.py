@@ -1,0 +1,72 @@
+"""The shape of a model: everything that decides its parameters."""
+
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from conf.settings import Settings
+
+
+class ShapeConfig(Settings):
+    """A Llama-family decoder."""
+
+    dim: Annotated[int, Field(ge=8)] = 128
+    """Width of the residual stream."""
+    layers: Annotated[int, Field(ge=1)] = 3
+    """Number of blocks."""
+    heads: Annotated[int, Field(ge=1)] = 4
+    """Query heads."""
+    kv_heads: Annotated[int, Field(ge=1)] = 2
+    """Key and value heads; heads is a multiple of it (grouped-query attention)."""
+    head_dim: Annotated[int, Field(ge=0)] = 0
+    """Width of a head; 0 for dim / heads. Even."""
+    ffn: Annotated[int, Field(ge=0)] = 0
+    """Width of the SwiGLU layer; 0 for 8/3 dim rounded up to `multiple_of`."""
+    multiple_of: Annotated[int, Field(ge=1)] = 8
+    """Rounding of `ffn` where it is not given."""
+    context: Annotated[int, Field(ge=8)] = 256
+    """Longest sequence in tokens."""
+    rope_theta: Annotated[float, Field(gt=0)] = 10_000.0
+    """Base of the rotary position embedding."""
+    norm_eps: Annotated[float, Field(gt=0)] = 1e-5
+    """Epsilon of RMSNorm."""
+    is_tied: bool = True
+    """Whether the output head shares the embedding's weights."""
+    has_qkv_bias: bool = False
+    """Whether the query, key and value projections have a bias (Qwen2)."""
+    has_qk_norm: bool = False
+    """Whether queries and keys are normalised per head (Qwen3)."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout of the residual branches in pretraining."""
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> "ShapeConfig":
+        if self.heads % self.kv_heads:
+            raise ValueError(f"heads={self.heads} is not a multiple of kv_heads={self.kv_heads}")
+        if not self.head_dim and self.dim % self.heads:
+            raise ValueError(f"dim={self.dim} is not a multiple of heads={self.heads}")
+        if self.head_width % 2:
+            raise ValueError(f"head_dim={self.head_width} must be even for rotary positions")
+        return self
+
+    @property
+    def head_width(self) -> int:
+        """Width of one head."""
+        return self.head_dim or self.dim // self.heads
+
+    @property
+    def ffn_width(self) -> int:
+        """Width of the SwiGLU layer."""
+        if self.ffn:
+            return self.ffn
+        return -(-(8 * self.dim // 3) // self.multiple_of) * self.multiple_of
+
+    def parameters(self, vocabulary: int) -> int:
+        """Number of parameters with a vocabulary of that size."""
+        head = self.head_width
+        attention = self.dim * head * (2 * self.heads + 2 * self.kv_heads)
+        bias = head * (self.heads + 2 * self.kv_heads) if self.has_qkv_bias else 0
+        norms = 2 * self.dim + (2 * head if self.has_qk_norm else 0)
+        block = attention + bias + norms + 3 * self.dim * self.ffn_width
+        embeddings = vocabulary * self.dim * (1 if self.is_tied else 2)
+        return embeddings + self.layers * block + self.dim

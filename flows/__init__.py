@@ -1,0 +1,1 @@
+"""Recipes as Prefect flows, the command line, the services and the report."""

@@ -1,0 +1,1 @@
+"""How it is computed: the torch side. Workers are `python -m model.<stage>`."""

@@ -1,0 +1,1 @@
+"""What exists: the artifact store and one file per kind of artifact."""

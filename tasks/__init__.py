@@ -1,0 +1,1 @@
+"""The stages as the graph sees them; no torch here."""
