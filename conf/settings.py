@@ -9,8 +9,6 @@ from pydantic import BaseModel, ConfigDict
 RUNTIME = "runtime"
 """Marks a setting that does not change what is computed; it is left out of the fingerprint."""
 
-type JsonValue = None | bool | int | float | str | list[JsonValue] | dict[str, JsonValue]
-
 
 class Settings(BaseModel):
     """Base of every settings class: frozen, no unknown keys, docstrings under fields are the help."""

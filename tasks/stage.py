@@ -21,7 +21,7 @@ from storage.record import InputEntry, Record
 from storage.source import Source
 from storage.store import Claim, Store
 
-type Inputs = Mapping[str, Artifact | Mapping[str, Artifact]]
+Inputs = Mapping[str, Artifact | Mapping[str, Artifact]]
 
 ATTACH_POLL_SECONDS = 0.5
 
