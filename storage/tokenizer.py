@@ -1,0 +1,238 @@
+"""The tokenizer artifact, and how text and conversations become token ids and back.
+
+`files/tokenizer.json` is the `tokenizers` format (byte-level BPE, loads in transformers unchanged),
+`files/tokenizer.meta.json` says what it is. Importing this needs only `tokenizers` and pydantic.
+"""
+
+import functools
+import hashlib
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import tokenizers
+from pydantic import BaseModel, ConfigDict
+
+from storage.artifact import Artifact
+
+MODEL_FILE = "tokenizer.json"
+META_FILE = "tokenizer.meta.json"
+
+SPECIAL_TOKENS = {
+    "pad": "<|pad|>",
+    "eos": "<|eos|>",
+    "im_start": "<|im_start|>",
+    "im_end": "<|im_end|>",
+}
+"""Name -> spelling, in the order of their ids, which start at 0."""
+
+MAX_VOCABULARY = 65_536
+"""Largest vocabulary whose ids fit the uint16 of the token files."""
+
+ROLES = ("system", "user", "assistant")
+
+# The content is trimmed because white space that meets the header's line break would be cut into
+# other tokens than the content alone, and ids would differ between this text form and `render`.
+CHAT_TEMPLATE = (
+    "{%- for message in messages -%}"
+    "{{- '<|im_start|>' + message['role'] + '\\n' + (message['content'] | trim) + '<|im_end|>\\n' -}}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
+)
+"""Jinja form of `ChatTokenizer.render`, for exports: the same ids, but for content that spells out
+special tokens, which only `render` keeps as text."""
+
+
+class TokenizerMeta(BaseModel):
+    """What a tokenizer is, without loading it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    vocabulary: int
+    special: dict[str, int]
+    digest: str
+    """sha256 of `tokenizer.json`; token files and checkpoints name it."""
+    pretokenizer: Literal["gpt-2", "smollm"] = "gpt-2"
+    """How text is cut before merging, by the name llama.cpp has for it: GPT-2's pattern, or the same
+    after every digit was cut off alone (`smollm`)."""
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A conversation as token ids; both lists have the same length."""
+
+    ids: list[int]
+    is_answer: list[bool]
+    """Whether the assistant has to produce the token: its content and the `<|im_end|>` after it."""
+
+
+class ChatTokenizer:
+    """Encodes text and ChatML conversations. No text, whatever it spells, yields a special id."""
+
+    def __init__(self, folder: Path) -> None:
+        """Load from a folder with both files.
+
+        Raises FileNotFoundError, and ValueError if `tokenizer.json` is not the one the meta file names.
+        """
+        path = folder / MODEL_FILE
+        self.meta = read_meta(folder)
+        content = path.read_bytes()
+        if (digest := hashlib.sha256(content).hexdigest()) != self.meta.digest:
+            raise ValueError(
+                f"{path} has digest {digest[:12]}, {META_FILE} says {self.meta.digest[:12]}; "
+                "the two files are not of one tokenizer: copy both from the same artifact"
+            )
+        self._model = tokenizers.Tokenizer.from_buffer(content)
+        self._model.encode_special_tokens = True  # their spelling in text stays text
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of ids, special ones included."""
+        return self.meta.vocabulary
+
+    @property
+    def digest(self) -> str:
+        """sha256 of `tokenizer.json`."""
+        return self.meta.digest
+
+    @property
+    def pad(self) -> int:
+        """Id that fills up batches; never learnt, never counted."""
+        return self.meta.special["pad"]
+
+    @property
+    def eos(self) -> int:
+        """Id that ends every document of a corpus."""
+        return self.meta.special["eos"]
+
+    @property
+    def im_start(self) -> int:
+        """Id that starts a message."""
+        return self.meta.special["im_start"]
+
+    @property
+    def im_end(self) -> int:
+        """Id that ends a message, and with it an answer."""
+        return self.meta.special["im_end"]
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text; never a special one."""
+        return self._model.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of many texts, each as `encode` gives them."""
+        found = self._model.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in found]
+
+    def decode(self, ids: Sequence[int], *, keep_special: bool = False) -> str:
+        """Text of ids; bytes that are not UTF-8 (a character cut in half) become U+FFFD."""
+        return self._model.decode(list(ids), skip_special_tokens=not keep_special)
+
+    def render(
+        self, messages: Sequence[Mapping[str, str]], *, for_generation: bool = False
+    ) -> Rendered:
+        """A conversation in ChatML, with the mask of what the assistant says.
+
+        Built from token pieces, so the mask cannot be forged by what a message spells. Content is
+        stripped of outer white space. `for_generation` adds the header of the assistant's next message.
+        Raises ValueError for an unknown role.
+        """
+        ids: list[int] = []
+        is_answer: list[bool] = []
+        for message in messages:
+            header = self._header(message["role"])
+            content = [*self.encode(message["content"].strip()), self.im_end]
+            ids += [*header, *content, *self._line_break]
+            is_answer += [False] * len(header)
+            is_answer += [message["role"] == "assistant"] * len(content)
+            is_answer += [False] * len(self._line_break)
+        if for_generation:
+            header = self._header("assistant")
+            ids += header
+            is_answer += [False] * len(header)
+        return Rendered(ids, is_answer)
+
+    def _header(self, role: str) -> list[int]:
+        if role not in ROLES:
+            raise ValueError(f"a message has role {role!r}; use one of {', '.join(ROLES)}")
+        return self._headers[role]
+
+    @functools.cached_property
+    def _headers(self) -> dict[str, list[int]]:
+        return {role: [self.im_start, *self.encode(f"{role}\n")] for role in ROLES}
+
+    @functools.cached_property
+    def _line_break(self) -> list[int]:
+        return self.encode("\n")
+
+
+@dataclass(frozen=True)
+class Tokenizer(Artifact):
+    """A trained tokenizer: `tokenizer.json`, `tokenizer.meta.json`."""
+
+    kind: ClassVar[str] = "tokenizer"
+
+    @functools.cached_property
+    def meta(self) -> TokenizerMeta:
+        """What it is, without loading it."""
+        return read_meta(self.files)
+
+    @functools.cached_property
+    def chat(self) -> ChatTokenizer:
+        """The tokenizer, loaded."""
+        return ChatTokenizer(self.files)
+
+
+def read_meta(folder: Path) -> TokenizerMeta:
+    """What the tokenizer in a folder is. Raises FileNotFoundError."""
+    return TokenizerMeta.model_validate_json((folder / META_FILE).read_text("utf-8"))
+
+
+def write_tokenizer(
+    folder: Path, model: tokenizers.Tokenizer, pretokenizer: Literal["gpt-2", "smollm"]
+) -> TokenizerMeta:
+    """Write a trained tokenizer and what it is.
+
+    Raises ValueError if the special tokens do not have their ids or the vocabulary is too large.
+    """
+    special = {name: model.token_to_id(spelling) for name, spelling in SPECIAL_TOKENS.items()}
+    expected = {name: index for index, name in enumerate(SPECIAL_TOKENS)}
+    if special != expected:
+        raise ValueError(
+            f"special tokens have ids {special}, expected {expected}; train them first"
+        )
+    vocabulary = model.get_vocab_size(with_added_tokens=True)
+    refuse_large_vocabulary(vocabulary)
+    folder.mkdir(parents=True, exist_ok=True)
+    content = model.to_str(pretty=False).encode("utf-8")
+    (folder / MODEL_FILE).write_bytes(content)
+    meta = TokenizerMeta(
+        vocabulary=vocabulary,
+        special=expected,
+        digest=hashlib.sha256(content).hexdigest(),
+        pretokenizer=pretokenizer,
+    )
+    _write_meta(folder, meta)
+    return meta
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy both files of a tokenizer into a folder, which is made."""
+    target.mkdir(parents=True, exist_ok=True)
+    for name in (MODEL_FILE, META_FILE):
+        shutil.copyfile(source / name, target / name)
+
+
+def refuse_large_vocabulary(vocabulary: int) -> None:
+    """Raise ValueError if ids would not fit uint16."""
+    if vocabulary > MAX_VOCABULARY:
+        raise ValueError(
+            f"the vocabulary has {vocabulary:,} tokens, uint16 token files hold at most "
+            f"{MAX_VOCABULARY:,}; set tokenizer.vocabulary to {MAX_VOCABULARY} or less"
+        )
+
+
+def _write_meta(folder: Path, meta: TokenizerMeta) -> None:
+    (folder / META_FILE).write_text(meta.model_dump_json(indent=2) + "\n", "utf-8")

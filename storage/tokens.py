@@ -1,0 +1,148 @@
+"""The tokens artifact: documents as uint16 ids, per domain and split, read through mmap.
+
+Per domain and split (`train`, `held`):
+- `<domain>.<split>.bin`: uint16 little-endian ids, `<|eos|>` after every document;
+- `<domain>.<split>.idx`: uint64 little-endian, where each document ends, in tokens (its eos included);
+- `<domain>.held.bytes`: uint32 little-endian, UTF-8 bytes of each held-out document, for bits per byte.
+`meta.json` counts them; `tokenizer/` is a copy of the tokenizer. Reading needs numpy and pydantic.
+"""
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict
+
+from storage.artifact import Artifact
+from storage.tokenizer import ChatTokenizer
+
+Split = Literal["train", "held"]
+SPLITS: tuple[Split, ...] = ("train", "held")
+
+META_FILE = "meta.json"
+TOKENIZER_FOLDER = "tokenizer"
+
+TOKEN = np.dtype("<u2")
+END = np.dtype("<u8")
+BYTES = np.dtype("<u4")
+
+
+class SplitCount(BaseModel):
+    """How much one split of one domain holds."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    tokens: int = 0
+    """The eos after every document included."""
+    documents: int = 0
+    bytes: int = 0
+    """UTF-8 bytes of the text."""
+
+
+class TokensMeta(BaseModel):
+    """What the token files hold."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    dtype: Literal["uint16"] = "uint16"
+    eos: int
+    vocabulary: int
+    tokenizer_digest: str
+    domains: dict[str, dict[Split, SplitCount]]
+    """Every domain has both splits, an empty one with zeros and empty files."""
+
+
+class TokenFiles:
+    """Reads a folder of token files; arrays are mapped, not loaded."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open the folder.
+
+        Raises FileNotFoundError, and ValueError if a file's size is not the one `meta.json` counts.
+        """
+        self.folder = folder
+        self.meta = TokensMeta.model_validate_json((folder / META_FILE).read_text("utf-8"))
+        for domain, splits in self.meta.domains.items():
+            for split, count in splits.items():
+                _check_size(token_path(folder, domain, split), count.tokens, TOKEN)
+                _check_size(end_path(folder, domain, split), count.documents, END)
+
+    @property
+    def domains(self) -> list[str]:
+        """Names of the domains, sorted."""
+        return sorted(self.meta.domains)
+
+    def count(self, domain: str, split: Split) -> SplitCount:
+        """How much a split holds. Raises ValueError for an unknown domain."""
+        if domain not in self.meta.domains:
+            raise ValueError(f"no domain {domain!r} in {self.folder}; it has {self.domains}")
+        return self.meta.domains[domain][split]
+
+    def tokens(self, domain: str, split: Split) -> npt.NDArray[np.uint16]:
+        """(tokens,) uint16, all documents after one another."""
+        count = self.count(domain, split).tokens
+        return _map(token_path(self.folder, domain, split), count, TOKEN)
+
+    def ends(self, domain: str, split: Split) -> npt.NDArray[np.uint64]:
+        """(documents,) uint64, where each document ends; document i is `tokens[ends[i-1]:ends[i]]`."""
+        count = self.count(domain, split).documents
+        return _map(end_path(self.folder, domain, split), count, END)
+
+    def text_bytes(self, domain: str) -> npt.NDArray[np.uint32]:
+        """(documents,) uint32, UTF-8 bytes of every held-out document."""
+        count = self.count(domain, "held").documents
+        return _map(bytes_path(self.folder, domain), count, BYTES)
+
+    @functools.cached_property
+    def tokenizer(self) -> ChatTokenizer:
+        """The tokenizer that made the ids."""
+        return ChatTokenizer(self.folder / TOKENIZER_FOLDER)
+
+
+@dataclass(frozen=True)
+class Tokens(Artifact):
+    """A tokenised corpus."""
+
+    kind: ClassVar[str] = "tokens"
+
+    @functools.cached_property
+    def reader(self) -> TokenFiles:
+        """The token files, mapped."""
+        return TokenFiles(self.files)
+
+
+def token_path(folder: Path, domain: str, split: Split) -> Path:
+    """File of the ids."""
+    return folder / f"{domain}.{split}.bin"
+
+
+def end_path(folder: Path, domain: str, split: Split) -> Path:
+    """File of the document ends."""
+    return folder / f"{domain}.{split}.idx"
+
+
+def bytes_path(folder: Path, domain: str) -> Path:
+    """File of the held-out documents' text lengths."""
+    return folder / f"{domain}.held.bytes"
+
+
+def write_meta(folder: Path, meta: TokensMeta) -> None:
+    """Write what the files hold."""
+    (folder / META_FILE).write_text(meta.model_dump_json(indent=2) + "\n", "utf-8")
+
+
+def _check_size(path: Path, count: int, dtype: np.dtype[Any]) -> None:
+    if path.stat().st_size != count * dtype.itemsize:
+        raise ValueError(
+            f"{path} has {path.stat().st_size} bytes, {META_FILE} counts {count} x {dtype.itemsize}; "
+            "the artifact is damaged: run `bessemer verify`, then the recipe again"
+        )
+
+
+def _map(path: Path, count: int, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    if count == 0:  # an empty file cannot be mapped
+        return np.empty(0, dtype)
+    return np.memmap(path, dtype=dtype, mode="r", shape=(count,))
