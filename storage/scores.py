@@ -74,8 +74,11 @@ def mean(
     sums = np.bincount(member, weight * value, len(order))
     masses = np.bincount(member, weight, len(order))
     centre = float(sums.sum() / masses.sum())
-    draws = np.random.default_rng(0).integers(0, len(order), (BOOTSTRAP_RESAMPLES, len(order)))
-    resampled = sums[draws].sum(1) / masses[draws].sum(1)
+    generator = np.random.default_rng(0)
+    resampled = np.empty(BOOTSTRAP_RESAMPLES)
+    for index in range(BOOTSTRAP_RESAMPLES):
+        draw = generator.integers(0, len(order), len(order))
+        resampled[index] = sums[draw].sum() / masses[draw].sum()
     low, high = np.quantile(resampled, [0.025, 0.975])
     return Figure(
         value=centre, n=len(value), low=float(low), high=float(high), chance=chance, unit=unit
