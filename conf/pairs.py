@@ -1,0 +1,36 @@
+"""Settings of the stage pairs."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from conf.launch import LaunchConfig
+from conf.settings import RUNTIME, Settings, SourceSpec
+
+
+class PairsConfig(Settings):
+    """Which preference pairs are read, and how the policy's own answers become rejected ones."""
+
+    sources: tuple[SourceSpec, ...] = ()
+    """Files of pairs: JSON or JSON lines (.gz, .zst), or Parquet, in any known layout."""
+    held_share: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    """Share of the first user turns that is held out; the hash is the one that chats uses."""
+    on_bad_row: Literal["skip", "fail"] = "skip"
+    """`skip` counts a row that cannot be read and goes on; `fail` ends the stage at the first."""
+    keep_duplicates: bool = False
+    """Whether a pair may stand in the files more than once."""
+    answers: Annotated[int, Field(ge=1)] = 1
+    """Answers that the policy gives to each prompt, each a rejected one of its own pair."""
+    max_prompts: Annotated[int, Field(ge=0)] = 0
+    """Conversations per side that are answered, chosen by the seed; 0 for all."""
+    max_new_tokens: Annotated[int, Field(ge=1)] = 256
+    """Longest answer of the policy in tokens; one that does not end by then is dropped."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Temperature at which the policy answers."""
+    batch_rows: Annotated[int, Field(ge=1)] = 64
+    """Prompts answered at once. The noise of a prompt does not depend on its batch, but rounding
+    may, so it counts as identity."""
+    seed: int = 0
+    """Seed of the choice of prompts and of the sampling noise."""
+    launch: Annotated[LaunchConfig, RUNTIME] = LaunchConfig()
+    """Where and how the policy answers."""

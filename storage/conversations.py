@@ -1,0 +1,43 @@
+"""Conversations in one normal form: who said what, ending with the assistant."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Literal, TypedDict, cast
+
+from storage.artifact import Artifact
+from storage.jsonl import Split, read_jsonl
+
+Role = Literal["system", "user", "assistant"]
+
+
+class Message(TypedDict):
+    """One turn."""
+
+    role: Role
+    content: str
+
+
+class Conversation(TypedDict):
+    """One row: an optional system message, then user and assistant in turn, the assistant last."""
+
+    id: str
+    messages: list[Message]
+    domain: str
+    source: str
+    language: str
+
+
+@dataclass(frozen=True)
+class Conversations(Artifact):
+    """`files/train.jsonl` and `files/held.jsonl`, a Conversation a line."""
+
+    kind: ClassVar[str] = "conversations"
+
+    def rows(self, split: Split) -> Iterator[Conversation]:
+        """The conversations of one side, in order."""
+        return cast("Iterator[Conversation]", read_jsonl(self.files / f"{split}.jsonl"))
+
+
+def first_user_turn(messages: list[Message]) -> str:
+    """What decides the side of a conversation, and of every pair with the same question."""
+    return next(message["content"] for message in messages if message["role"] == "user")
