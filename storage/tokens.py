@@ -96,6 +96,23 @@ class TokenFiles:
         count = self.count(domain, "held").documents
         return _map(bytes_path(self.folder, domain), count, BYTES)
 
+    def held_documents(
+        self, domain: str, limit: int = 0
+    ) -> list[tuple[npt.NDArray[np.uint16], int]]:
+        """Ids without the eos, and UTF-8 bytes, of the held-out documents that have text.
+
+        With a `limit` at most so many of them, spread evenly.
+        """
+        ends = self.ends(domain, "held").astype(np.int64)
+        starts = np.concatenate([np.zeros(1, np.int64), ends])
+        sizes, ids = self.text_bytes(domain), self.tokens(domain, "held")
+        step = -(-len(ends) // limit) if limit else 1
+        return [
+            (ids[starts[i] : ends[i] - 1], int(sizes[i]))
+            for i in range(0, len(ends), max(step, 1))
+            if ends[i] - starts[i] > 1
+        ]
+
     @functools.cached_property
     def tokenizer(self) -> ChatTokenizer:
         """The tokenizer that made the ids."""
