@@ -1,0 +1,361 @@
+"""The whole model: a Llama-family decoder, its mask, its key-value cache and its output head.
+
+Letters of tensor shapes: B rows, T new tokens, S tokens that are seen, D width, H query heads, K key
+and value heads, E width of a head, V vocabulary.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import skip_init
+from torch.utils.checkpoint import checkpoint
+
+from conf.shape import ShapeConfig
+
+INIT_STD = 0.02
+LOGITS_AT_ONCE = 1 << 26
+"""Logits (rows x vocabulary) held at a time by `token_logprobs`; above it the head runs in chunks
+whose logits are computed again in the backward pass."""
+
+
+@dataclass(frozen=True)
+class AttentionMask:
+    """Which tokens may see which, beyond causality; an empty mask is the fast causal path.
+
+    Padding on the right needs no mask: no real token comes after it.
+    """
+
+    documents: Tensor | None = None
+    """(B, T) integers: a token sees only tokens of its own row with the same number."""
+    padding: Tensor | None = None
+    """(B,) integers: so many tokens at the left of each row are padding, seen by no real token.
+    Positions are counted from the first real token unless they are given."""
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Dropout whose noise is a pure function of what it is for, on any device and split of the batch."""
+
+    seed: int
+    step: int
+    rows: Tensor
+    """(B,) int64: number of each row in the batch of the whole step."""
+
+    def drop(self, x: Tensor, site: int, rate: float) -> Tensor:
+        """Set a share `rate` of x (B, T, D) to zero and scale the rest by 1 / (1 - rate)."""
+        _, tokens, width = x.shape
+        key = _mix32(_mix32(self.rows * 0x9E3779B1 + self.seed) + self.step * 0x85EBCA77 + site)
+        place = torch.arange(tokens * width, device=x.device).view(1, tokens, width)
+        bits = _mix32(key[:, None, None] + place * 0x9E3779B1)
+        keep = bits >= int(rate * 2**32)
+        return torch.where(keep, x / (1.0 - rate), 0.0)
+
+
+class Cache:
+    """Keys and values of the tokens seen so far, in memory allocated once; `length` of it is filled."""
+
+    def __init__(
+        self,
+        shape: ShapeConfig,
+        rows: int,
+        tokens: int,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        size = (rows, shape.kv_heads, tokens, shape.head_width)
+        self.length = 0
+        self.layers = [
+            (
+                torch.zeros(size, device=device, dtype=dtype),
+                torch.zeros(size, device=device, dtype=dtype),
+            )
+            for _ in range(shape.layers)
+        ]
+
+    @property
+    def room(self) -> int:
+        """Tokens that fit in all."""
+        return self.layers[0][0].shape[2]
+
+    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write (B, K, T, E) behind what is there; everything so far, (B, K, S, E) each."""
+        end = self.length + keys.shape[2]
+        all_keys, all_values = self.layers[layer]
+        all_keys[:, :, self.length : end] = keys
+        all_values[:, :, self.length : end] = values
+        return all_keys[:, :, :end], all_values[:, :, :end]
+
+    def select(self, rows: Tensor) -> None:
+        """Keep only those rows, in that order; a number may occur twice."""
+        self.layers = [(keys[rows], values[rows]) for keys, values in self.layers]
+
+
+class RMSNorm(nn.Module):
+    """Root mean square norm with a learnt scale. Source: Zhang and Sennrich 2019, equation 4."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+
+
+class Block(nn.Module):
+    """Attention and SwiGLU, each behind a norm, each added to the residual stream."""
+
+    def __init__(self, shape: ShapeConfig, layer: int) -> None:
+        super().__init__()
+        width, heads, kv_heads = shape.head_width, shape.heads, shape.kv_heads
+        self.layer, self.head_width, self.dropout = layer, width, shape.dropout
+        self.is_grouped = heads != kv_heads
+        self.attention_norm = RMSNorm(shape.dim, shape.norm_eps)
+        self.query = _linear(shape.dim, heads * width, has_bias=shape.has_qkv_bias)
+        self.key = _linear(shape.dim, kv_heads * width, has_bias=shape.has_qkv_bias)
+        self.value = _linear(shape.dim, kv_heads * width, has_bias=shape.has_qkv_bias)
+        self.query_norm = RMSNorm(width, shape.norm_eps) if shape.has_qk_norm else None
+        self.key_norm = RMSNorm(width, shape.norm_eps) if shape.has_qk_norm else None
+        self.attention_out = _linear(heads * width, shape.dim)
+        self.ffn_norm = RMSNorm(shape.dim, shape.norm_eps)
+        self.gate = _linear(shape.dim, shape.ffn_width)
+        self.up = _linear(shape.dim, shape.ffn_width)
+        self.ffn_out = _linear(shape.ffn_width, shape.dim)
+
+    def forward(
+        self,
+        x: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        allowed: Tensor | None,
+        cache: Cache | None,
+        noise: Noise | None,
+    ) -> Tensor:
+        branch = self._attention(self.attention_norm(x), rotation, allowed, cache)
+        if noise is not None and self.dropout:
+            branch = noise.drop(branch, 2 * self.layer, self.dropout)
+        x = x + branch
+        y = self.ffn_norm(x)
+        branch = self.ffn_out(F.silu(self.gate(y)) * self.up(y))
+        if noise is not None and self.dropout:
+            branch = noise.drop(branch, 2 * self.layer + 1, self.dropout)
+        return x + branch
+
+    def _attention(
+        self,
+        x: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        allowed: Tensor | None,
+        cache: Cache | None,
+    ) -> Tensor:
+        rows, tokens, _ = x.shape
+        by_head = (rows, tokens, -1, self.head_width)
+        query = self.query(x).view(by_head).transpose(1, 2)  # (B, H, T, E)
+        key = self.key(x).view(by_head).transpose(1, 2)  # (B, K, T, E)
+        value = self.value(x).view(by_head).transpose(1, 2)
+        if self.query_norm is not None and self.key_norm is not None:
+            query, key = self.query_norm(query), self.key_norm(key)
+        query, key = _rotate(query, *rotation), _rotate(key, *rotation)
+        if cache is not None:
+            key, value = cache.extend(self.layer, key, value)
+        mixed = F.scaled_dot_product_attention(
+            query,
+            key.to(query.dtype),
+            value.to(query.dtype),
+            attn_mask=allowed,
+            # One new token sees all that is cached; several with nothing masked are a plain triangle.
+            is_causal=allowed is None and tokens > 1,
+            enable_gqa=self.is_grouped,
+        )
+        return self.attention_out(mixed.transpose(1, 2).reshape(rows, tokens, -1))
+
+
+class Transformer(nn.Module):
+    """A decoder with a vocabulary head, or (`is_scalar`) one number per token: reward, value.
+
+    Source: Touvron et al. 2023 (LLaMA), section 2.2; qk norm as in Qwen3, qkv bias as in Qwen2.
+    """
+
+    cosine: Tensor
+    sine: Tensor
+
+    def __init__(
+        self, shape: ShapeConfig, vocabulary: int, *, is_scalar: bool = False, seed: int = 0
+    ) -> None:
+        super().__init__()
+        self.shape, self.vocabulary, self.is_scalar = shape, vocabulary, is_scalar
+        self.embedding = cast("nn.Embedding", skip_init(nn.Embedding, vocabulary, shape.dim))
+        self.blocks = nn.ModuleList(Block(shape, layer) for layer in range(shape.layers))
+        self.norm = RMSNorm(shape.dim, shape.norm_eps)
+        self.head = None if is_scalar or shape.is_tied else _linear(shape.dim, vocabulary)
+        self.score_head = _linear(shape.dim, 1) if is_scalar else None
+        cosine, sine = _rotations(shape)
+        self.register_buffer("cosine", cosine, persistent=False)
+        self.register_buffer("sine", sine, persistent=False)
+        self.initialise(seed)
+
+    def initialise(self, seed: int) -> None:
+        """Draw every weight anew: normal(0, 0.02), residual projections 0.02 / sqrt(2 layers), norms 1.
+
+        A scalar head is normal(0, 1 / sqrt(dim + 1)) (Stiennon et al. 2020, appendix C). The weights
+        are a pure function of the seed and the shape, whatever the device.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        residual_std = INIT_STD / math.sqrt(2 * self.shape.layers)
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                if name.endswith("norm.weight"):
+                    parameter.fill_(1.0)
+                elif name.endswith("bias"):
+                    parameter.zero_()
+                else:
+                    std = INIT_STD
+                    if name.endswith("_out.weight"):
+                        std = residual_std
+                    elif name.startswith("score_head"):
+                        std = 1 / math.sqrt(self.shape.dim + 1)
+                    parameter.copy_(
+                        torch.empty(parameter.shape).normal_(0, std, generator=generator)
+                    )
+
+    @property
+    def head_weight(self) -> Tensor:
+        """(V, D): the output head, which is the embedding where they are tied."""
+        assert not self.is_scalar, "a scalar model has no vocabulary head"
+        return self.embedding.weight if self.head is None else self.head.weight
+
+    def hidden(
+        self,
+        ids: Tensor,
+        *,
+        positions: Tensor | None = None,
+        mask: AttentionMask | None = None,
+        cache: Cache | None = None,
+        noise: Noise | None = None,
+    ) -> Tensor:
+        """States after the final norm, (B, T, D), of token ids (B, T).
+
+        `positions`, (T,) or (B, T), count from 0 by default, behind the cache and without left
+        padding. With a cache the ids follow what it holds, and it is extended. `noise` turns the
+        shape's dropout on. Raises ValueError when a row is longer than the model's context.
+        """
+        past = 0 if cache is None else cache.length
+        total = past + ids.shape[1]
+        if positions is None:
+            positions = _positions(ids, past, mask, self.shape.context)
+        rotation = (self.cosine[positions], self.sine[positions])  # (T, E) or (B, T, E)
+        if positions.dim() == 2:
+            rotation = (rotation[0][:, None], rotation[1][:, None])
+        allowed = _allowed(mask, past, total, ids.device)
+        x = self.embedding(ids)
+        for block in cast("Iterable[Block]", self.blocks):
+            x = block(x, rotation, allowed, cache, noise)
+        if cache is not None:
+            cache.length = total
+        return self.norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., V) of hidden states (..., D)."""
+        return F.linear(hidden, self.head_weight)
+
+    def score(self, hidden: Tensor) -> Tensor:
+        """(...) float32: the scalar of each hidden state (..., D)."""
+        assert self.score_head is not None, "a model with a vocabulary head has no scalar"
+        return self.score_head(hidden).squeeze(-1).float()
+
+
+def token_logprobs(
+    head_weight: Tensor, hidden: Tensor, labels: Tensor, temperature: float = 1.0
+) -> Tensor:
+    """Log-probability of each label, (...) float32, of hidden states (..., D); 0 where a label is < 0.
+
+    Only states with a label pass through the head (V, D), in chunks when their logits would not fit
+    `LOGITS_AT_ONCE`. `temperature` divides the logits.
+    """
+    wanted = labels >= 0
+    is_all = bool(wanted.all())
+    states = hidden.reshape(-1, hidden.shape[-1]) if is_all else hidden[wanted]  # (N, D)
+    chosen = labels.reshape(-1) if is_all else labels[wanted]  # (N,)
+    rows = max(1, LOGITS_AT_ONCE // head_weight.shape[0])
+    if len(chosen) <= rows:
+        found = _chunk_logprobs(head_weight, states, chosen, temperature)
+    else:
+        parts = [
+            checkpoint(_chunk_logprobs, head_weight, part, label, temperature, use_reentrant=False)
+            for part, label in zip(states.split(rows), chosen.split(rows), strict=True)
+        ]
+        found = torch.cat(cast("list[Tensor]", parts))
+    if is_all:
+        return found.view(labels.shape)
+    return torch.zeros(labels.shape, device=found.device).masked_scatter(wanted, found)
+
+
+def _chunk_logprobs(
+    head_weight: Tensor, states: Tensor, labels: Tensor, temperature: float
+) -> Tensor:
+    logits = F.linear(states, head_weight).float()
+    if temperature != 1.0:
+        logits = logits / temperature
+    return -F.cross_entropy(logits, labels, reduction="none")
+
+
+def _linear(width_in: int, width_out: int, *, has_bias: bool = False) -> nn.Linear:
+    return cast("nn.Linear", skip_init(nn.Linear, width_in, width_out, bias=has_bias))
+
+
+def _rotations(shape: ShapeConfig) -> tuple[Tensor, Tensor]:
+    """Cosine and signed sine of every position, (context, E). Source: Su et al. 2021, equation 34."""
+    half = shape.head_width // 2
+    frequency = shape.rope_theta ** -(torch.arange(half, dtype=torch.float64) / half)
+    angle = torch.outer(torch.arange(shape.context, dtype=torch.float64), frequency)
+    cosine, sine = angle.cos().float(), angle.sin().float()
+    return torch.cat([cosine, cosine], -1), torch.cat([-sine, sine], -1)
+
+
+def _rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Rotate pairs (i, i + E/2) of (B, heads, T, E): the layout of Hugging Face's Llama."""
+    return (x * cosine + x.roll(x.shape[-1] // 2, -1) * sine).to(x.dtype)
+
+
+def _positions(ids: Tensor, past: int, mask: AttentionMask | None, context: int) -> Tensor:
+    total = past + ids.shape[1]
+    padding = None if mask is None else mask.padding
+    if total > context and (padding is None or total - int(padding.min()) > context):
+        raise ValueError(
+            f"a row of {total} tokens is longer than the model's context of {context}; shorten it or "
+            f"train a shape with a longer context"
+        )
+    positions = torch.arange(past, total, device=ids.device)
+    return positions if padding is None else (positions - padding[:, None]).clamp(min=0)
+
+
+def _allowed(
+    mask: AttentionMask | None, past: int, total: int, device: torch.device
+) -> Tensor | None:
+    """(1 or B, 1, T, S) booleans, or none where plain causal attention says the same."""
+    is_plain = mask is None or (mask.documents is None and mask.padding is None)
+    if is_plain and (past == 0 or total - past == 1):
+        return None
+    seen = torch.arange(total, device=device)
+    new = seen[past:, None]  # (T, 1)
+    allowed = (seen <= new)[None]  # (1, T, S)
+    if mask is not None and mask.padding is not None:
+        # A padding token sees itself, so that no row of the softmax is empty.
+        allowed = allowed & ((seen >= mask.padding[:, None, None]) | (seen == new))
+    if mask is not None and mask.documents is not None:
+        assert past == 0, "packed rows are read at once, not through a cache"
+        allowed = allowed & (mask.documents[:, :, None] == mask.documents[:, None, :])
+    return allowed[:, None]
+
+
+def _mix32(x: Tensor) -> Tensor:
+    """A good 32-bit integer hash, in int64 tensors. Source: Wellons 2018, lowbias32."""
+    x = x & 0xFFFFFFFF
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF
+    return x ^ (x >> 16)
