@@ -1,0 +1,21 @@
+"""The states of the world that stop a run, drawn as one tree.
+
+    BessemerError
+    ├── DamagedArtifact    bytes in the store are not those that were committed (now in quarantine)
+    ├── PartsFailed        shards of a fan-out could not be built; the others are in the store
+    └── JobFailed          a torch job ended badly (tasks/launch.py)
+
+A wrong choice of the caller is a ValueError.
+"""
+
+
+class BessemerError(Exception):
+    """Root of the named errors; its text says what was found, what was expected, what to do next."""
+
+
+class DamagedArtifact(BessemerError):
+    """An artifact's bytes differ from its record. It lies in quarantine; running again rebuilds it."""
+
+
+class PartsFailed(BessemerError):
+    """Some parts of a fan-out failed; those that did not are committed and will be reused."""

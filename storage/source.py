@@ -1,0 +1,339 @@
+"""Outside files: what a stage reads from beyond the store, as an ordered list of landings.
+
+A landing is what arrived together. The first look at a source is one landing; files that appear later
+are appended as further ones, recorded in the source's ledger, so that work done on earlier landings
+stays valid. Files enter identity by content, format and place in the list, never by path or name.
+"""
+
+import glob
+import json
+import os
+import sqlite3
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from conf.settings import SourceSpec
+from storage import lease as leases
+from storage.artifact import Artifact
+from storage.identity import hash_file
+from storage.store_local import write_atomically
+
+FORMATS = {
+    "warc": "warc", "arc": "warc", "html": "html", "htm": "html", "xhtml": "html", "tar": "html",
+    "tgz": "html", "jsonl": "jsonl", "ndjson": "jsonl", "json": "json", "parquet": "parquet",
+    "csv": "csv", "tsv": "csv", "txt": "text", "text": "text", "md": "markdown",
+    "markdown": "markdown",
+}  # fmt: skip
+COMPRESSIONS = ("gz", "zst", "xz", "bz2")
+LEDGER_WAIT_SECONDS = 60.0
+SETTLED_NS = 2_000_000_000
+"""A file changed less than this before it was hashed may change again within its time stamp."""
+HASH_THREADS = 4
+
+
+class RawFiles(Artifact):
+    """Any folder of raw files, read by other stages as a source."""
+
+    kind: ClassVar[str] = "raw"
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One outside file."""
+
+    path: Path
+    name: str
+    """Its path below the folder or glob that named it, with `/`; for people."""
+    size: int
+    digest: str
+    """xxh3-128 of its bytes, hexadecimal."""
+    format: str
+    """Layout, never `auto`."""
+    spec: SourceSpec
+    spec_index: int
+    """Place of `spec` among the source's specs."""
+
+    @property
+    def key(self) -> tuple[str, str, int]:
+        """What of the file enters identity."""
+        return self.digest, self.format, self.spec_index
+
+
+@dataclass(frozen=True)
+class Landing:
+    """Files that arrived together, in a fixed order."""
+
+    files: tuple[SourceFile, ...]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Everything that one setting names, landing by landing."""
+
+    landings: tuple[Landing, ...] = ()
+
+    @property
+    def files(self) -> Iterator[SourceFile]:
+        """Every file, in landing order."""
+        for landing in self.landings:
+            yield from landing.files
+
+    def identity(self) -> list[list[list[Any]]]:
+        """Per landing, per file: digest, format, index of its spec."""
+        return [[list(file.key) for file in landing.files] for landing in self.landings]
+
+
+@dataclass
+class HashCache:
+    """Hashes of files by path, size, times and inode, so that an unchanged file costs one stat.
+
+    Kept in one SQLite file, shared by processes; with no path it lives in memory.
+    """
+
+    path: Path | None = None
+    _known: dict[str, tuple[str, str]] = field(default_factory=dict[str, tuple[str, str]])
+    _is_loaded: bool = False
+
+    def digests(self, paths: Sequence[Path]) -> list[tuple[int, str]]:
+        """Size and xxh3-128 of every file, hashing only those that changed."""
+        self._load()
+        stats = [path.stat() for path in paths]
+        states = [
+            f"{s.st_size}:{s.st_mtime_ns}:{s.st_ctime_ns}:{s.st_ino}:{s.st_dev}" for s in stats
+        ]
+        stale = [
+            index
+            for index, path in enumerate(paths)
+            if self._known.get(str(path), ("", ""))[0] != states[index]
+        ]
+        with ThreadPoolExecutor(HASH_THREADS) as pool:
+            hashed = dict(
+                zip(stale, pool.map(lambda index: hash_file(paths[index]), stale), strict=True)
+            )
+        fresh = {str(paths[i]): (states[i], digest) for i, digest in hashed.items()}
+        now = time.time_ns()
+        settled = {
+            str(paths[i]): fresh[str(paths[i])]
+            for i in stale
+            if now - max(stats[i].st_mtime_ns, stats[i].st_ctime_ns) > SETTLED_NS
+        }
+        self._known |= settled
+        self._save(settled)
+        found = self._known | fresh
+        return [
+            (stat.st_size, found[str(path)][1]) for path, stat in zip(paths, stats, strict=True)
+        ]
+
+    def _load(self) -> None:
+        if self._is_loaded or self.path is None or not self.path.exists():
+            return
+        with closing(self._connect(self.path)) as connection:
+            rows = connection.execute("select path, state, digest from hashes").fetchall()
+        self._known |= {path: (state, digest) for path, state, digest in rows}
+        self._is_loaded = True
+
+    def _save(self, fresh: Mapping[str, tuple[str, str]]) -> None:
+        if self.path is None or not fresh:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with closing(self._connect(self.path)) as connection, connection:
+            connection.executemany(
+                "insert or replace into hashes values (?, ?, ?)",
+                [(path, state, digest) for path, (state, digest) in fresh.items()],
+            )
+
+    @staticmethod
+    def _connect(path: Path) -> sqlite3.Connection:
+        connection = sqlite3.connect(path, timeout=30.0)
+        connection.execute(
+            "create table if not exists hashes (path text primary key, state text, digest text)"
+        )
+        return connection
+
+
+@dataclass(frozen=True)
+class SourceLedger:
+    """Which file came in which landing, by content; a JSON file in the store's folder `sources`."""
+
+    path: Path
+
+    def read(self) -> list[list[tuple[str, str, int]]]:
+        """Keys of files per landing, in order; empty before the first look."""
+        if not self.path.exists():
+            return []
+        content = json.loads(self.path.read_text("utf-8"))
+        return [
+            [(entry["digest"], entry["format"], entry["spec"]) for entry in landing]
+            for landing in content["landings"]
+        ]
+
+    def append(self, files: Sequence[SourceFile]) -> None:
+        """Record files as a new landing."""
+        content: dict[str, Any] = {"landings": []}
+        if self.path.exists():
+            content = json.loads(self.path.read_text("utf-8"))
+        content["landings"].append(
+            [
+                {
+                    "digest": file.digest,
+                    "format": file.format,
+                    "spec": file.spec_index,
+                    "name": file.name,
+                    "size": file.size,
+                }
+                for file in files
+            ]
+        )
+        write_atomically(self.path, json.dumps(content, ensure_ascii=False, indent=1).encode())
+
+
+def resolve(
+    specs: Sequence[SourceSpec],
+    *,
+    artifacts: Mapping[str, Artifact],
+    base: Path,
+    ledger: Path | None,
+    hashes: HashCache,
+    appends: bool = True,
+) -> Source:
+    """The files that the specs name, in the landings of the ledger; new ones make a new landing.
+
+    A file is known again by its content, also under another name or in another folder. Without a
+    ledger all files are one landing; with `appends` off (planning) the ledger is only read. Files
+    that are gone leave their landing. Raises ValueError for a spec that matches no file.
+    """
+    files = [
+        file
+        for index, spec in enumerate(specs)
+        for file in _files_of(spec, index, artifacts=artifacts, base=base, hashes=hashes)
+    ]
+    if ledger is None:
+        return Source((Landing(tuple(files)),) if files else ())
+    with _only_writer(ledger):
+        book = SourceLedger(ledger)
+        landings, new = _into_landings(files, book.read())
+        if new and appends:
+            book.append(new)
+    if new:
+        landings.append(new)
+    return Source(tuple(Landing(tuple(landing)) for landing in landings if landing))
+
+
+def format_of(name: str, declared: str) -> str:
+    """Layout of a file: the declared one, or by its name when that is `auto`."""
+    if declared != "auto":
+        return declared
+    endings = [ending for ending in name.lower().split("/")[-1].split(".")[1:]]
+    while endings and endings[-1] in COMPRESSIONS:
+        endings.pop()
+    if not endings:
+        return "text"
+    if endings[-1] not in FORMATS:
+        raise ValueError(
+            f"{name}: no layout is known for .{endings[-1]}; give the source a `format`, or name "
+            f"the files more closely (known: {', '.join(sorted(FORMATS))})"
+        )
+    return FORMATS[endings[-1]]
+
+
+def _files_of(
+    spec: SourceSpec,
+    index: int,
+    *,
+    artifacts: Mapping[str, Artifact],
+    base: Path,
+    hashes: HashCache,
+) -> list[SourceFile]:
+    known: dict[str, tuple[int, str]] = {}
+    if spec.node is not None:
+        if spec.node not in artifacts:
+            raise ValueError(
+                f"source {spec.path}: node {spec.node!r} gave no artifact; name a node of the recipe"
+            )
+        artifact = artifacts[spec.node]
+        base = artifact.files
+        known = {str(base / e.name): (e.size, e.xxh3) for e in artifact.record.files}
+    root, paths = _match(spec.path, base)
+    if not paths and not spec.is_optional:
+        where = f"in the files of node {spec.node!r}" if spec.node else f"below {base}"
+        raise ValueError(
+            f"source {spec.path}: no file found {where}, at least one expected; correct the path, "
+            "or set is_optional: true"
+        )
+    unknown = [path for path in paths if str(path) not in known]
+    known |= {str(p): found for p, found in zip(unknown, hashes.digests(unknown), strict=True)}
+    return [
+        SourceFile(
+            path=path,
+            name=(name := path.relative_to(root).as_posix()),
+            size=known[str(path)][0],
+            digest=known[str(path)][1],
+            format=format_of(name, spec.format),
+            spec=spec,
+            spec_index=index,
+        )
+        for path in paths
+    ]
+
+
+def _match(pattern: str, base: Path) -> tuple[Path, list[Path]]:
+    """The files that a path, folder or glob names, by name, and the folder they are named from."""
+    whole = base.absolute() / Path(pattern).expanduser()
+    if whole.is_file():
+        return whole.parent, [whole]
+    if whole.is_dir():
+        return whole, _sorted(whole, whole.rglob("*"))
+    root = whole
+    while glob.has_magic(str(root)):
+        root = root.parent
+    matches = [Path(match) for match in glob.iglob(str(whole), recursive=True)]
+    inside = [file for match in matches if match.is_dir() for file in match.rglob("*")]
+    return root, _sorted(root, [*matches, *([] if "**" in pattern else inside)])
+
+
+def _sorted(root: Path, paths: Iterable[Path]) -> list[Path]:
+    """Plain files that are not hidden, once each, in byte order of their names."""
+    named = {path.relative_to(root).as_posix(): path for path in paths if path.is_file()}
+    return [
+        named[name]
+        for name in sorted(named, key=os.fsencode)
+        if not any(part.startswith(".") for part in name.split("/"))
+    ]
+
+
+def _into_landings(
+    files: Sequence[SourceFile], book: Sequence[Sequence[tuple[str, str, int]]]
+) -> tuple[list[list[SourceFile]], list[SourceFile]]:
+    """Files by the ledger's landings and order, and those that the ledger does not know."""
+    waiting: dict[tuple[str, str, int], list[SourceFile]] = defaultdict(list)
+    for file in files:
+        waiting[file.key].append(file)
+    landings = [[waiting[key].pop(0) for key in keys if waiting[key]] for keys in book]
+    left = {id(file) for rest in waiting.values() for file in rest}
+    return landings, [file for file in files if id(file) in left]
+
+
+class _only_writer:  # noqa: N801 - used as a function
+    """Holds the ledger's lock, so that two runs cannot both append the same landing."""
+
+    def __init__(self, ledger: Path) -> None:
+        self._path = ledger.with_suffix(".lock")
+        self._lease: leases.FileLease | None = None
+
+    def __enter__(self) -> None:
+        deadline = time.monotonic() + LEDGER_WAIT_SECONDS
+        while (lease := leases.acquire(self._path)) is None:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{self._path} has been held for {LEDGER_WAIT_SECONDS:.0f} s")
+            time.sleep(0.02)
+        self._lease = lease
+
+    def __exit__(self, *_: object) -> None:
+        if self._lease:
+            self._lease.release()

@@ -1,0 +1,269 @@
+"""Map a function over shards in worker processes; every shard's result is an artifact of its own.
+
+reads items   writes one part per item   cost only the items whose part is not in the store
+
+Workers are spawned, never forked (a forked one keeps a dead parent's locks), and end with their
+parent. Where several machines share a store, two that build the same part wait for each other.
+"""
+
+import os
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from multiprocessing.connection import wait as wait_for
+from pathlib import Path
+from shutil import rmtree
+from typing import Any
+
+from storage.errors import PartsFailed
+from storage.identity import fingerprint as fingerprint_of
+from storage.record import Record
+from storage.store import PARTS_BUILT, Store
+from tasks.stage import Job
+
+PART_POLL_SECONDS = 0.2
+PARENT_POLL_SECONDS = 1.0
+THREAD_LIMITS = ("POLARS_MAX_THREADS", "NUMBA_NUM_THREADS", "OMP_NUM_THREADS", "RAYON_NUM_THREADS")
+
+Build = Callable[..., dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class PartItem:
+    """One piece of work."""
+
+    identity: dict[str, Any]
+    """What decides the result, plain JSON values; the build function and the version are added."""
+    arguments: tuple[Any, ...] = ()
+    """Given to the build function after the folder to write in; must pickle."""
+    label: str = ""
+    """Names the item in messages."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A built item: a committed artifact of kind `part`."""
+
+    fingerprint: str
+    digest: str
+    path: Path
+    metrics: dict[str, Any]
+    is_reused: bool
+    """Whether it was in the store before this fan-out."""
+
+    @property
+    def files(self) -> Path:
+        """Folder of what the build function wrote."""
+        return self.path / "files"
+
+
+@dataclass(frozen=True)
+class _Task:
+    """All that a worker process is told about one item."""
+
+    store_url: str
+    cache: Path | None
+    build: Build
+    arguments: tuple[Any, ...]
+    record: Record
+    label: str
+
+
+@dataclass
+class _Progress:
+    """Counts finished items, and why some failed."""
+
+    job: Job
+    total: int
+    done: int = 0
+    failures: dict[str, str] = field(default_factory=dict[str, str])
+
+    def add(self, fingerprint: str, failure: str | None) -> None:
+        """One more item is finished; `failure` says how when it did not succeed."""
+        self.done += 1
+        if failure is not None:
+            self.failures[fingerprint] = failure
+        else:
+            _note_part(self.job, fingerprint)
+        self.job.report_progress(self.done, self.total, "parts")
+
+
+def fan_out(job: Job, build: Build, items: Sequence[PartItem], *, version: int = 1) -> list[Part]:
+    """Build the part of every item that the store does not hold; the parts, in item order.
+
+    `build(files, *arguments)` is a function of a module; it writes under `files` and returns plain
+    JSON figures. It runs in the main thread of a worker process, or of this one when the job has one
+    worker. Raises PartsFailed, after all other items are done, when some raised or their worker died.
+    """
+    tasks = [_task(job, build, item, version) for item in items]
+    parts = {task.record.fingerprint: _look_up(job.store, task, True) for task in tasks}
+    missing = {t.record.fingerprint: t for t in tasks if parts[t.record.fingerprint] is None}
+    progress = _Progress(job, len(parts), len(parts) - len(missing))
+    for fingerprint in parts.keys() - missing.keys():
+        _note_part(job, fingerprint)
+    if missing:
+        _build_all(job, list(missing.values()), progress)
+        parts |= {fp: _look_up(job.store, task, False) for fp, task in missing.items()}
+    found = [part for task in tasks if (part := parts[task.record.fingerprint])]
+    if progress.failures or len(found) < len(tasks):
+        raise _failed(missing, progress.failures, len(parts))
+    job.parts += [fp for fp in parts if fp not in job.parts]
+    job.metrics["shards"] = _counted(job, built=len(missing), reused=len(parts) - len(missing))
+    return found
+
+
+def _task(job: Job, build: Build, item: PartItem, version: int) -> _Task:
+    name = f"{build.__module__}.{build.__qualname__}"
+    if "<" in name:
+        raise ValueError(f"{name} cannot be sent to a worker; use a function of a module")
+    identity = {"part": name, "version": version, **item.identity}
+    record = Record(
+        fingerprint=fingerprint_of(identity),
+        kind="part",
+        stage=job.stage,
+        digest="",
+        identity=identity,
+        node=job.node,
+    )
+    return _Task(job.store.url, job.store.cache, build, item.arguments, record, item.label or name)
+
+
+def _look_up(store: Store, task: _Task, is_reused: bool) -> Part | None:
+    fingerprint = task.record.fingerprint
+    path = store.find(fingerprint)
+    record = store.record(fingerprint) if path else None
+    if path is None or record is None:
+        return None
+    return Part(fingerprint, record.digest, path, record.metrics, is_reused)
+
+
+def _counted(job: Job, *, built: int, reused: int) -> dict[str, int]:
+    """Figures of this fan-out added to those of earlier ones of the same job."""
+    before = job.metrics.get("shards", {"built": 0, "reused": 0})
+    return {"built": before["built"] + built, "reused": before["reused"] + reused}
+
+
+def _note_part(job: Job, fingerprint: str) -> None:
+    """Keep gc from a part whose whole is not committed yet."""
+    job.state.mkdir(parents=True, exist_ok=True)
+    with (job.state / PARTS_BUILT).open("a", encoding="utf-8") as stream:
+        stream.write(f"{fingerprint}\n")
+
+
+def _failed(tasks: dict[str, _Task], failures: dict[str, str], total: int) -> PartsFailed:
+    lines = [f"{tasks[fp].label}: {reason}" for fp, reason in failures.items()]
+    shown = "\n".join(lines[:5]) + (f"\n... and {len(lines) - 5} more" if len(lines) > 5 else "")
+    return PartsFailed(
+        f"{len(lines)} of {total} parts failed; the others are kept and will be reused.\n{shown}"
+    )
+
+
+def _build_all(job: Job, tasks: list[_Task], progress: _Progress) -> None:
+    # A build may set timers, which only a main thread can; others get a process even for one item.
+    if job.workers == 1 and threading.current_thread() is threading.main_thread():
+        for task in tasks:
+            progress.add(task.record.fingerprint, _build_part(task))
+        return
+    suspects: list[_Task] = []
+    while tasks:
+        tasks, died_with = _run_pool(tasks, min(job.workers, len(tasks)), progress)
+        suspects += died_with
+    for suspect in suspects:
+        # A dead worker breaks the whole pool; alone, an item shows whether it was the cause.
+        if any(_run_pool([suspect], 1, progress)):
+            progress.add(suspect.record.fingerprint, "its worker died (killed, or out of memory)")
+
+
+def _run_pool(
+    tasks: list[_Task], workers: int, progress: _Progress
+) -> tuple[list[_Task], list[_Task]]:
+    """Run tasks in a fresh pool; if it broke, those not begun and those that were running."""
+    with _pool(workers) as pool:
+        waiting = {pool.submit(_build_part, task): task for task in tasks}
+        running: set[Future[str | None]] = set()
+        untouched: list[_Task] = []
+        suspects: list[_Task] = []
+        for future in as_completed(waiting):
+            running |= {other for other in waiting if other.running()}
+            try:
+                failure = future.result()
+            except BrokenProcessPool:
+                is_suspect = future in running or len(tasks) <= workers
+                (suspects if is_suspect else untouched).append(waiting[future])
+                continue
+            progress.add(waiting[future].record.fingerprint, failure)
+    if untouched and not suspects:
+        return [], untouched
+    return untouched, suspects
+
+
+@contextmanager
+def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
+    context = get_context("spawn")
+    reader, writer = context.Pipe(duplex=False)
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    pool = ProcessPoolExecutor(
+        workers,
+        mp_context=context,
+        initializer=_begin_worker,
+        initargs=(reader, os.getpid(), threads),
+    )
+    try:
+        yield pool
+    except BaseException:
+        writer.close()  # workers see the end of the pipe and exit at once
+        raise
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+        writer.close()
+        reader.close()
+
+
+def _begin_worker(parent_pipe: Connection, parent: int, threads: int) -> None:
+    """Leave Ctrl-C to the parent, bound the threads of libraries, and exit with the parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for name in THREAD_LIMITS:
+        os.environ.setdefault(name, str(threads))
+
+    def watch() -> None:
+        while not wait_for([parent_pipe], timeout=PARENT_POLL_SECONDS):
+            if os.getppid() != parent:
+                break
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True, name="parent-watch").start()
+
+
+def _build_part(task: _Task) -> str | None:
+    """Build and commit one part; how it failed, or None. Never raises, so that others go on."""
+    try:
+        _build_and_commit(task)
+    except Exception as error:  # noqa: BLE001 - told to the parent, which raises it with the label
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        return f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})"
+    return None
+
+
+def _build_and_commit(task: _Task) -> None:
+    store = Store(task.store_url, cache=task.cache)
+    fingerprint = task.record.fingerprint
+    while (claim := store.claim(fingerprint)) is None:
+        time.sleep(PART_POLL_SECONDS)
+    with claim:
+        if store.find(fingerprint):
+            return
+        if claim.is_resumed:
+            rmtree(claim.path / "files")
+            (claim.path / "files").mkdir()
+        started = time.monotonic()
+        metrics = task.build(claim.path / "files", *task.arguments)
+        seconds = round(time.monotonic() - started, 3)
+        store.commit(claim, task.record.model_copy(update={"metrics": metrics, "seconds": seconds}))
