@@ -2,6 +2,7 @@
 
 import functools
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -56,6 +57,7 @@ class RewardScale(BaseModel):
         (files / REWARD).write_text(self.model_dump_json(indent=2) + "\n", "utf-8")
 
 
+@dataclass(frozen=True)
 class Policy(Artifact):
     """A language model: `model.safetensors` (fp32), `config.json`, `tokenizer/`."""
 
@@ -72,6 +74,7 @@ class Policy(Artifact):
         return self.files / TOKENIZER
 
 
+@dataclass(frozen=True)
 class RewardModel(Artifact):
     """A scalar model that scores answers: as a policy, and `reward.json` for normalisation."""
 
@@ -93,6 +96,7 @@ class RewardModel(Artifact):
         return RewardScale.read(self.files)
 
 
+@dataclass(frozen=True)
 class Export(Artifact):
     """A policy as a folder that other programs load, e.g. a Hugging Face Llama."""
 

@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 HASH_CHUNK_BYTES = 1 << 22
 
 
@@ -30,6 +28,9 @@ def fingerprint(identity: dict[str, Any]) -> str:
 
 def hash_file(path: Path) -> str:
     """xxh3-128 of a file's bytes, hexadecimal."""
+    # Late: a training process explains differences between identities, and must do without xxhash.
+    import xxhash
+
     digest = xxhash.xxh3_128()
     with path.open("rb") as stream:
         while chunk := stream.read(HASH_CHUNK_BYTES):

@@ -1,0 +1,99 @@
+"""The processes of one job: who this one is, how they add up numbers, and when to stop."""
+
+import os
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from conf.launch import LaunchConfig
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+"""A rank that waits longer for the others gives up, so that one dead rank ends the job."""
+
+
+@dataclass
+class Ranks:
+    """This process among the processes of its job. Alone, every exchange is free."""
+
+    rank: int = 0
+    world: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    is_stopping: bool = False
+    """Set by SIGTERM: save at the next step's end and leave."""
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes what is written once."""
+        return self.rank == 0
+
+    def add(self, numbers: Sequence[float]) -> list[float]:
+        """Sum of each number over the ranks, the same on all of them (float64)."""
+        if self.world == 1:
+            return list(numbers)
+        total = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def gather(self, value: Any) -> list[Any]:
+        """The plain value of every rank, in order."""
+        if self.world == 1:
+            return [value]
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
+
+    def wait(self) -> None:
+        """Until all ranks are here."""
+        if self.world > 1:
+            dist.barrier()
+
+    def stop_on_sigterm(self) -> None:
+        """Take SIGTERM as the wish to save and leave."""
+
+        def note(signal_number: int, frame: object) -> None:
+            self.is_stopping = True
+
+        signal.signal(signal.SIGTERM, note)
+
+    def leave(self) -> None:
+        """Part from the other ranks."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def join_ranks(launch: LaunchConfig) -> Ranks:
+    """Become a rank of the job, by the environment that torchrun or deepspeed set.
+
+    Raises ValueError when the number of processes is not the one that the launch settings name, or
+    CUDA is asked for and absent.
+    """
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if world != launch.processes:
+        raise ValueError(
+            f"{world} process(es) were started, launch.processes is {launch.processes}; start the job "
+            f"through its launcher"
+        )
+    device = _device(launch)
+    cores = len(os.sched_getaffinity(0))
+    torch.set_num_threads(launch.threads or max(1, cores // world))
+    if world > 1:
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+    return Ranks(rank=rank, world=world, device=device)
+
+
+def _device(launch: LaunchConfig) -> torch.device:
+    if launch.device == "cpu" or (launch.device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ValueError(
+            "launch.device is cuda and no CUDA device was found; use launch.device=auto"
+        )
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device

@@ -1,0 +1,201 @@
+"""Weights and checkpoints on disk: safetensors, written whole or not at all."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from model.ranks import Ranks
+from model.transformer import Transformer
+from storage.checkpoint import CONFIG, TOKENIZER, WEIGHTS, ModelCard
+from storage.errors import BessemerError
+from storage.identity import differences
+from storage.tokenizer import copy_tokenizer, read_meta
+
+COMPLETE = "complete.json"
+CHECKPOINTS_KEPT = 2
+"""The newest may be damaged by a failing disk; the one before it is the way out."""
+
+Role = Literal["policy", "reward", "value"]
+
+
+class ForeignCheckpoint(BessemerError):
+    """A checkpoint was written by another computation than the one that wants to go on from it."""
+
+
+def save_model(files: Path, model: Transformer, *, role: Role, tokenizer: Path) -> ModelCard:
+    """Write a model artifact's content into `files`: fp32 weights, card, a copy of the tokenizer.
+
+    `tokenizer` is the folder to copy.
+    """
+    files.mkdir(parents=True, exist_ok=True)
+    save_tensors(files / WEIGHTS, {name: w.float() for name, w in model.state_dict().items()})
+    copy_tokenizer(tokenizer, files / TOKENIZER)
+    card = ModelCard(
+        shape=model.shape,
+        vocabulary=model.vocabulary,
+        role=role,
+        tokenizer_digest=read_meta(tokenizer).digest,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+    )
+    card.write(files)
+    return card
+
+
+def load_model(
+    files: Path,
+    *,
+    device: torch.device | str = "cpu",
+    is_scalar: bool | None = None,
+    seed: int = 0,
+) -> Transformer:
+    """The model in the folder `files` of an artifact, fp32.
+
+    `is_scalar` true turns a policy into a scalar model, whose new head is drawn from `seed`; by default
+    the model stays what it is. Raises ValueError for a policy wanted from a scalar model.
+    """
+    card = ModelCard.read(files)
+    state = load_file(files / WEIGHTS)
+    was_scalar = card.role != "policy"
+    wants_scalar = was_scalar if is_scalar is None else is_scalar
+    if was_scalar and not wants_scalar:
+        raise ValueError(
+            f"{files / CONFIG} is a {card.role} model, a policy is needed here; name a policy instead"
+        )
+    model = Transformer(card.shape, card.vocabulary, is_scalar=wants_scalar, seed=seed)
+    if wants_scalar and not was_scalar:
+        state.pop("head.weight", None)
+        state["score_head.weight"] = model.state_dict()["score_head.weight"]
+    model.load_state_dict(state)
+    return model.to(device)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write named tensors as safetensors; the same tensors give the same bytes."""
+    save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, path)
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Named tensors of a safetensors file, on the CPU."""
+    return load_file(path)
+
+
+def load_pickled(path: Path) -> Any:
+    """A state that only its own library writes (DeepSpeed): plain values and tensors, never code."""
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A complete checkpoint: after `step` steps, with the plain state that was kept beside it."""
+
+    step: int
+    path: Path
+    state: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of one job, in one folder; all ranks take part in saving.
+
+    `identity` says what is computed (settings, digests of inputs), as JSON values.
+    """
+
+    def __init__(self, folder: Path, identity: Mapping[str, Any], ranks: Ranks) -> None:
+        self.folder, self.identity, self.ranks = folder, dict(identity), ranks
+
+    def newest(self) -> Saved | None:
+        """The newest complete one, if any; the generators of random numbers are set as they were.
+
+        Raises ForeignCheckpoint, naming each difference, when it belongs to another computation.
+        """
+        for path in sorted(self.folder.glob("step_*"), reverse=True):
+            if (content := _sound(path)) is None:
+                continue
+            if found := list(differences(content["identity"], self.identity)):
+                raise ForeignCheckpoint(
+                    f"{path} belongs to another computation ({'; '.join(found[:8])}); remove the "
+                    f"folder to start anew, or ask for what it was made with"
+                )
+            _restore_generators(path, self.ranks)
+            return Saved(content["step"], path, content["state"])
+        return None
+
+    def save(self, step: int, state: Mapping[str, Any], write: Callable[[Path], None]) -> None:
+        """Write one: `write` puts this rank's tensors into the folder that it is given.
+
+        `state` holds plain JSON values; the first rank's is kept. What is there is complete or absent.
+        """
+        target = self.folder / f"step_{step:09d}"
+        draft = self.folder / f"draft_{step:09d}"
+        if self.ranks.is_first:
+            shutil.rmtree(draft, ignore_errors=True)
+            draft.mkdir(parents=True)
+        self.ranks.wait()
+        write(draft)
+        _save_generators(draft, self.ranks)
+        self.ranks.wait()
+        if self.ranks.is_first:
+            self._complete(draft, target, step, state)
+        self.ranks.wait()
+
+    def _complete(self, draft: Path, target: Path, step: int, state: Mapping[str, Any]) -> None:
+        sizes = {
+            str(path.relative_to(draft)): path.stat().st_size
+            for path in sorted(draft.rglob("*"))
+            if path.is_file()
+        }
+        content = {"step": step, "identity": self.identity, "state": dict(state), "sizes": sizes}
+        (draft / COMPLETE).write_text(json.dumps(content), "utf-8")
+        for path in [*sorted(draft.rglob("*")), draft]:
+            _flush(path)
+        if target.exists():
+            shutil.rmtree(target)
+        draft.rename(target)
+        _flush(self.folder)
+        for old in sorted(self.folder.glob("step_*"))[:-CHECKPOINTS_KEPT]:
+            shutil.rmtree(old)
+
+
+def _sound(path: Path) -> dict[str, Any] | None:
+    """What the checkpoint says of itself, or none when it is not whole."""
+    if not (path / COMPLETE).is_file():
+        return None
+    content = json.loads((path / COMPLETE).read_text("utf-8"))
+    is_whole = all(
+        (path / name).is_file() and (path / name).stat().st_size == size
+        for name, size in content["sizes"].items()
+    )
+    return content if is_whole else None
+
+
+def _save_generators(folder: Path, ranks: Ranks) -> None:
+    state = {"cpu": torch.get_rng_state()}
+    if ranks.device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state()
+    save_tensors(folder / f"generators-{ranks.rank:05d}.safetensors", state)
+
+
+def _restore_generators(folder: Path, ranks: Ranks) -> None:
+    path = folder / f"generators-{ranks.rank:05d}.safetensors"
+    if not path.is_file():
+        # Fewer ranks saved than now go on; nothing that is computed draws from these generators.
+        return
+    state = load_tensors(path)
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and ranks.device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
