@@ -193,9 +193,9 @@ def _answer_figures(answers: Sequence[dict[str, Any]], world: World | None) -> d
     for row in answers:
         if row["id"].startswith("prompt/"):
             continue
-        verdict = world.judge(row["id"], row["answer"], row["is_ended"])
+        verdict = world.judge(row["id"], row["answer"], ended=row["is_ended"])
         row["judgement"] = asdict(verdict)
-        clusters.append(world.fact_of(row["id"]))
+        clusters.append(row["id"].split("#")[0])
         for name, value in row["judgement"].items():
             judged.setdefault(f"world/{name}", []).append(float(value))
         for name in ("kl", "reward_model"):
