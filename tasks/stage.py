@@ -3,6 +3,7 @@
 import functools
 import importlib
 import inspect
+import json
 import logging
 import pkgutil
 import time
@@ -20,10 +21,9 @@ from storage.identity import fingerprint
 from storage.record import InputEntry, Record
 from storage.source import Source
 from storage.store import Claim, Store
+from tasks.launch import follow_elsewhere
 
 Inputs = Mapping[str, Artifact | Mapping[str, Artifact]]
-
-ATTACH_POLL_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -192,8 +192,11 @@ def execute(
     workers: int,
     is_forced: bool = False,
     report_progress: Callable[[float, float, str], None] = lambda done, total, unit: None,
+    on_start: Callable[[Job], None] = lambda job: None,
 ) -> Outcome:
-    """Find the node's artifact in the store, or build and commit it.
+    """Find the node's artifact in the store, or build and commit it; `is_forced` always builds.
+
+    `on_start` is told of the job just before the stage's function runs, and not on a hit.
 
     Who finds the lease held waits for its holder (a job that outlived its flow, another run) and then
     takes its result. Raises whatever the stage raises; the attempt stays, to be resumed.
@@ -204,7 +207,7 @@ def execute(
     if not is_forced and (found := store.find(address)):
         artifact = spec.output(found)
         return Outcome("hit", artifact, artifact.record, time.monotonic() - started)
-    claim = _claim(store, address, node)
+    claim = _claim(store, address, node, report_progress)
     with claim:
         if not is_forced and (found := store.find(address)):
             artifact = spec.output(found)
@@ -222,7 +225,11 @@ def execute(
             lease_fd=claim.lease_fd,
             report_progress=report_progress,
         )
+        on_start(job)
         spec.function(job, settings=settings, **inputs)
+        if job.tables:
+            tables = json.dumps(job.tables, ensure_ascii=False, indent=1)
+            (job.logs / "tables.json").write_text(tables, "utf-8")
         seconds = time.monotonic() - started
         record = Record(
             fingerprint=address,
@@ -238,20 +245,19 @@ def execute(
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             node=node,
         )
-        artifact = spec.output(store.commit(claim, record))
+        artifact = spec.output(store.commit(claim, record, replace=is_forced))
     return Outcome("built", artifact, artifact.record, seconds)
 
 
-def _claim(store: Store, address: str, node: str) -> Claim:
-    is_told = False
-    while (claim := store.claim(address)) is None:
-        if not is_told:
-            logging.getLogger(f"bessemer.{node}").info(
-                "already being built by another process; waiting for its result"
-            )
-            is_told = True
-        time.sleep(ATTACH_POLL_SECONDS)
-    return claim
+def _claim(
+    store: Store, address: str, node: str, report_progress: Callable[[float, float, str], None]
+) -> Claim:
+    def take() -> Claim | None:
+        return store.claim(address)
+
+    return take() or follow_elsewhere(
+        store, address, node=node, take=take, report_progress=report_progress
+    )
 
 
 def _input_entries(inputs: Inputs) -> dict[str, InputEntry | dict[str, InputEntry]]:
