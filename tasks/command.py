@@ -1,0 +1,108 @@
+"""The command line and the environment in which the ranks of a torch job start."""
+
+import os
+import socket
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from conf.launch import LaunchConfig
+from tasks.processes import HostLock, cores
+
+ROOT = Path(__file__).resolve().parents[1]
+"""Folder from which the packages are imported."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a job runs; holding it holds the locks."""
+
+    device: Literal["cpu", "cuda"]
+    threads: int
+    """CPU threads per rank."""
+    devices: tuple[str, ...] = ()
+    """CUDA devices, one per rank."""
+    locks: tuple[HostLock, ...] = field(default=(), repr=False)
+
+    @staticmethod
+    def on_cpu(launch: LaunchConfig, lock: HostLock) -> "Placement":
+        """All ranks on this host's cores."""
+        return Placement("cpu", threads_per_rank(launch), locks=(lock,))
+
+    @staticmethod
+    def on_cuda(launch: LaunchConfig, taken: Mapping[str, HostLock]) -> "Placement":
+        """One device per rank."""
+        return Placement(
+            "cuda", threads_per_rank(launch), tuple(taken), locks=tuple(taken.values())
+        )
+
+
+def threads_per_rank(launch: LaunchConfig) -> int:
+    """CPU threads of each rank: what the setting says, else an equal share of the cores."""
+    return launch.threads or max(1, cores() // launch.processes)
+
+
+def command(launch: LaunchConfig, module: str, job_file: Path, placement: Placement) -> list[str]:
+    """The process to start for a job.
+
+    A single rank with engine `plain` is started directly: torchrun would import torch in a process
+    of its own (seconds) to watch over one child, which the supervisor does already.
+    """
+    python = [sys.executable, "-u", "-m"]
+    rank = ["tasks.rank", module, str(job_file)]
+    if launch.launcher == "deepspeed":
+        return [*python, "deepspeed.launcher.runner", *_deepspeed_options(placement, launch), *rank]
+    if launch.processes == 1 and launch.engine == "plain":
+        return [*python, *rank]
+    options = ["--standalone", "--nproc-per-node", str(launch.processes)]
+    return [*python, "torch.distributed.run", *options, "--local-addr", "127.0.0.1", "-m", *rank]
+
+
+def _deepspeed_options(placement: Placement, launch: LaunchConfig) -> list[str]:
+    # The launcher numbers devices itself and refuses CUDA_VISIBLE_DEVICES beside --num_gpus.
+    if placement.device == "cuda":
+        ranks = ["--include", f"localhost:{','.join(placement.devices)}"]
+    else:
+        ranks = ["--num_gpus", str(launch.processes)]
+    address = ["--master_addr", "127.0.0.1", "--master_port", str(_free_port())]
+    return [*ranks, *address, "--no_local_rank", "--module"]
+
+
+def environment(launch: LaunchConfig, placement: Placement) -> dict[str, str]:
+    """This process's environment, with threads, devices and addresses set and telemetry off.
+
+    The working directory stays out of the module path: a user's folder may well hold a `conf` or a
+    `tasks` of its own.
+    """
+    path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    wanted = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(path),
+        "PYTHONSAFEPATH": "1",
+        "PYTHONUNBUFFERED": "1",
+        "OMP_NUM_THREADS": str(placement.threads),
+        "MKL_NUM_THREADS": str(placement.threads),
+        "TOKENIZERS_PARALLELISM": "false",
+        "DO_NOT_TRACK": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
+        wanted.pop(name, None)
+    wanted["MASTER_ADDR"] = "127.0.0.1"
+    if placement.device == "cpu":
+        wanted["CUDA_VISIBLE_DEVICES"] = ""
+        wanted["DS_ACCELERATOR"] = "cpu"
+        wanted["GLOO_SOCKET_IFNAME"] = "lo"
+    elif launch.launcher == "torchrun":
+        wanted["CUDA_VISIBLE_DEVICES"] = ",".join(placement.devices)
+    if home := os.environ.get("BESSEMER_HOME"):
+        wanted.setdefault("TORCH_EXTENSIONS_DIR", str(Path(home).absolute() / "torch_extensions"))
+    return wanted
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,143 @@
+"""Following a running attempt by its files: output lines, progress, and the request to stop it."""
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+
+from pydantic import ValidationError
+
+from conf.contract import OUTPUT, PROGRESS, Progress
+
+CANCEL = "cancel"
+"""In `state/`: its presence asks the supervisor to stop the job."""
+FOLLOWERS = "followers"
+"""Folder in `state/` with one file per follower, touched every second."""
+
+TOUCH_SECONDS = 1.0
+ALIVE_SECONDS = 5.0
+"""A follower that has not shown itself for this long is taken for dead."""
+MAX_LINE_CHARS = 2000
+
+Report = Callable[[float, float, str], None]
+
+_active: set["Follower"] = set()
+
+
+def stop_jobs() -> int:
+    """Ask every torch job that this process follows to checkpoint and end; returns how many.
+
+    For the flow, when it is cancelled: the threads that follow the jobs raise JobStopped once the
+    jobs have ended. Safe to call from any thread; jobs that start later are not concerned.
+    """
+    followers = list(_active)
+    for follower in followers:
+        follower.stop.set()
+    return len(followers)
+
+
+class Follower:
+    """One process's view of one attempt; within `with`, it counts as a follower."""
+
+    def __init__(self, attempt: Path, say: Callable[[str], None], report: Report) -> None:
+        self.stop = threading.Event()
+        """Set when the flow wants the job to end."""
+        self.attempt = attempt
+        self._say = say
+        self._report = report
+        self._lines = LineReader(attempt / "logs" / OUTPUT)
+        self._mark = attempt / "state" / FOLLOWERS / f"{os.getpid()}-{threading.get_ident()}"
+        self._touched = 0.0
+        self._reported = 0.0
+
+    def __enter__(self) -> "Follower":
+        _active.add(self)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        _active.discard(self)
+        self._mark.unlink(missing_ok=True)
+
+    def look(self) -> None:
+        """Show that somebody follows, and relay what is new. Cheap; call it a few times a second."""
+        if time.monotonic() - self._touched > TOUCH_SECONDS:
+            self._touched = time.monotonic()
+            # The attempt may be committed, and its state removed, at any moment; a stage that is
+            # no torch job has no such folder.
+            with contextlib.suppress(FileNotFoundError):
+                self._mark.touch()
+        for line in self._lines.new():
+            self._say(line)
+        self._relay_progress()
+
+    def leave(self) -> bool:
+        """Stop following; ask the job to end unless somebody else follows it. Whether it was asked."""
+        self._mark.unlink(missing_ok=True)
+        marks = self._mark.parent
+        if not marks.is_dir() or any(_is_fresh(mark) for mark in marks.iterdir()):
+            return False
+        (self.attempt / "state" / CANCEL).touch()
+        return True
+
+    def _relay_progress(self) -> None:
+        path = self.attempt / "logs" / PROGRESS
+        try:
+            modified = path.stat().st_mtime
+            if modified == self._reported:
+                return
+            progress = Progress.model_validate_json(path.read_text("utf-8"))
+        except (FileNotFoundError, ValidationError):
+            return
+        self._reported = modified
+        self._report(progress.step, progress.total, progress.unit)
+
+
+class LineReader:
+    """The whole lines that were added to a growing file since the last look."""
+
+    def __init__(self, path: Path, *, from_start: bool = False) -> None:
+        self._path = path
+        self._offset = 0 if from_start or not path.exists() else path.stat().st_size
+        self._rest = b""
+
+    def new(self) -> list[str]:
+        """New complete lines, long ones cut; [] while there is no file."""
+        try:
+            with self._path.open("rb") as stream:
+                stream.seek(self._offset)
+                content = stream.read()
+        except FileNotFoundError:
+            return []
+        self._offset += len(content)
+        *lines, self._rest = (self._rest + content).split(b"\n")
+        return [_shorten(line.decode("utf-8", "replace")) for line in lines]
+
+
+def _shorten(line: str) -> str:
+    # A progress bar rewrites its line after each carriage return: the last state is what counts.
+    line = line.rstrip("\r").rpartition("\r")[2]
+    return line if len(line) <= MAX_LINE_CHARS else f"{line[:MAX_LINE_CHARS]}... (cut)"
+
+
+def _is_fresh(mark: Path) -> bool:
+    try:
+        return time.time() - mark.stat().st_mtime < ALIVE_SECONDS
+    except FileNotFoundError:
+        return False
+
+
+def newest_attempt(root: Path, fingerprint: str) -> Path | None:
+    """Folder of the newest attempt at a fingerprint below a store's root, None without one."""
+    place = root / "attempts" / fingerprint
+    with contextlib.suppress(FileNotFoundError):
+        numbers = [int(path.name) for path in place.iterdir() if path.name.isdigit()]
+        return place / str(max(numbers)) if numbers else None
+    return None

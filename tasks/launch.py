@@ -1,0 +1,283 @@
+"""Torch jobs as a stage sees them: start or join, follow, stop, explain.
+
+    stage (in the flow)  --starts-->  supervisor  --starts-->  launcher  --starts-->  ranks
+         |  follows by files only         |  holds the lease, the attempt's lock, the host's lock
+         v                                v
+    logs/output.log progress.json    state/job.json exit.json cancel followers/ ranks/
+
+The flow may die, be killed or be restarted at any time: the job goes on, and whoever wants the same
+artifact next joins it. Only files connect the two, so that a broken follower cannot break a job.
+"""
+
+import contextlib
+import importlib.util
+import json
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from pydantic import ValidationError
+
+from conf.contract import EXIT, JOB, OUTPUT, RESULT, ExitCode, ExitFile, JobFile
+from conf.launch import LaunchConfig
+from conf.settings import Settings
+from storage.artifact import Artifact
+from storage.errors import BessemerError
+from storage.lease import FileLease, acquire
+from storage.store import Claim, Store
+from tasks.command import ROOT
+from tasks.explain import tail_of
+from tasks.follower import CANCEL, FOLLOWERS, Follower, newest_attempt
+from tasks.processes import cores, cuda_devices
+from tasks.rank import RANKS
+
+if TYPE_CHECKING:
+    # tasks.stage follows running attempts with what stands here.
+    from tasks.stage import Job
+
+POLL_SECONDS = 0.1
+LOCK = "supervisor.lock"
+"""In `state/`: locked as long as guardian or supervisor live."""
+
+
+class JobFailed(BessemerError):
+    """A torch job ended without a result; `.ended` says how. Its attempt stays, to be resumed."""
+
+    def __init__(self, node: str, ended: ExitFile, output: Path) -> None:
+        self.ended = ended
+        tail = "\n".join(f"    {line}" for line in ended.tail[-15:])
+        super().__init__(
+            f"{node}: {ended.reason} (exit code {ended.code}, after {ended.seconds:.0f} s). "
+            f"The whole output is in {output}" + (f"; it ended with:\n{tail}" if tail else ".")
+        )
+
+
+class JobStopped(JobFailed):
+    """A torch job ended before its result because it was asked to; running again goes on."""
+
+
+def run_worker(
+    job: "Job", module: str, settings: Settings, inputs: Mapping[str, Artifact]
+) -> dict[str, Any]:
+    """Run `python -m module JOBFILE` as the attempt's torch job and return its result.json.
+
+    A job of this attempt that is already running (its flow died) is joined; one that has already
+    ended well is not run again. `settings.launch` says where and how. Only torch stages call this.
+
+    Raises ValueError when the job cannot be started as asked, JobFailed when it ended badly,
+    JobStopped when it was stopped (deadline, nobody followed, a request).
+    """
+    launch = cast("LaunchConfig", cast("Any", settings).launch)
+    preflight(launch, module, inputs)
+    wanted = _job_file(job, settings, launch, inputs)
+    for folder in (job.files, job.logs, job.state):
+        folder.mkdir(parents=True, exist_ok=True)
+    while (lock := acquire(job.state / LOCK)) is None:
+        _follow(job, lambda: _is_free(job.state / LOCK))
+    try:
+        if (result := _earlier_result(job, wanted)) is not None:
+            job.log.info("the job had already ended well; its result is taken over")
+            return result
+        supervisor = _start(job, module, wanted, lock)
+    finally:
+        lock.release()
+    _follow(job, lambda: supervisor.poll() is not None)
+    return _result(job)
+
+
+def preflight(launch: LaunchConfig, module: str, inputs: Mapping[str, Artifact]) -> None:
+    """Refuse what cannot work before a process is started. Raises ValueError."""
+    if importlib.util.find_spec(module) is None:
+        raise ValueError(f"there is no module {module} to run; check the name of the worker")
+    if launch.engine == "plain" and launch.processes > 1:
+        raise ValueError(
+            f"launch.engine=plain with launch.processes={launch.processes}: plain is one process; "
+            "set launch.engine=ddp, or launch.processes=1"
+        )
+    if launch.engine == "zero2" and importlib.util.find_spec("deepspeed") is None:
+        raise ValueError("launch.engine=zero2 needs deepspeed, which is not installed here")
+    if launch.device == "cuda" and len(cuda_devices()) < launch.processes:
+        raise ValueError(
+            f"launch.device=cuda with launch.processes={launch.processes}, but this host offers "
+            f"{len(cuda_devices())} CUDA devices; set launch.device=cpu or fewer processes"
+        )
+    if launch.threads and launch.processes * launch.threads > cores():
+        raise ValueError(
+            f"{launch.processes} processes x {launch.threads} threads are more than the "
+            f"{cores()} cores of this host; set launch.threads=0 to divide them"
+        )
+    for name, artifact in inputs.items():
+        if not artifact.files.is_dir():
+            raise ValueError(f"input {name}: {artifact.files} is missing; build it first")
+
+
+def _job_file(
+    job: "Job", settings: Settings, launch: LaunchConfig, inputs: Mapping[str, Artifact]
+) -> JobFile:
+    return JobFile(
+        stage=job.stage,
+        node=job.node,
+        settings=settings.model_dump(mode="json"),
+        inputs={name: str(artifact.files.absolute()) for name, artifact in inputs.items()},
+        sources={
+            name: [str(Path(file.path).absolute()) for file in source.files]
+            for name, source in job.sources.items()
+        },
+        files=job.files.absolute(),
+        logs=job.logs.absolute(),
+        state=job.state.absolute(),
+        launch=launch,
+    )
+
+
+def _earlier_result(job: "Job", wanted: JobFile) -> dict[str, Any] | None:
+    """The result of an earlier run of the same job in this attempt, where it ended well."""
+    ended = _read_exit(job.state)
+    if ended is None or ended.code != ExitCode.DONE or not (job.logs / RESULT).exists():
+        return None
+    try:
+        earlier = JobFile.model_validate_json((job.state / JOB).read_text("utf-8"))
+    except (FileNotFoundError, ValidationError):
+        return None
+    # How it was launched does not change what was computed.
+    is_same = earlier.model_copy(update={"launch": wanted.launch}) == wanted
+    return json.loads((job.logs / RESULT).read_text("utf-8")) if is_same else None
+
+
+def _start(job: "Job", module: str, wanted: JobFile, lock: FileLease) -> "subprocess.Popen[bytes]":
+    """Start the supervisor of a fresh run; lease and lock pass into its hands."""
+    for stale in (job.state / EXIT, job.state / CANCEL, job.logs / RESULT):
+        stale.unlink(missing_ok=True)
+    for folder in (job.state / RANKS, job.state / FOLLOWERS):
+        folder.mkdir(exist_ok=True)
+        for stale in folder.iterdir():
+            stale.unlink()
+    job_path = job.state / JOB
+    partial = job_path.with_suffix(".partial")
+    partial.write_text(wanted.model_dump_json(indent=1), "utf-8")
+    partial.replace(job_path)
+    kept = [fd for fd in (lock.fd, job.lease_fd) if fd is not None]
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    with (job.logs / OUTPUT).open("ab") as output:
+        return subprocess.Popen(
+            [sys.executable, "-m", "tasks.supervisor", module, str(job_path.absolute())],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env={**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"},
+            start_new_session=True,
+            pass_fds=kept,
+        )
+
+
+def _result(job: "Job") -> dict[str, Any]:
+    ended = _read_exit(job.state) or ExitFile(
+        code=ExitCode.FAILED,
+        reason="the job vanished without a word: guardian and supervisor were both killed",
+        tail=tail_of(job.logs / OUTPUT),
+        seconds=0.0,
+    )
+    match ended.code:
+        case ExitCode.DONE:
+            return json.loads((job.logs / RESULT).read_text("utf-8"))
+        case ExitCode.REQUEUE:
+            raise JobStopped(job.node, ended, job.logs / OUTPUT)
+        case _:
+            raise JobFailed(job.node, ended, job.logs / OUTPUT)
+
+
+def _read_exit(state: Path) -> ExitFile | None:
+    try:
+        return ExitFile.model_validate_json((state / EXIT).read_text("utf-8"))
+    except FileNotFoundError:
+        return None
+
+
+def _is_free(path: Path) -> bool:
+    lease = acquire(path)
+    if lease is None:
+        return False
+    lease.release()
+    return True
+
+
+def _follow(job: "Job", is_over: Callable[[], bool]) -> None:
+    """Relay output and progress until the job is over; when interrupted, stop the job first."""
+    with Follower(job.path, job.log.info, job.report_progress) as follower:
+        try:
+            while not is_over() and not follower.stop.is_set():
+                follower.look()
+                time.sleep(POLL_SECONDS)
+        # Also a cancelled flow or Ctrl-C: the job must get its checkpoint before we go.
+        except BaseException:
+            _leave(job, follower, is_over)
+            raise
+        follower.look()
+        if follower.stop.is_set() and not _leave(job, follower, is_over):
+            raise JobStopped(job.node, _LEFT, job.logs / OUTPUT)
+
+
+def _leave(job: "Job", follower: Follower, is_over: Callable[[], bool]) -> bool:
+    """Leave a job, and wait for its end unless somebody else follows it. Whether it has ended."""
+    if not is_over() and not follower.leave():
+        return False
+    job.log.info("stopping the job; it saves a checkpoint first")
+    while not is_over():
+        time.sleep(POLL_SECONDS)
+    return True
+
+
+def follow_elsewhere(
+    store: Store,
+    fingerprint: str,
+    *,
+    node: str,
+    take: Callable[[], Claim | None],
+    report_progress: Callable[[float, float, str], None],
+) -> Claim:
+    """Follow the process that holds an artifact's lease until `take` gets it.
+
+    Output and progress of a torch job that outlived its flow, or that another run started, appear
+    here as if it were ours, and it counts as followed. Raises JobStopped after `stop_jobs()`.
+    """
+    log = logging.getLogger(f"bessemer.{node}")
+    log.info("already being built by another process; following it")
+    with contextlib.ExitStack() as stack:
+        follower: Follower | None = None
+        while (claim := take()) is None:
+            if follower is None and (attempt := newest_attempt(store.root, fingerprint)):
+                follower = stack.enter_context(Follower(attempt, log.info, report_progress))
+            if follower is not None:
+                _look_or_leave(follower, node)
+            time.sleep(POLL_SECONDS * 2)
+    return claim
+
+
+def _look_or_leave(follower: Follower, node: str) -> None:
+    try:
+        follower.look()
+    except BaseException:
+        follower.leave()
+        raise
+    if follower.stop.is_set():
+        ended = _ASKED if follower.leave() else _LEFT
+        raise JobStopped(node, ended, follower.attempt / "logs" / OUTPUT)
+
+
+_LEFT = ExitFile(
+    code=ExitCode.REQUEUE,
+    reason="no longer followed from here; the job goes on for those who still follow it",
+    tail=[],
+    seconds=0.0,
+)
+_ASKED = ExitFile(
+    code=ExitCode.REQUEUE,
+    reason="the process that builds it was asked to stop; run again to go on",
+    tail=[],
+    seconds=0.0,
+)

@@ -1,0 +1,283 @@
+"""The process that owns a torch job: `python -m tasks.supervisor JOBFILE`.
+
+It runs in a session of its own, so that the job survives the death of the flow that started it, and
+holds (by inherited descriptors) the lease on the artifact and the lock of the attempt. Two
+processes, so that no `kill -9` of one of them leaves ranks behind:
+
+    guardian      parent; adopts every orphan below it; when the supervisor is gone, kills what is
+                  left of the job, and only then lets go of lease and lock by ending
+    supervisor    child; takes the host's lock, starts the ranks, watches them, writes exit.json
+
+When the guardian is killed, the kernel sends the supervisor SIGTERM and it stops the job in order.
+It ends the job when asked (SIGTERM, or the file `state/cancel`), past the deadline, when progress
+and output stand still, and when nobody has followed for `orphan_seconds`: first SIGTERM to every
+rank, which checkpoints, then after `grace_seconds` SIGKILL to the whole tree.
+"""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+from conf.contract import EXIT, OUTPUT, PROGRESS, RESULT, ExitCode, ExitFile, JobFile, Progress
+from tasks.command import Placement, command, environment
+from tasks.explain import explain, read_notes, tail_of
+from tasks.follower import CANCEL, FOLLOWERS
+from tasks.processes import (
+    adopt_orphans,
+    cuda_devices,
+    descendants,
+    die_with_parent,
+    is_alive,
+    kill_descendants,
+    out_of_memory_kills,
+    send,
+    take_cpu,
+    take_cuda,
+)
+
+POLL_SECONDS = 0.05
+LINGER_SECONDS = 10.0
+"""How long a launcher may take to end once all its ranks have written their end."""
+
+
+@dataclass(frozen=True)
+class Ending:
+    """Why a running job has to end."""
+
+    code: ExitCode
+    reason: str
+
+
+@dataclass
+class Supervisor:
+    """One run of one job."""
+
+    job: JobFile
+    module: str
+    started: float = field(default_factory=time.time)
+    is_asked: bool = False
+
+    def run(self) -> ExitFile:
+        """Wait for the host, run the ranks to their end, and say how it went."""
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, self._ask)
+        placement = self._wait_for_host()
+        if isinstance(placement, Ending):
+            return self._exit(placement, [])
+        return self._run_ranks(placement)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.is_asked = True
+
+    def _wait_for_host(self) -> Placement | Ending:
+        is_told = False
+        while (placement := _place(self.job)) is None:
+            if ending := self._unwanted():
+                return ending
+            if not is_told:
+                _say("waiting: another training job has this host's processor")
+                self._write_waiting()
+                is_told = True
+            time.sleep(POLL_SECONDS)
+        return placement
+
+    def _write_waiting(self) -> None:
+        progress = Progress(step=0, total=0, unit="waiting for another job", updated=time.time())
+        _replace(self.job.logs / PROGRESS, progress.model_dump_json())
+
+    def _run_ranks(self, placement: Placement) -> ExitFile:
+        begin = time.monotonic()
+        kills = out_of_memory_kills()
+        arguments = command(self.job.launch, self.module, self.job.state / "job.json", placement)
+        launch = self.job.launch
+        _say(
+            f"{launch.processes} x {placement.threads} threads on {placement.device}, "
+            f"engine {launch.engine}: {self.module}"
+        )
+        # In a process group of its own, so that a signal meant for the ranks never reaches us.
+        launcher = subprocess.Popen(
+            arguments,
+            env=environment(self.job.launch, placement),
+            stdin=subprocess.DEVNULL,
+            process_group=0,
+            preexec_fn=lambda: die_with_parent(signal.SIGKILL),
+        )
+        ending = self._watch(launcher, begin)
+        if ending is not None:
+            return self._exit(ending, self._stop(launcher, ending))
+        return explain(
+            read_notes(self.job.state),
+            ranks=launch.processes,
+            launcher_code=launcher.poll(),
+            output=self.job.logs / OUTPUT,
+            has_result=(self.job.logs / RESULT).exists(),
+            is_short_of_memory=out_of_memory_kills() > kills,
+            seconds=time.monotonic() - begin,
+        )
+
+    def _watch(self, launcher: "subprocess.Popen[bytes]", begin: float) -> Ending | None:
+        """Wait for the launcher's own end (None) or for a reason to stop it."""
+        lingers_since: float | None = None
+        while launcher.poll() is None:
+            if ending := self._unwanted() or self._overdue(begin):
+                return ending
+            notes = read_notes(self.job.state)
+            if len(notes) == self.job.launch.processes and all(n.code is not None for n in notes):
+                lingers_since = lingers_since or time.monotonic()
+                if time.monotonic() - lingers_since > LINGER_SECONDS:
+                    _say("all ranks have ended, their launcher has not; killing it")
+                    return None
+            time.sleep(POLL_SECONDS)
+        return None
+
+    def _unwanted(self) -> Ending | None:
+        if self.is_asked or (self.job.state / CANCEL).exists():
+            return Ending(ExitCode.REQUEUE, "stopped on request")
+        limit = self.job.launch.orphan_seconds
+        if limit and (alone := time.time() - self._last_followed()) > limit:
+            return Ending(ExitCode.REQUEUE, f"nobody has followed the job for {alone:.0f} s")
+        return None
+
+    def _last_followed(self) -> float:
+        return max(self.started, _newest((self.job.state / FOLLOWERS).glob("*")))
+
+    def _overdue(self, begin: float) -> Ending | None:
+        launch = self.job.launch
+        if launch.deadline_seconds and time.monotonic() - begin > launch.deadline_seconds:
+            return Ending(
+                ExitCode.REQUEUE, f"the deadline of {launch.deadline_seconds:g} s has passed"
+            )
+        if launch.stall_seconds:
+            logs = self.job.logs
+            moved = _newest([logs / PROGRESS, *logs.glob("output*.log")])
+            still = min(time.monotonic() - begin, time.time() - moved)
+            if still > launch.stall_seconds:
+                return Ending(
+                    ExitCode.FAILED,
+                    f"progress and output stood still for {still:.0f} s "
+                    f"(launch.stall_seconds={launch.stall_seconds:g}): the job hangs",
+                )
+        return None
+
+    def _stop(self, launcher: "subprocess.Popen[bytes]", ending: Ending) -> list[str]:
+        """SIGTERM, grace, SIGKILL. Returns the last lines of the job's own output."""
+        tail = tail_of(self.job.logs / OUTPUT)
+        _say(f"{ending.reason}; asking the ranks to checkpoint and end")
+        below = set(descendants(os.getpid()))
+        ranks = [note.pid for note in read_notes(self.job.state) if note.pid in below]
+        for pid in ranks or [launcher.pid]:
+            send(pid, signal.SIGTERM)
+        end = time.monotonic() + self.job.launch.grace_seconds
+        while launcher.poll() is None and any(map(is_alive, ranks or [launcher.pid])):
+            if time.monotonic() > end:
+                _say(f"still running {self.job.launch.grace_seconds:g} s later; killing them")
+                break
+            time.sleep(POLL_SECONDS)
+        return tail
+
+    def _exit(self, ending: Ending, tail: list[str]) -> ExitFile:
+        notes = read_notes(self.job.state)
+        has_saved = bool(notes) and all(note.code in (0, ExitCode.REQUEUE) for note in notes)
+        saved = "a checkpoint was saved" if has_saved else "no new checkpoint was saved"
+        return ExitFile(
+            code=ending.code,
+            reason=f"{ending.reason}; {saved}; run again to go on from the newest one",
+            tail=tail,
+            seconds=time.time() - self.started,
+        )
+
+
+def _place(job: JobFile) -> Placement | None:
+    """Where the job runs, its locks taken; None while the host is taken."""
+    launch = job.launch
+    device = launch.device
+    if device == "auto":
+        device = "cuda" if cuda_devices() else "cpu"
+    if device == "cuda":
+        taken = take_cuda(launch.processes)
+        return None if taken is None else Placement.on_cuda(launch, taken)
+    lock = take_cpu()
+    return None if lock is None else Placement.on_cpu(launch, lock)
+
+
+def guard(supervise: Callable[[], None], on_lost: Callable[[str], None]) -> int:
+    """Run `supervise` in a child; when it is gone, leave nothing of it. Returns its exit code.
+
+    `on_lost` is called, after the sweep, with what happened to a child that did not end well.
+    """
+    adopt_orphans()
+    child = os.fork()
+    if child == 0:
+        os.setpgid(0, 0)
+        adopt_orphans()
+        supervise()
+        sys.exit(0)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, lambda received, frame: send(child, signal.Signals(received)))
+    _, status = os.waitpid(child, 0)
+    kill_descendants()
+    code = os.waitstatus_to_exitcode(status)
+    if code < 0:
+        on_lost(f"was killed ({signal.Signals(-code).name})")
+    elif code > 0:
+        on_lost("failed by itself, see its last lines,")
+    return code
+
+
+def main() -> None:
+    """Supervise the job of the job file named on the command line, run by the module named there."""
+    module, job_file = sys.argv[1:3]
+    job = JobFile.model_validate_json(Path(job_file).read_text("utf-8"))
+    started = time.time()
+
+    def supervise() -> None:
+        die_with_parent(signal.SIGTERM)
+        ended = Supervisor(job, module).run()
+        stuck = kill_descendants()
+        if stuck:
+            _say(f"processes {stuck} do not die: they are stuck in the kernel")
+        _replace(job.state / EXIT, ended.model_dump_json(indent=1))
+
+    def on_lost(what: str) -> None:
+        ended = ExitFile(
+            code=ExitCode.FAILED,
+            reason=f"the supervisor {what} and its ranks were killed with it; "
+            "run again to go on from the newest checkpoint",
+            tail=tail_of(job.logs / OUTPUT),
+            seconds=time.time() - started,
+        )
+        _replace(job.state / EXIT, ended.model_dump_json(indent=1))
+
+    sys.exit(guard(supervise, on_lost))
+
+
+def _newest(paths: Iterable[Path]) -> float:
+    """When the newest of the files was written, in seconds since the epoch; 0 without files."""
+    times: list[float] = []
+    for path in paths:
+        # A follower that leaves removes its file between the listing and the look.
+        with contextlib.suppress(FileNotFoundError):
+            times.append(path.stat().st_mtime)
+    return max(times, default=0.0)
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(f"[supervisor] {text}\n")
+    sys.stdout.flush()
+
+
+def _replace(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(text, "utf-8")
+    partial.replace(path)
+
+
+if __name__ == "__main__":
+    main()
