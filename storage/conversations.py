@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Literal, TypedDict, cast
+from typing import ClassVar, Literal, TypeAlias, TypedDict, cast
 
 from storage.artifact import Artifact
 from storage.jsonl import Split, read_jsonl
@@ -10,11 +10,8 @@ from storage.jsonl import Split, read_jsonl
 Role = Literal["system", "user", "assistant"]
 
 
-class Message(TypedDict):
-    """One turn."""
-
-    role: Role
-    content: str
+Message: TypeAlias = dict[str, str]
+"""One turn: `role` (a Role) and `content`. A plain mapping, which is what chat templates take."""
 
 
 class Conversation(TypedDict):

@@ -1,8 +1,11 @@
 """Reads rows of JSON, JSON lines (plain, .gz, .zst) and Parquet, naming the place of every bad one."""
 
+import bz2
 import gzip
 import io
 import json
+import lzma
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,9 +34,9 @@ def read_rows(file: SourceFile) -> Iterator[tuple[int, Any] | BadRow]:
 
     Raises ValueError for a file that is damaged as a whole or in a format that has no rows.
     """
-    if file.format == "parquet" or file.name.endswith(".parquet"):
+    if file.format == "parquet":
         yield from _parquet_rows(file.path)
-    elif file.format not in ("auto", "json", "jsonl"):
+    elif file.format not in ("json", "jsonl"):
         raise ValueError(
             f"{file.path}: {file.format} holds no conversations or pairs; expected JSON, "
             "JSON lines or Parquet; convert the file or set `format` of the source"
@@ -43,10 +46,14 @@ def read_rows(file: SourceFile) -> Iterator[tuple[int, Any] | BadRow]:
 
 
 def open_text(path: Path) -> IO[bytes]:
-    """The bytes of a file, decompressed where its name ends in .gz or .zst."""
+    """The bytes of a file, decompressed where its name says so (.gz .zst .xz .bz2)."""
     match path.suffix:
         case ".gz":
             return cast("IO[bytes]", gzip.open(path, "rb"))
+        case ".xz":
+            return cast("IO[bytes]", lzma.open(path, "rb"))
+        case ".bz2":
+            return cast("IO[bytes]", bz2.open(path, "rb"))
         case ".zst":
             import zstandard
 
@@ -66,10 +73,19 @@ def _json_rows(file: SourceFile) -> Iterator[tuple[int, Any] | BadRow]:
                 yield from _lines(stream, file.name)
             else:
                 yield from _document(stream.read(), file.name)
-    except (EOFError, OSError) as error:
+    except _damages(file.path) as error:
         raise ValueError(
             f"{file.path}: cannot be decompressed ({error}); fetch it again"
         ) from error
+
+
+def _damages(path: Path) -> tuple[type[Exception], ...]:
+    """What the decompressor of a file raises for broken bytes."""
+    if path.suffix != ".zst":
+        return (EOFError, OSError, lzma.LZMAError, zlib.error)
+    import zstandard
+
+    return (EOFError, OSError, zstandard.ZstdError)
 
 
 def _is_lines(path: Path) -> bool:
