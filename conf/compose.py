@@ -3,7 +3,7 @@
 import contextlib
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -249,7 +249,7 @@ def _merge(written: _Written, chosen: dict[str, str], overrides: list[str]) -> d
 
 
 @contextlib.contextmanager
-def _hydra(primary: dict[str, Any], bodies: list[dict[str, Any]]) -> Iterator[None]:
+def _hydra(primary: dict[str, Any], bodies: list[dict[str, Any]]) -> Generator[None]:
     from hydra import initialize_config_dir
     from hydra.core.config_store import ConfigStore
     from hydra.core.global_hydra import GlobalHydra

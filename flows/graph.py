@@ -1,0 +1,425 @@
+"""From a composed recipe to a typed graph of nodes; every mistake is found before anything runs."""
+
+import glob
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from pydantic import ValidationError
+
+from conf.compose import compose_leniently
+from conf.launch import LaunchConfig
+from conf.mistakes import Mistake, RecipeError, suggest
+from conf.settings import Settings, SourceSpec
+from conf.shape import ShapeConfig
+from storage.artifact import Artifact
+from tasks import stage as registry
+from tasks.stage import InputSpec, StageSpec
+
+REFERENCE = "artifact:"
+"""Start of an input that is an existing artifact rather than a node: `artifact:RUN:NODE`."""
+NODE_KEYS = ("uses", "from", "pin")
+LARGEST_VOCABULARY = 65_536
+"""Token ids are stored in 16 bits."""
+TOKENIZED = ("tokenizer", "tokens", "policy", "reward_model")
+"""Kinds of artifacts that hold token ids, or weights that belong to one vocabulary."""
+
+Link = str | dict[str, str]
+
+
+@dataclass(frozen=True)
+class Node:
+    """One stage of a recipe with its settings and what it reads."""
+
+    name: str
+    spec: StageSpec
+    settings: Settings
+    inputs: Mapping[str, Link]
+    """Input name -> node name (or `artifact:...`), or a map of such for an input that takes several."""
+    pin: str | None = None
+    """An existing artifact that is taken instead of running the stage."""
+
+    @property
+    def links(self) -> Iterator[tuple[str, str]]:
+        """Every (input, node name or `artifact:...`) that it reads."""
+        for name, link in self.inputs.items():
+            if isinstance(link, str):
+                yield name, link
+            else:
+                yield from ((f"{name}.{key}", target) for key, target in link.items())
+
+    @property
+    def sources(self) -> Iterator[tuple[str, tuple[SourceSpec, ...]]]:
+        """Every setting that names outside files."""
+        return self.settings.source_fields()
+
+    @property
+    def upstream(self) -> list[str]:
+        """Names of the nodes it waits for; none for a pinned one."""
+        if self.pin is not None:
+            return []
+        linked = [target for _, target in self.links if not target.startswith(REFERENCE)]
+        files = [spec.node for _, specs in self.sources for spec in specs if spec.node]
+        return list(dict.fromkeys([*linked, *files]))
+
+    @property
+    def flow(self) -> str:
+        """Which of the four flows it belongs to, by what it makes out of what."""
+        match self.spec.output.kind:
+            case "world" | "raw" | "corpus" | "tokenizer" | "tokens":
+                return "corpus"
+            case "scores" | "export":
+                return "evaluation"
+            case "policy" if "tokens" in self.spec.inputs:
+                return "pretraining"
+            case _:
+                return "alignment"
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A recipe that was found sound: nodes in an order in which each follows what it reads."""
+
+    recipe: str
+    nodes: Mapping[str, Node]
+    composed: Mapping[str, Any]
+    """The recipe as plain data, with nothing left to choose."""
+
+    def ancestors(self, names: Iterable[str]) -> set[str]:
+        """The given nodes and all that they depend on."""
+        found: set[str] = set()
+        waiting = list(names)
+        while waiting:
+            if (name := waiting.pop()) not in found:
+                found.add(name)
+                waiting += self.nodes[name].upstream
+        return found
+
+    def descendants(self, names: Iterable[str]) -> set[str]:
+        """The given nodes and all that depends on them."""
+        found = set(names)
+        for name, node in self.nodes.items():
+            if found & set(node.upstream):
+                found.add(name)
+        return found
+
+
+def load_graph(recipe: str, overrides: list[str], *, base: Path) -> Graph:
+    """Compose a recipe and build its graph. Raises RecipeError with everything that is wrong.
+
+    `base` is the folder that relative paths of sources start from.
+    """
+    composed, mistakes = compose_leniently(recipe, overrides)
+    graph, more = _build(Path(recipe).stem, composed, base)
+    # One slip may be found twice: by its text, and by what it led to.
+    if found := list(dict.fromkeys([*mistakes, *more])):
+        raise RecipeError(found)
+    return graph
+
+
+def build_graph(recipe: str, composed: Mapping[str, Any], *, base: Path) -> Graph:
+    """The graph of a composed recipe. Raises RecipeError with everything that is wrong."""
+    graph, mistakes = _build(recipe, composed, base)
+    if mistakes:
+        raise RecipeError(mistakes)
+    return graph
+
+
+def check_selection(graph: Graph, arguments: Mapping[str, Iterable[str]]) -> None:
+    """Raises RecipeError for an option that names a node which the graph does not have."""
+    mistakes = [
+        Mistake(f"--{option} {name}", "there is no such node", suggest(name, graph.nodes))
+        for option, names in arguments.items()
+        for name in names
+        if name not in graph.nodes
+    ]
+    if mistakes:
+        raise RecipeError(mistakes)
+
+
+def _build(recipe: str, composed: Mapping[str, Any], base: Path) -> tuple[Graph, list[Mistake]]:
+    mistakes: list[Mistake] = []
+    written = cast("dict[str, dict[str, Any]]", composed.get("stages") or {})
+    if not written:
+        mistakes.append(Mistake("stages", "the recipe has no node", "add nodes under `stages`"))
+    nodes: dict[str, Node] = {}
+    for name, body in written.items():
+        if node := _node(name, body, composed, mistakes):
+            nodes[name] = node
+    for node in nodes.values():
+        mistakes += _input_mistakes(node, nodes, written)
+        mistakes += _source_mistakes(node, written, base)
+    order = _in_order(nodes, mistakes)
+    if not any("cycle" in mistake.found for mistake in mistakes):
+        mistakes += _tokenizer_mistakes(order)
+        mistakes += _context_mistakes(order)
+    return Graph(recipe, order, composed), mistakes
+
+
+def _node(
+    name: str, body: dict[str, Any], composed: Mapping[str, Any], mistakes: list[Mistake]
+) -> Node | None:
+    place = f"stages.{name}"
+    stages = registry.stages()
+    uses = body.get("uses", name)
+    if uses not in stages:
+        known = suggest(str(uses), stages)
+        mend = known if "uses" in body else f"{known} (a node of another name says `uses: STAGE`)"
+        mistakes.append(Mistake(place, f"there is no stage {uses!r}", mend))
+        return None
+    spec = stages[str(uses)]
+    inputs = body.get("from") or {}
+    if not isinstance(inputs, dict):
+        mend = f"write from: {{{', '.join(f'{key}: NODE' for key in spec.inputs)}}}"
+        mistakes.append(Mistake(f"{place}.from", f"{inputs!r} is no mapping", mend))
+        inputs = {}
+    pin = body.get("pin")
+    if pin is not None and not isinstance(pin, str):
+        mistakes.append(
+            Mistake(f"{place}.pin", f"{pin!r} is no artifact", "give RUN:NODE or a fingerprint")
+        )
+        pin = None
+    settings = _settings(name, spec, body, composed, mistakes)
+    return Node(name, spec, settings, cast("dict[str, Link]", inputs), pin) if settings else None
+
+
+def _settings(
+    name: str,
+    spec: StageSpec,
+    body: Mapping[str, Any],
+    composed: Mapping[str, Any],
+    mistakes: list[Mistake],
+) -> Settings | None:
+    values = {key: value for key, value in body.items() if key not in NODE_KEYS}
+    fields = spec.settings.model_fields
+    if "seed" in fields and composed.get("seed") is not None:
+        values.setdefault("seed", composed["seed"])
+    for group in ("shape", "launch"):
+        shared = composed.get(group)
+        own = values.get(group)
+        if group in fields and isinstance(shared, dict) and isinstance(own, dict | None):
+            values[group] = {**cast("dict[str, Any]", shared), **(own or {})}
+    try:
+        settings = spec.settings.model_validate(values)
+    except ValidationError as error:
+        mistakes += [_settings_mistake(name, spec.settings, dict(e)) for e in error.errors()]
+        return None
+    mistakes += _value_mistakes(name, settings)
+    return settings
+
+
+def _settings_mistake(node: str, settings: type[Settings], error: dict[str, Any]) -> Mistake:
+    """One error of the settings class, in words."""
+    location = [str(part) for part in error["loc"]]
+    place = ".".join(["stages", node, *location])
+    value = error["input"]
+    match error["type"]:
+        case "extra_forbidden":
+            owner = _owner(settings, location[:-1])
+            known = [*owner.model_fields, *(NODE_KEYS if owner is settings else ())]
+            return Mistake(place, "unknown key", suggest(location[-1], known))
+        case "missing":
+            return Mistake(place, "is missing", "give it a value; it has no default")
+        case "value_error" if isinstance(value, dict):
+            return Mistake(place, str(error["ctx"]["error"]), "change one of them")
+        case _ if location and location[-1] == "vocabulary" and _is_too_large(value):
+            return _vocabulary_mistake(place, value)
+        case "value_error":
+            return Mistake(place, f"{value!r}: {error['ctx']['error']}", "change the value")
+        case _:
+            message = str(error["msg"])
+            return Mistake(place, f"{value!r} is refused", message[0].lower() + message[1:])
+
+
+def _owner(settings: type[Settings], location: list[str]) -> type[Settings]:
+    """The settings class that holds the key at a place, as far as it can be told."""
+    owner = settings
+    for part in location:
+        field = owner.model_fields.get(part)
+        kinds = _settings_in(field.annotation) if field else []
+        owner = kinds[0] if kinds else owner
+    return owner
+
+
+def _settings_in(annotation: Any) -> list[type[Settings]]:
+    if isinstance(annotation, type) and issubclass(annotation, Settings):
+        return [annotation]
+    parts = getattr(annotation, "__args__", ())
+    return [found for part in parts for found in _settings_in(part)]
+
+
+def _is_too_large(value: Any) -> bool:
+    return isinstance(value, int) and value > LARGEST_VOCABULARY
+
+
+def _vocabulary_mistake(place: str, value: int) -> Mistake:
+    found = f"{value:,} tokens do not fit into 16 bits, which hold {LARGEST_VOCABULARY:,}"
+    return Mistake(place, found, f"give vocabulary: {LARGEST_VOCABULARY} or less")
+
+
+def _value_mistakes(name: str, settings: Settings) -> Iterator[Mistake]:
+    """What one settings class cannot see by itself, or where the mend can be named better."""
+    vocabulary = getattr(settings, "vocabulary", None)
+    if _is_too_large(vocabulary):
+        yield _vocabulary_mistake(f"stages.{name}.vocabulary", cast("int", vocabulary))
+    launch = getattr(settings, "launch", None)
+    if isinstance(launch, LaunchConfig):
+        yield from _launch_mistakes(f"stages.{name}.launch", launch)
+
+
+def _launch_mistakes(place: str, launch: LaunchConfig) -> Iterator[Mistake]:
+    if launch.engine == "plain" and launch.processes > 1:
+        found = f"engine plain runs one process, {launch.processes} are asked for"
+        yield Mistake(place, found, "choose engine: ddp, or processes: 1")
+    if (launch.engine == "zero2") != (launch.launcher == "deepspeed"):
+        found = f"engine {launch.engine} does not run under the {launch.launcher} launcher"
+        yield Mistake(place, found, "use zero2 with deepspeed, and plain or ddp with torchrun")
+
+
+def _input_mistakes(
+    node: Node, nodes: Mapping[str, Node], written: Mapping[str, Any]
+) -> Iterator[Mistake]:
+    place = f"stages.{node.name}.from"
+    if node.pin is not None:
+        return
+    for name in node.inputs:
+        if name not in node.spec.inputs:
+            mend = suggest(name, node.spec.inputs)
+            yield Mistake(f"{place}.{name}", f"{node.spec.name} has no such input", mend)
+    for name, takes in node.spec.inputs.items():
+        link = node.inputs.get(name)
+        if link is None:
+            if not takes.is_optional:
+                yield _missing_input(f"{place}.{name}", node.spec, takes, nodes)
+        elif takes.is_map != isinstance(link, dict):
+            mend = f"write {name}: {{KEY: NODE, ...}}" if takes.is_map else f"write {name}: NODE"
+            yield Mistake(f"{place}.{name}", f"{link!r} has the wrong form", mend)
+        else:
+            for key, target in link.items() if isinstance(link, dict) else [("", link)]:
+                where = f"{place}.{name}.{key}" if key else f"{place}.{name}"
+                yield from _link_mistakes(where, target, takes, nodes, written)
+
+
+def _missing_input(
+    place: str, spec: StageSpec, takes: InputSpec, nodes: Mapping[str, Node]
+) -> Mistake:
+    fitting = [name for name, node in nodes.items() if issubclass(node.spec.output, takes.kinds)]
+    found = f"{spec.name} needs this input, {_kinds(takes.kinds)}"
+    mend = f"name a node that makes one: {', '.join(fitting)}" if fitting else "add a node for it"
+    return Mistake(place, found, mend)
+
+
+def _link_mistakes(
+    place: str,
+    target: object,
+    takes: InputSpec,
+    nodes: Mapping[str, Node],
+    written: Mapping[str, Any],
+) -> Iterator[Mistake]:
+    if not isinstance(target, str):
+        yield Mistake(place, f"{target!r} is no node", "give a node's name")
+    elif target.startswith(REFERENCE) or (target in written and target not in nodes):
+        return  # checked when it is looked up; or the node itself has been refused already
+    elif target not in nodes:
+        yield Mistake(place, f"there is no node {target!r}", suggest(target, nodes))
+    elif not issubclass(made := nodes[target].spec.output, takes.kinds):
+        fitting = [n for n, node in nodes.items() if issubclass(node.spec.output, takes.kinds)]
+        found = f"node {target!r} makes {_kinds((made,))}, {_kinds(takes.kinds)} is read here"
+        if made.kind == "reward_model" and "policy" in {kind.kind for kind in takes.kinds}:
+            found += " (a reward model scores answers and cannot write them)"
+        mend = f"name one of: {', '.join(fitting)}" if fitting else "add a node that makes one"
+        yield Mistake(place, found, mend)
+
+
+def _kinds(kinds: tuple[type[Artifact], ...]) -> str:
+    return " or ".join(f"a {kind.__name__}" for kind in kinds)
+
+
+def _source_mistakes(node: Node, written: Mapping[str, Any], base: Path) -> Iterator[Mistake]:
+    for field, specs in node.sources:
+        for index, spec in enumerate(specs):
+            place = f"stages.{node.name}.{field}[{index}]"
+            if spec.node is not None:
+                if spec.node not in written:
+                    found = f"there is no node {spec.node!r}"
+                    yield Mistake(f"{place}.node", found, suggest(spec.node, written))
+            elif not spec.is_optional and not _matches(spec.path, base):
+                mend = "correct the path, or set is_optional: true"
+                found = f"no file matches {spec.path!r} (from {base})"
+                yield Mistake(f"{place}.path", found, mend)
+
+
+def _matches(pattern: str, base: Path) -> bool:
+    whole = base.absolute() / Path(pattern).expanduser()
+    if whole.is_file():
+        return True
+    if whole.is_dir():
+        return any(path.is_file() for path in whole.rglob("*"))
+    # Path.glob refuses absolute patterns.
+    return any(True for _ in glob.iglob(str(whole), recursive=True))  # noqa: PTH207
+
+
+def _in_order(nodes: Mapping[str, Node], mistakes: list[Mistake]) -> dict[str, Node]:
+    """Nodes after all they wait for, else in the recipe's order; a cycle is noted and left out."""
+    order: dict[str, Node] = {}
+    waiting = dict(nodes)
+    while waiting:
+        ready = [
+            name
+            for name, node in waiting.items()
+            if not any(other in waiting for other in node.upstream)
+        ]
+        if not ready:
+            cycle = _cycle(waiting)
+            found = f"is part of a cycle: {' <- '.join([*cycle, cycle[0]])}"
+            mistakes.append(
+                Mistake(f"stages.{cycle[0]}.from", found, "let one of them read another node")
+            )
+            break
+        order[ready[0]] = waiting.pop(ready[0])
+    return order
+
+
+def _cycle(nodes: Mapping[str, Node]) -> list[str]:
+    trail = [next(iter(nodes))]
+    while True:
+        following = next(name for name in nodes[trail[-1]].upstream if name in nodes)
+        if following in trail:
+            return trail[trail.index(following) :]
+        trail.append(following)
+
+
+def _tokenizer_mistakes(order: Mapping[str, Node]) -> Iterator[Mistake]:
+    """Inputs whose token ids come from different vocabularies."""
+    origins: dict[str, set[str]] = {}
+    for node in order.values():
+        read = {
+            link: origins.get(target, set())
+            for link, target in node.links
+            if target in order and order[target].spec.output.kind in TOKENIZED
+        }
+        found = {origin for sets in read.values() for origin in sets}
+        if len(found) > 1:
+            parts = [f"{link} was made with {' and '.join(sorted(o))}" for link, o in read.items()]
+            mend = "let all of them descend from one tokenizer"
+            yield Mistake(f"stages.{node.name}.from", f"mixes tokenizers: {', '.join(parts)}", mend)
+        is_tokenizer = node.spec.output.kind == "tokenizer"
+        origins[node.name] = {node.pin or node.name} if is_tokenizer else found
+
+
+def _context_mistakes(order: Mapping[str, Node]) -> Iterator[Mistake]:
+    """Sequences longer than the model was made for."""
+    longest: dict[str, int] = {}
+    for node in order.values():
+        shape = getattr(node.settings, "shape", None)
+        above = [longest[t] for _, t in node.links if t in longest]
+        if isinstance(shape, ShapeConfig) and not above:
+            above = [shape.context]
+        if above:
+            longest[node.name] = min(above)
+        asked = getattr(node.settings, "context", 0)
+        if above and isinstance(asked, int) and asked > min(above):
+            found = f"{asked} tokens are more than the model's context of {min(above)}"
+            mend = f"give {node.name}.context={min(above)} or less, or shape.context={asked}"
+            yield Mistake(f"stages.{node.name}.context", found, mend)
