@@ -1,0 +1,291 @@
+"""Compiled loops of dedup: tokens, shingles, MinHash signatures, exact Jaccard, greedy choice.
+
+A token is one Han, kana or hangul character, or one run of letters, digits and `_` (ASCII lower-cased).
+A shingle is `shingle_tokens` tokens in a row; a document with fewer is one shingle, one without any
+token has none. Text comes as Arrow buffers: UTF-8 bytes and row offsets.
+"""
+
+# numba's decorators and arrays carry no types that pyright could follow
+# pyright: basic
+
+import numba as nb
+import numpy as np
+import numpy.typing as npt
+
+U32 = np.uint32
+U64 = np.uint64
+
+GOLDEN = U64(0x9E3779B97F4A7C15)
+FNV_OFFSET = U64(14695981039346656037)
+FNV_PRIME = U64(1099511628211)
+SHINGLE_FACTOR = U64(0x9FB21C651E98DF25)
+
+SEPARATOR, RUN, SINGLE = 0, 1, 2
+
+
+@nb.njit(inline="always")
+def _mix64(x):
+    """MurmurHash3's 64-bit finalizer: a bijection that spreads every bit."""
+    x ^= x >> U64(33)
+    x *= U64(0xFF51AFD7ED558CCD)
+    x ^= x >> U64(33)
+    x *= U64(0xC4CEB9FE1A85EC53)
+    return x ^ (x >> U64(33))
+
+
+@nb.njit(inline="always")
+def _fmix32(h):
+    """MurmurHash3's 32-bit finalizer, with which datasketch's affine32 scheme mixes its input."""
+    h = U32(h ^ (h >> U32(16)))
+    h = U32(h * U32(0x85EBCA6B))
+    h = U32(h ^ (h >> U32(13)))
+    h = U32(h * U32(0xC2B2AE35))
+    return U32(h ^ (h >> U32(16)))
+
+
+@nb.njit(inline="always")
+def _kind(cp):
+    """What a code point is. Ranges are written out: a Unicode table would change with Python."""
+    if cp < 0x80:
+        is_run = (97 <= cp <= 122) or (48 <= cp <= 57) or (65 <= cp <= 90) or cp == 95
+        return RUN if is_run else SEPARATOR
+    if cp < 0x2000:  # Latin with marks, Greek, Cyrillic, Hebrew, Arabic, Indic, Thai ...
+        return RUN if cp >= 0xC0 and cp != 0xD7 and cp != 0xF7 else SEPARATOR
+    if (
+        (0x3400 <= cp <= 0x4DBF)
+        or (0x4E00 <= cp <= 0x9FFF)  # Han
+        or (0x3041 <= cp <= 0x30FF)  # kana
+        or (0xAC00 <= cp <= 0xD7AF)  # hangul
+        or (0xF900 <= cp <= 0xFAFF)
+        or (0x20000 <= cp <= 0x3FFFF)
+    ):
+        return SINGLE
+    return SEPARATOR
+
+
+@nb.njit(inline="always")
+def _code_point(text, i):
+    """Code point at byte i of valid UTF-8, and its length in bytes."""
+    c = np.int64(text[i])
+    if c < 0x80:
+        return c, 1
+    if c < 0xE0:
+        return ((c & 31) << 6) | (text[i + 1] & 63), 2
+    if c < 0xF0:
+        return ((c & 15) << 12) | (np.int64(text[i + 1] & 63) << 6) | (text[i + 2] & 63), 3
+    high = ((c & 7) << 18) | (np.int64(text[i + 1] & 63) << 12)
+    return high | (np.int64(text[i + 2] & 63) << 6) | (text[i + 3] & 63), 4
+
+
+@nb.njit(nogil=True, cache=True)
+def _token_hashes(text, start, end, out):
+    """Write one 64-bit hash per token of text[start:end]; how many there are."""
+    found = 0
+    i = start
+    is_in_run = False
+    h = FNV_OFFSET
+    while i < end:
+        cp, width = _code_point(text, i)
+        kind = _kind(cp)
+        if kind == RUN:
+            if not is_in_run:
+                h = FNV_OFFSET
+                is_in_run = True
+            for j in range(i, i + width):
+                c = U64(text[j])
+                if 65 <= text[j] <= 90:
+                    c = c + U64(32)
+                h = (h ^ c) * FNV_PRIME
+        else:
+            if is_in_run:
+                out[found] = _mix64(h)
+                found += 1
+                is_in_run = False
+            if kind == SINGLE:
+                out[found] = _mix64(U64(cp) + GOLDEN)
+                found += 1
+        i += width
+    if is_in_run:
+        out[found] = _mix64(h)
+        found += 1
+    return found
+
+
+@nb.njit(nogil=True, cache=True)
+def _shingle_hashes(text, start, end, shingle_tokens, tokens):
+    """Overwrite `tokens` with one 64-bit hash per shingle, repeats included; how many there are."""
+    found = _token_hashes(text, start, end, tokens)
+    if found == 0:
+        return 0
+    width = min(shingle_tokens, found)
+    shingles = found - width + 1
+    for i in range(shingles):
+        x = U64(width)
+        for j in range(width):
+            x = x * SHINGLE_FACTOR + tokens[i + j]
+        tokens[i] = _mix64(x)
+    return shingles
+
+
+@nb.njit(nogil=True, cache=True)
+def sign(
+    text: npt.NDArray[np.uint8],
+    offsets: npt.NDArray[np.int64],
+    shingle_tokens: int,
+    a: npt.NDArray[np.uint32],
+    b: npt.NDArray[np.uint32],
+    signatures: npt.NDArray[np.uint32],
+    shingles: npt.NDArray[np.uint32],
+) -> None:
+    """Write the MinHash signature (documents, permutations) and the number of shingles of every row.
+
+    The value of permutation k is the minimum over shingles of `a[k] * fmix32(h) + b[k]` modulo 2^32,
+    h the upper half of the shingle's hash: datasketch 2.0's scheme "affine32". Rows without a shingle
+    are all ones.
+    """
+    tokens = np.empty(1024, np.uint64)
+    mixed = np.empty(1024, np.uint32)
+    for row in range(offsets.shape[0] - 1):
+        start, end = offsets[row], offsets[row + 1]
+        if end - start > tokens.shape[0]:
+            tokens = np.empty(2 * (end - start), np.uint64)
+            mixed = np.empty(2 * (end - start), np.uint32)
+        found = _shingle_hashes(text, start, end, shingle_tokens, tokens)
+        shingles[row] = found
+        for i in range(found):
+            mixed[i] = _fmix32(U32(tokens[i] >> U64(32)))
+        for k in range(a.shape[0]):
+            a_k, b_k, least = a[k], b[k], U32(0xFFFFFFFF)
+            for i in range(found):
+                least = min(least, U32(mixed[i] * a_k + b_k))
+            signatures[row, k] = least
+
+
+@nb.njit(nogil=True, cache=True)
+def band_keys(
+    signatures: npt.NDArray[np.uint32], bands: int, rows: int, keys: npt.NDArray[np.uint64]
+) -> None:
+    """Write (bands, documents): a 64-bit hash of each band's `rows` signature values."""
+    for document in range(signatures.shape[0]):
+        for band in range(bands):
+            x = U64(band) + GOLDEN
+            for j in range(rows):
+                x = _mix64(x ^ U64(signatures[document, band * rows + j])) + GOLDEN * U64(j + 1)
+            keys[band, document] = x
+
+
+@nb.njit(nogil=True, cache=True)
+def shingle_sets(
+    text: npt.NDArray[np.uint8], offsets: npt.NDArray[np.int64], shingle_tokens: int
+) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.int64]]:
+    """The sorted distinct shingle hashes of every row, one row after another, and where each ends."""
+    total = 0
+    tokens = np.empty(1024, np.uint64)
+    out = np.empty(max(1024, offsets[-1] - offsets[0]), np.uint64)
+    ends = np.empty(offsets.shape[0] - 1, np.int64)
+    for row in range(offsets.shape[0] - 1):
+        start, end = offsets[row], offsets[row + 1]
+        if end - start > tokens.shape[0]:
+            tokens = np.empty(2 * (end - start), np.uint64)
+        found = _shingle_hashes(text, start, end, shingle_tokens, tokens)
+        ordered = np.sort(tokens[:found])
+        for i in range(found):
+            if i == 0 or ordered[i] != ordered[i - 1]:
+                out[total] = ordered[i]
+                total += 1
+        ends[row] = total
+    return out[:total].copy(), ends
+
+
+@nb.njit(nogil=True, cache=True)
+def jaccard(values: npt.NDArray[np.uint64], ends: npt.NDArray[np.int64], x: int, y: int) -> float:
+    """Exact Jaccard similarity of two rows of `shingle_sets`; 0 if either is empty."""
+    i = ends[x - 1] if x else 0
+    j = ends[y - 1] if y else 0
+    size = ends[x] - i + ends[y] - j
+    shared = 0
+    while i < ends[x] and j < ends[y]:
+        if values[i] == values[j]:
+            shared += 1
+            i += 1
+            j += 1
+        elif values[i] < values[j]:
+            i += 1
+        else:
+            j += 1
+    return shared / (size - shared) if size else 0.0
+
+
+@nb.njit(nogil=True, cache=True)
+def _candidates(p, buckets, head, following, seen_by, out):
+    """Write every kept document that shares a bucket with p, in order, each once; how many."""
+    found = 0
+    for band in range(buckets.shape[0]):
+        bucket = buckets[band, p]
+        other = head[bucket] if bucket >= 0 else -1
+        while other >= 0:
+            if seen_by[other] != p:
+                seen_by[other] = p
+                out[found] = other
+                found += 1
+            other = following[band, other]
+    out[:found].sort()
+    return found
+
+
+@nb.njit(nogil=True, cache=True)
+def _keep(p, buckets, head, following):
+    """Enter p into the chains of its buckets."""
+    for band in range(buckets.shape[0]):
+        bucket = buckets[band, p]
+        if bucket >= 0:
+            following[band, p] = head[bucket]
+            head[bucket] = p
+
+
+@nb.njit(nogil=True, cache=True)
+def choose(
+    buckets: npt.NDArray[np.int64],
+    bucket_count: int,
+    is_old: npt.NDArray[np.bool_],
+    signatures: npt.NDArray[np.uint32],
+    values: npt.NDArray[np.uint64],
+    ends: npt.NDArray[np.int64],
+    threshold: float,
+    least_agreeing: float,
+    is_dropped: npt.NDArray[np.bool_],
+    nearest: npt.NDArray[np.int64],
+    similarity: npt.NDArray[np.float64],
+) -> int:
+    """Go through documents in order; drop one if an earlier kept one is as close as the threshold.
+
+    `buckets` is (bands, documents): the number of the bucket a document is in, -1 if it is alone.
+    Documents with `is_old` were kept by an earlier landing and stay. Writes, per document, whether it is
+    dropped, and a kept document with its similarity: the earliest within the threshold for a dropped
+    one, else the nearest that was compared (-1 for none). Returns how many pairs were compared exactly.
+
+    Only kept documents are candidates, so a bucket of ten thousand copies costs ten thousand
+    comparisons, not their square. Pairs whose signatures agree in fewer than `least_agreeing` places
+    are not compared.
+    """
+    head = np.full(bucket_count, -1, np.int64)
+    following = np.full(buckets.shape, -1, np.int64)
+    seen_by = np.full(buckets.shape[1], -1, np.int64)
+    out = np.empty(buckets.shape[1], np.int64)
+    compared = 0
+    for p in range(buckets.shape[1]):
+        is_dropped[p], nearest[p], similarity[p] = False, -1, 0.0
+        found = 0 if is_old[p] else _candidates(p, buckets, head, following, seen_by, out)
+        for i in range(found):
+            if np.sum(signatures[p] == signatures[out[i]]) < least_agreeing:
+                continue
+            compared += 1
+            measured = jaccard(values, ends, out[i], p)
+            is_dropped[p] = measured >= threshold
+            if is_dropped[p] or measured > similarity[p]:
+                nearest[p], similarity[p] = out[i], measured
+            if is_dropped[p]:
+                break
+        if not is_dropped[p]:
+            _keep(p, buckets, head, following)
+    return compared
