@@ -42,14 +42,13 @@ class Noise:
     """Dropout whose noise is a pure function of what it is for, on any device and split of the batch."""
 
     seed: int
-    step: int
     rows: Tensor
-    """(B,) int64: number of each row in the batch of the whole step."""
+    """(B,) int64: number of each row among all that training sees."""
 
     def drop(self, x: Tensor, site: int, rate: float) -> Tensor:
         """Set a share `rate` of x (B, T, D) to zero and scale the rest by 1 / (1 - rate)."""
         _, tokens, width = x.shape
-        key = _mix32(_mix32(self.rows * 0x9E3779B1 + self.seed) + self.step * 0x85EBCA77 + site)
+        key = _mix32(_mix32(self.rows * 0x9E3779B1 + self.seed) + site)
         place = torch.arange(tokens * width, device=x.device).view(1, tokens, width)
         bits = _mix32(key[:, None, None] + place * 0x9E3779B1)
         keep = bits >= int(rate * 2**32)

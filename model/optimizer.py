@@ -1,0 +1,102 @@
+"""How weights are updated: AdamW with decay where it belongs, and learning rates as functions of the step."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+Schedule = Literal["constant", "linear", "cosine", "wsd", "cosine_stable_decay"]
+
+
+@dataclass(frozen=True)
+class UpdateRule:
+    """What one update does with the gradients of a step."""
+
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    clip_norm: float = 1.0
+    """Largest norm of all gradients together; 0 leaves them as they are."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """`bf16` computes in bfloat16 where that is safe; weights and optimizer stay in float32."""
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Weights of two and more dimensions decay; norms and biases do not."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+
+
+def adamw(model: nn.Module, rule: UpdateRule) -> torch.optim.AdamW:
+    """AdamW over the model; the learning rate is set at every step.
+
+    Source: Loshchilov and Hutter 2019, algorithm 2.
+    """
+    groups = parameter_groups(model, rule.weight_decay)
+    return torch.optim.AdamW(groups, lr=0.0, betas=rule.betas, eps=rule.eps, fused=True)
+
+
+def set_learning_rate(groups: Iterable[dict[str, Any]], learning_rate: float) -> None:
+    """Give every group of an optimizer that learning rate."""
+    for group in groups:
+        group["lr"] = learning_rate
+
+
+def learning_rate(
+    step: int,
+    *,
+    schedule: Schedule,
+    peak: float,
+    steps: int,
+    warmup_steps: int = 0,
+    floor: float = 0.1,
+    stable_share: float = 0.5,
+    decay_share: float = 0.2,
+) -> float:
+    """Learning rate of the update number `step`, 0 to steps - 1.
+
+    The first `warmup_steps` updates rise linearly, the last of them to `peak`. After it:
+    - constant: `peak` to the end;
+    - linear: straight from `peak` to `floor` x peak;
+    - cosine: half a cosine from `peak` to `floor` x peak (Loshchilov and Hutter 2017, equation 5);
+    - wsd: `peak`, then the last `decay_share` of all steps straight to `floor` x peak (Hu et al. 2024,
+      MiniCPM, equation 1, with a linear decay);
+    - cosine_stable_decay: half a cosine to the middle between peak and floor, `stable_share` of all
+      steps at that level, then the last `decay_share` straight to `floor` x peak.
+    """
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    after = max(1, steps - warmup_steps)
+    done = min(1.0, (step - warmup_steps) / after)
+    low = floor * peak
+    match schedule:
+        case "constant":
+            return peak
+        case "linear":
+            return peak + (low - peak) * done
+        case "cosine":
+            return low + (peak - low) * _half_cosine(done)
+        case "wsd":
+            return peak + (low - peak) * _decayed(step, steps, decay_share)
+        case "cosine_stable_decay":
+            middle = (peak + low) / 2
+            falling = max(1.0, steps * (1 - decay_share - stable_share) - warmup_steps)
+            fallen = min(1.0, (step - warmup_steps) / falling)
+            level = middle + (peak - middle) * _half_cosine(fallen)
+            return level + (low - level) * _decayed(step, steps, decay_share)
+
+
+def _half_cosine(done: float) -> float:
+    return 0.5 * (1 + math.cos(math.pi * done))
+
+
+def _decayed(step: int, steps: int, share: float) -> float:
+    """How much of the final decay is behind: 0 before it starts, 1 at the end."""
+    length = share * steps
+    return 0.0 if length <= 0 else min(1.0, max(0.0, (step - (steps - length)) / length))

@@ -1,0 +1,123 @@
+"""DeepSpeed ZeRO 2 behind the engine's face: gradients and optimizer state spread over the ranks."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from model.batches import Batch
+from model.engine import MODEL_FILE, OPTIMIZER_FILE, Loss, Objective, optimizer_states
+from model.optimizer import UpdateRule, adamw, parameter_groups, set_learning_rate
+from model.ranks import Ranks
+from model.transformer import Transformer
+from model.weights import load_tensors, save_tensors
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class ZeroEngine:
+    """DeepSpeed with ZeRO stage 2 and torch's AdamW, weights in fp32."""
+
+    def __init__(self, model: Transformer, ranks: Ranks, rule: UpdateRule) -> None:
+        self.model, self.ranks, self.rule = model, ranks, rule
+        self._objective = Objective(model, rule, ranks.device)
+        self._engine = _initialise(self._objective, model, ranks, rule)
+        self._zero = self._engine.optimizer
+
+    def backward(
+        self, loss: Loss, batch: Batch, totals: Mapping[str, float], *, is_last: bool
+    ) -> dict[str, Tensor]:
+        self._engine.set_gradient_accumulation_boundary(is_last)
+        figures = self._engine(loss, batch, totals)
+        # Ranks are averaged; the loss is already this rank's share of the sum.
+        self._engine.backward(figures["loss"] * self.ranks.world, scale_wrt_gas=False)
+        return {name: value.detach() for name, value in figures.items()}
+
+    def step(self, learning_rate: float) -> float:
+        set_learning_rate(self._zero.param_groups, learning_rate)
+        # A norm that is not finite is found inside, and the update left out.
+        self._engine.step()
+        return float(self._engine.get_global_grad_norm())
+
+    def discard(self) -> None:
+        self._zero.zero_grad(set_to_none=True)
+        for group in list(self._zero.averaged_gradients):
+            self._zero.averaged_gradients[group] = None
+            self._zero.all_grad_tensors[group] = None
+
+    def save(self, folder: Path) -> None:
+        states = self._whole_states()
+        if not self.ranks.is_first:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        save_tensors(folder / MODEL_FILE, self.model.state_dict())
+        save_tensors(folder / OPTIMIZER_FILE, states)
+
+    def load(self, folder: Path) -> None:
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        self.model.load_state_dict(load_tensors(folder / MODEL_FILE))
+        self._zero.refresh_fp32_params()
+        by_name = optimizer_states(folder)
+        if by_name:
+            self._allocate_states(next(iter(by_name.values()))["step"])
+        for name, parameter in self.model.named_parameters():
+            for key in MOMENTS if name in by_name else ():
+                safe_set_full_optimizer_state(parameter, by_name[name][key], key)
+        self._check_groups()
+
+    def _whole_states(self) -> dict[str, Tensor]:
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        base = self._zero.optimizer.state
+        if not base:
+            return {}
+        step = next(iter(base.values()))["step"]
+        states: dict[str, Tensor] = {}
+        for name, parameter in self.model.named_parameters():
+            states[f"{name}|step"] = step.clone()
+            for key in MOMENTS:
+                whole = safe_get_full_optimizer_state(parameter, key)
+                states[f"{name}|{key}"] = cast("Tensor", whole)
+        return states
+
+    def _allocate_states(self, step: Tensor) -> None:
+        for part in self._zero.single_partition_of_fp32_groups:
+            self._zero.optimizer.state[part] = {
+                "step": step.clone(),
+                **{key: torch.zeros_like(part) for key in MOMENTS},
+            }
+        self._zero._lazy_init_hp_params_optimizer_state()
+
+    def _check_groups(self) -> None:
+        """Group options are known to have changed silently on a load; a wrong decay diverges."""
+        wanted = [g["weight_decay"] for g in parameter_groups(self.model, self.rule.weight_decay)]
+        found = [group["weight_decay"] for group in self._zero.param_groups]
+        assert found == wanted, f"DeepSpeed's groups decay {found}, wanted {wanted}"
+
+
+def _initialise(objective: Objective, model: Transformer, ranks: Ranks, rule: UpdateRule) -> Any:
+    if ranks.device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    # Building the shared-memory all-reduce takes minutes at the first start; gloo does the same sum.
+    cast("dict[str, bool]", deepspeed.ops.__compatible_ops__)["deepspeed_shm_comm"] = False
+    engine, *_ = deepspeed.initialize(
+        model=objective,
+        optimizer=adamw(model, rule),
+        dist_init_required=False,
+        config={
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": rule.clip_norm,
+            "zero_optimization": {"stage": 2},
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "steps_per_print": 10**12,
+        },
+    )
+    return engine
