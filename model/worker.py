@@ -1,11 +1,14 @@
 """The frame of every worker: read the job, join the ranks, work, say how it ended."""
 
+import hashlib
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from conf.contract import JobFile
+from conf.settings import Settings
 from model.journal import Journal
 from model.loop import Ended
 from model.ranks import Ranks, join_ranks
@@ -30,3 +33,25 @@ def run(work: Work) -> None:
     ranks.wait()
     journal.result(figures)
     ranks.leave()
+
+
+def identity_of_job(job: JobFile, settings: Settings) -> dict[str, Any]:
+    """What a checkpoint belongs to: the settings that are identity, and the content of the inputs."""
+    return {
+        "stage": job.stage,
+        "settings": settings.identity(),
+        "inputs": {name: _content_of(Path(files)) for name, files in job.inputs.items()},
+    }
+
+
+def _content_of(files: Path) -> str:
+    """The digest of the artifact that owns the folder; for a bare folder, its names and sizes."""
+    record = files.parent / "record.json"
+    if record.is_file():
+        return str(json.loads(record.read_text("utf-8"))["digest"])
+    sizes = [
+        f"{path.relative_to(files)}:{path.stat().st_size}"
+        for path in sorted(files.rglob("*"))
+        if path.is_file()
+    ]
+    return hashlib.sha256("\n".join(sizes).encode("utf-8")).hexdigest()

@@ -1,0 +1,167 @@
+"""Settings of pretraining, and how many steps they come to on given data."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from conf.launch import LaunchConfig
+from conf.settings import RUNTIME, Settings
+from conf.shape import ShapeConfig
+
+
+class PhaseConfig(Settings):
+    """A part of pretraining with a mixture of its own."""
+
+    tokens: Annotated[float, Field(gt=0, le=1)]
+    """Share of all tokens; the shares of all phases add up to 1."""
+    mix: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict[str, float])
+    """Domain -> share; domains that are not named are left out. Empty: each by its number of tokens."""
+
+
+class PretrainConfig(Settings):
+    """How a language model is trained from token files."""
+
+    shape: ShapeConfig = ShapeConfig()
+    """The model; when an existing policy is continued it must be the policy's."""
+    tokens: Annotated[int, Field(ge=0)] = 0
+    """Tokens to train on, rounded up to whole steps; 0 to go by `epochs`."""
+    epochs: Annotated[float, Field(gt=0)] = 1.0
+    """Passes over the training tokens of all domains that the phases use, when `tokens` is 0."""
+    batch_tokens: Annotated[int, Field(ge=8)] = 16_384
+    """Tokens of one step over all ranks; a multiple of `context`. Real runs take 0.5M to 4M
+    (Brown et al. 2020, table 2.1)."""
+    context: Annotated[int, Field(ge=0)] = 0
+    """Tokens of a training row; 0 for the shape's context."""
+    phases: tuple[PhaseConfig, ...] = ()
+    """Phases in order; none for one phase in which each domain has the share of its tokens."""
+    learning_rate: Annotated[float, Field(gt=0)] = 3e-4
+    """Highest learning rate (Touvron et al. 2023, table 2: 3e-4 at 7B; smaller models bear more)."""
+    schedule: Literal["constant", "linear", "cosine", "wsd", "cosine_stable_decay"] = "cosine"
+    """Course of the learning rate after warm-up; model/optimizer.py defines each."""
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    """Share of the steps in which the learning rate rises from 0 to the highest."""
+    floor: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Last learning rate as a share of the highest (Hoffmann et al. 2022, section 3.1)."""
+    stable: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    """Share of the steps at the middle level; for cosine_stable_decay."""
+    decay: Annotated[float, Field(ge=0, le=1)] = 0.2
+    """Share of the steps of the last descent; for wsd and cosine_stable_decay (Hu et al. 2024: 0.1)."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    """AdamW's decay of matrices; norms and biases have none (Brown et al. 2020, appendix B)."""
+    beta2: Annotated[float, Field(gt=0, lt=1)] = 0.95
+    """Memory of AdamW's second moment (Brown et al. 2020, appendix B)."""
+    clip: Annotated[float, Field(ge=0)] = 1.0
+    """Largest norm of the gradients; 0 for no limit (Brown et al. 2020, appendix B)."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """What the model computes in; weights and optimizer are fp32 either way."""
+    is_document_masked: bool = False
+    """Whether a token is kept from seeing other documents of its row."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Of initial weights, order of the data and dropout."""
+    bad_steps: Annotated[int, Field(ge=1)] = 5
+    """So many steps in a row whose loss or gradients are not finite end the job."""
+    held_tokens: Annotated[int, Field(ge=0), RUNTIME] = 65_536
+    """Held-out tokens per domain, whole documents, on which the loss is followed; 0 for none."""
+    evaluate_every_steps: Annotated[int, Field(ge=0), RUNTIME] = 100
+    """Steps between two looks at the held-out loss; 0 for none."""
+    checkpoint_every_steps: Annotated[int, Field(ge=0), RUNTIME] = 0
+    """Steps between two checkpoints, besides those by `launch.checkpoint_seconds`; 0 for none."""
+    launch: Annotated[LaunchConfig, RUNTIME] = LaunchConfig()
+    """Where and how the job runs."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> "PretrainConfig":
+        if self.context > self.shape.context:
+            raise ValueError(
+                f"context={self.context} is longer than the model's shape.context="
+                f"{self.shape.context}; lower the one or raise the other"
+            )
+        if self.batch_tokens % self.row_tokens:
+            nearest = max(1, round(self.batch_tokens / self.row_tokens)) * self.row_tokens
+            raise ValueError(
+                f"batch_tokens={self.batch_tokens} is not a multiple of the row of {self.row_tokens} "
+                f"tokens; use {nearest}"
+            )
+        total = sum(phase.tokens for phase in self.phases)
+        if self.phases and abs(total - 1) > 1e-6:
+            raise ValueError(f"the phases' shares of tokens add up to {total:g}; make it 1")
+        return self
+
+    @property
+    def row_tokens(self) -> int:
+        """Tokens of a training row."""
+        return self.context or self.shape.context
+
+    @property
+    def batch_rows(self) -> int:
+        """Rows of one step over all ranks."""
+        return self.batch_tokens // self.row_tokens
+
+    def plan(self, domains: Mapping[str, int]) -> "PretrainPlan":
+        """What the settings come to on so many training tokens per domain.
+
+        Raises ValueError for a mixture that names an unknown or empty domain, or too little data.
+        """
+        names = sorted(domains)
+        if max(domains.values(), default=0) < self.row_tokens:
+            raise ValueError(
+                f"no domain has the {self.row_tokens} training tokens of one row (found "
+                f"{dict(domains)}); give more data or a smaller context"
+            )
+        mixes = [_mix(phase.mix, domains) for phase in self.phases or (PhaseConfig(tokens=1),)]
+        used = {name for mix in mixes for name, share in mix.items() if share > 0}
+        rows = sum(math.ceil(domains[name] / self.row_tokens) for name in used)
+        wanted = self.tokens / self.row_tokens if self.tokens else self.epochs * rows
+        steps = max(1, math.ceil(wanted / self.batch_rows - 1e-9))
+        return PretrainPlan(
+            steps=steps,
+            warmup_steps=round(self.warmup * steps),
+            domains=tuple(names),
+            phases=_phases(self.phases, mixes, names, steps),
+        )
+
+
+@dataclass(frozen=True)
+class PretrainPlan:
+    """Steps of a pretraining."""
+
+    steps: int
+    warmup_steps: int
+    domains: tuple[str, ...]
+    """All domains of the data, sorted; the order of the shares."""
+    phases: tuple[tuple[int, tuple[float, ...]], ...]
+    """Steps of each phase, and the share of each domain in it."""
+
+
+def _mix(mix: Mapping[str, float], domains: Mapping[str, int]) -> dict[str, float]:
+    if not mix:
+        return {name: float(tokens) for name, tokens in domains.items()}
+    for name, share in mix.items():
+        if share > 0 and not domains.get(name):
+            known = ", ".join(sorted(name for name, tokens in domains.items() if tokens))
+            raise ValueError(
+                f"the mix names domain {name!r}, of which there are no training tokens; the data has "
+                f"{known}"
+            )
+    if not sum(mix.values()) > 0:
+        raise ValueError("a mix gives every domain the share 0; give one of them more")
+    return dict(mix)
+
+
+def _phases(
+    phases: tuple[PhaseConfig, ...],
+    mixes: list[dict[str, float]],
+    names: list[str],
+    steps: int,
+) -> tuple[tuple[int, tuple[float, ...]], ...]:
+    shares = [phase.tokens for phase in phases] or [1.0]
+    ends = [round(steps * sum(shares[: number + 1])) for number in range(len(shares))]
+    starts = [0, *ends[:-1]]
+    return tuple(
+        (end - start, tuple(mix.get(name, 0.0) for name in names))
+        for start, end, mix in zip(starts, ends, mixes, strict=True)
+        if end > start
+    )
