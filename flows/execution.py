@@ -1,0 +1,279 @@
+"""One run of a recipe: what may start, what each node ended as, and the record of it all.
+
+Knows nothing of Prefect: `flows/pipeline.py` asks it for nodes that are ready and runs them.
+"""
+
+import ctypes
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from flows.graph import Graph
+from flows.lookup import Address, Lookup
+from flows.runs import Home, StageRecord, StageStatus, RunRecord
+from storage.artifact import Artifact
+from storage.errors import DamagedArtifact
+from tasks.stage import Job, Outcome, execute
+
+DONE: tuple[StageStatus, ...] = ("hit", "built")
+WAKE_SECONDS = 1.0
+CANCELLED = "cancelled; run again to go on from here"
+
+Report = Callable[[float, float, str], None]
+_log = logging.getLogger("bessemer.run")
+
+
+@dataclass
+class Listener:
+    """What is told about a run while it goes on; every method may be called from any thread."""
+
+    on_node: Callable[[str, StageRecord], None] = lambda name, node: None
+    """A node started or ended."""
+    on_progress: Callable[[str, float, float, str], None] = lambda name, done, total, unit: None
+    on_job: Callable[[str, Job], None] = lambda name, job: None
+    """A node is about to be built."""
+
+
+@dataclass
+class Execution:
+    """A run in progress."""
+
+    graph: Graph
+    home: Home
+    record: RunRecord
+    lookup: Lookup
+    forced: frozenset[str]
+    must_hit: frozenset[str]
+    """Nodes whose artifact has to be in the store already."""
+    selected: tuple[str, ...]
+    """Nodes that take part, in order."""
+    workers: int
+    listeners: list[Listener] = field(default_factory=list[Listener])
+    is_cancelled: bool = False
+    _addresses: dict[str, Address] = field(default_factory=dict[str, Address])
+    _taken: set[str] = field(default_factory=set[str])
+    _threads: dict[str, int] = field(default_factory=dict[str, int])
+    _changed: threading.Condition = field(default_factory=threading.Condition)
+    _mending: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the run."""
+        return self.home.run_folder(self.record.run_id)
+
+    def start(self) -> None:
+        """Note that the run goes on, in this process."""
+        process = psutil.Process()
+        self.record.pid, self.record.pid_started = process.pid, process.create_time()
+        self.record.started = datetime.now(UTC).isoformat(timespec="seconds")
+        for name, node in self.graph.nodes.items():
+            self.record.stages[name] = StageRecord(
+                node=name,
+                stage=node.spec.name,
+                kind=node.spec.output.kind,
+                flow=node.flow,
+                status="waiting" if name in self.selected else "skipped",
+                reads=node.upstream,
+                inputs=dict(node.inputs),
+            )
+        self._write()
+
+    def finish(self, seconds: float) -> None:
+        """Note how the run ended."""
+        with self._changed:
+            for node in self.record.stages.values():
+                if node.status in ("waiting", "running"):
+                    node.status, node.error = "skipped", CANCELLED
+        failed = any(node.status == "failed" for node in self.record.stages.values())
+        self.record.status = "cancelled" if self.is_cancelled else "failed" if failed else "done"
+        self.record.seconds = round(seconds, 3)
+        self.record.ended = datetime.now(UTC).isoformat(timespec="seconds")
+        self._write()
+
+    def next_ready(self, names: Iterable[str]) -> str | None:
+        """The next of these nodes that can be run or must be skipped; None when none is left.
+
+        Waits for other nodes, also for those of other flows. Each name is given out once.
+        """
+        wanted = list(names)
+        with self._changed:
+            while left := [name for name in wanted if name not in self._taken]:
+                for name in left:
+                    if self.is_cancelled or self._blocker(name) or self._is_ready(name):
+                        self._taken.add(name)
+                        return name
+                self._changed.wait(WAKE_SECONDS)
+        return None
+
+    def fingerprint(self, name: str) -> str | None:
+        """Address of a ready node, or of its pin; None for one that cannot run."""
+        if self.is_cancelled or self._blocker(name):
+            return None
+        if pin := self.graph.nodes[name].pin:
+            return pin
+        try:
+            address = self.lookup.address(name)
+        except (ValueError, OSError) as error:
+            # Told again, and recorded, when the node runs.
+            _log.debug("no address for %s: %s", name, error)
+            return None
+        self._addresses[name] = address
+        return address.fingerprint
+
+    def run(
+        self, name: str, report_progress: Report = lambda done, total, unit: None
+    ) -> StageRecord:
+        """Find or build the artifact of a node. Raises what the stage raises, after recording it."""
+        blocker = self._blocker(name)
+        if self.is_cancelled or blocker:
+            reason = CANCELLED if self.is_cancelled else f"{blocker} has no artifact"
+            return self._set(name, status="skipped", error=reason)
+        self._set(name, status="running")
+        self._threads[name] = threading.get_ident()
+        started = time.monotonic()
+        try:
+            artifact, status = self._find_or_build(name, self._reporter(name, report_progress))
+        except BaseException as error:
+            reason = CANCELLED if self.is_cancelled else f"{type(error).__name__}: {error}"
+            seconds = round(time.monotonic() - started, 3)
+            self._set(name, status="failed", error=reason, seconds=seconds)
+            raise
+        finally:
+            self._threads.pop(name, None)
+        return self._arrived(name, artifact, status, time.monotonic() - started)
+
+    def cancel(self, grace_seconds: float) -> bool:
+        """Stop what is running and start nothing more; whether everything stopped in time.
+
+        Nodes run in threads, which no signal reaches: the exception that Ctrl-C means is raised in
+        each of them.
+        """
+        with self._changed:
+            self.is_cancelled = True
+            self._changed.notify_all()
+        for thread in list(self._threads.values()):
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(
+                ctypes.c_ulong(thread), ctypes.py_object(KeyboardInterrupt)
+            )
+        deadline = time.monotonic() + grace_seconds
+        while self._threads and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return not self._threads
+
+    def _is_ready(self, name: str) -> bool:
+        return all(
+            self.record.stages[other].status in DONE for other in self.graph.nodes[name].upstream
+        )
+
+    def _blocker(self, name: str) -> str | None:
+        """An upstream node that ended without an artifact."""
+        for other in self.graph.nodes[name].upstream:
+            if self.record.stages[other].status in ("failed", "skipped"):
+                return other
+        return None
+
+    def _find_or_build(self, name: str, report: Report) -> tuple[Artifact, StageStatus]:
+        if pinned := self.lookup.pinned(name):
+            return pinned, "hit"
+        try:
+            outcome = self._execute(name, report)
+        except DamagedArtifact as damage:
+            _log.warning("%s: %s; its input is rebuilt now", name, damage)
+            self._mend(name)
+            self._addresses.pop(name, None)
+            outcome = self._execute(name, report)
+        return outcome.artifact, outcome.status
+
+    def _execute(self, name: str, report: Report, *, is_forced: bool | None = None) -> Outcome:
+        node = self.graph.nodes[name]
+        address = self._addresses.get(name) or self.lookup.address(name)
+        self._addresses[name] = address
+        if name in self.must_hit and self.lookup.store.find(address.fingerprint) is None:
+            raise ValueError(
+                f"{name} was to be taken from the store and is not there; run it first, or leave "
+                "out --from and --only"
+            )
+        with self._changed:
+            self.record.stages[name].sources = {
+                setting: source.identity() for setting, source in address.sources.items()
+            }
+        return execute(
+            node.spec,
+            node=name,
+            settings=node.settings,
+            inputs=address.inputs,
+            sources=address.sources,
+            store=self.lookup.store,
+            workers=self.workers,
+            is_forced=name in self.forced if is_forced is None else is_forced,
+            report_progress=report,
+            on_start=lambda job: self._tell(lambda listener: listener.on_job(name, job)),
+        )
+
+    def _mend(self, name: str) -> None:
+        """Rebuild what a node reads and is no longer in the store; the rest are hits."""
+        with self._mending:
+            for other in self.graph.nodes:
+                if other == name or other not in self.graph.ancestors([name]):
+                    continue
+                if self.graph.nodes[other].pin is None:
+                    started = time.monotonic()
+                    outcome = self._execute(other, lambda done, total, unit: None, is_forced=False)
+                    if outcome.status == "built":
+                        seconds = time.monotonic() - started
+                        self._arrived(other, outcome.artifact, "built", seconds)
+
+    def _arrived(
+        self, name: str, artifact: Artifact, status: StageStatus, seconds: float
+    ) -> StageRecord:
+        with self._changed:
+            self.lookup.artifacts[name] = artifact
+        record = artifact.record
+        return self._set(
+            name,
+            status=status,
+            fingerprint=record.fingerprint,
+            digest=record.digest,
+            path=str(artifact.path),
+            seconds=round(seconds, 3),
+            metrics=record.metrics,
+            error=None,
+        )
+
+    def _set(self, name: str, **changes: Any) -> StageRecord:
+        with self._changed:
+            node = self.record.stages[name]
+            for key, value in changes.items():
+                setattr(node, key, value)
+            self._write()
+            self._changed.notify_all()
+        self._tell(lambda listener: listener.on_node(name, node))
+        return node
+
+    def _reporter(self, name: str, report: Report) -> Report:
+        def both(done: float, total: float, unit: str) -> None:
+            report(done, total, unit)
+            self._tell(lambda listener: listener.on_progress(name, done, total, unit))
+
+        return both
+
+    def _tell(self, tell: Callable[[Listener], None]) -> None:
+        for listener in self.listeners:
+            tell(listener)
+
+    def _write(self) -> None:
+        with self._changed:
+            self.record.write(self.folder)
+
+
+def workers_of(environment: Mapping[str, str] = os.environ) -> int:
+    """Processes that a fan-out may use: `$BESSEMER_WORKERS`, else the cores of this process."""
+    return int(environment.get("BESSEMER_WORKERS") or len(os.sched_getaffinity(0)))

@@ -1,0 +1,235 @@
+"""What is known of the runs of a home: where things lie, what each run did, what a name means."""
+
+import fcntl
+import os
+import secrets
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+from pydantic import BaseModel, ConfigDict, Field
+
+from storage.record import Record
+from storage.store import Store, open_store
+
+RUN_FILE = "run.json"
+START_TOLERANCE_SECONDS = 2.0
+"""Start times of a process as told by the kernel and as noted differ by at most this."""
+SHORTEST_FINGERPRINT = 6
+
+StageStatus = Literal["waiting", "running", "hit", "built", "failed", "skipped"]
+RunStatus = Literal["running", "done", "failed", "cancelled"]
+
+
+class StageRecord(BaseModel):
+    """What became of one node in one run."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+
+    node: str
+    stage: str
+    kind: str
+    flow: str
+    """Which of the four flows it belongs to."""
+    status: StageStatus = "waiting"
+    reads: list[str] = Field(default_factory=list[str])
+    """Nodes whose artifacts it reads, as inputs or as source files."""
+    inputs: dict[str, Any] = Field(default_factory=dict[str, Any])
+    """Input name -> node name, or a map of such; for drawing the graph."""
+    fingerprint: str | None = None
+    digest: str | None = None
+    path: str | None = None
+    """Folder of the artifact."""
+    seconds: float = 0.0
+    metrics: dict[str, Any] = Field(default_factory=dict[str, Any])
+    error: str | None = None
+    sources: dict[str, Any] = Field(default_factory=dict[str, Any])
+    """Identity of the outside files that it read, for each setting that names some."""
+
+
+class RunRecord(BaseModel):
+    """One run of a recipe; `run.json`, replaced whenever something changes."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+
+    run_id: str
+    recipe: str
+    recipe_path: str
+    """The recipe as it was named on the command line."""
+    overrides: list[str] = Field(default_factory=list[str])
+    options: dict[str, Any] = Field(default_factory=dict[str, Any])
+    """from, until, only, force, extend, as they were given."""
+    composed: dict[str, Any] = Field(default_factory=dict[str, Any])
+    """The recipe with nothing left to choose; pins and whatever said `newest` are fingerprints."""
+    frozen: dict[str, str] = Field(default_factory=dict[str, str])
+    """Place in the recipe -> fingerprint that a name of an artifact stood for."""
+    status: RunStatus = "running"
+    pid: int = 0
+    pid_started: float = 0.0
+    started: str = ""
+    ended: str | None = None
+    seconds: float = 0.0
+    report: str | None = None
+    stages: dict[str, StageRecord] = Field(default_factory=dict[str, StageRecord])
+
+    @classmethod
+    def read(cls, folder: Path) -> "RunRecord":
+        """The record in a run's folder. Raises FileNotFoundError where there is none."""
+        return cls.model_validate_json((folder / RUN_FILE).read_bytes())
+
+    def write(self, folder: Path) -> None:
+        """Replace the record in a run's folder; a reader sees the old or the new one, whole."""
+        folder.mkdir(parents=True, exist_ok=True)
+        draft = folder / f".{RUN_FILE}.{os.getpid()}"
+        draft.write_text(self.model_dump_json(indent=1), "utf-8")
+        draft.replace(folder / RUN_FILE)
+
+    @property
+    def state(self) -> str:
+        """`status`, or `died` for a run whose process is gone without having said how it ended."""
+        is_dead = self.status == "running" and not is_alive(self.pid, self.pid_started)
+        return "died" if is_dead else self.status
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every node of the recipe has its artifact."""
+        return self.status == "done" and all(
+            node.status in ("hit", "built") for node in self.stages.values()
+        )
+
+    def contract(self) -> dict[str, Any]:
+        """What `run --json` prints."""
+        keys = (
+            "stage", "status", "kind", "fingerprint", "digest", "path", "seconds", "metrics", "error",
+        )  # fmt: skip
+        stages = {
+            name: {key: getattr(node, key) for key in keys} for name, node in self.stages.items()
+        }
+        return {
+            "recipe": self.recipe,
+            "run_id": self.run_id,
+            "report": self.report,
+            "stages": stages,
+        }
+
+
+@dataclass(frozen=True)
+class Home:
+    """The folder that holds everything local: services, store, runs."""
+
+    path: Path
+
+    @property
+    def runs(self) -> Path:
+        """One folder for each run, named by its id."""
+        return self.path / "runs"
+
+    @property
+    def tracking_uri(self) -> str:
+        """Where MLflow keeps its runs, unless the environment names a server."""
+        return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{self.path / 'mlflow.db'}"
+
+    def run_folder(self, run_id: str) -> Path:
+        """Folder of one run."""
+        return self.runs / run_id
+
+    def store(self, composed: Mapping[str, Any] | None = None) -> Store:
+        """The store that a recipe names, else the one in this home."""
+        named = (composed or {}).get("store")
+        url = named.get("url") if isinstance(named, dict) else named
+        if not url:
+            return open_store(str(self.path / "store"))
+        return open_store(str(url), cache=self.path / "cache")
+
+    def records(self) -> Iterator[RunRecord]:
+        """Every run, newest first."""
+        if not self.runs.is_dir():
+            return
+        for folder in sorted(self.runs.iterdir(), reverse=True):
+            if (folder / RUN_FILE).is_file():
+                yield RunRecord.read(folder)
+
+    def newest(self, recipe: str | None = None, *, is_complete: bool = False) -> RunRecord | None:
+        """The newest run, of a recipe where one is named, and complete where that is asked for."""
+        for record in self.records():
+            if recipe in (None, record.recipe) and (record.is_complete or not is_complete):
+                return record
+        return None
+
+
+def open_home() -> Home:
+    """`$BESSEMER_HOME`, else `.bessemer` in the working directory."""
+    return Home(Path(os.environ.get("BESSEMER_HOME") or ".bessemer").expanduser().absolute())
+
+
+def new_run_id() -> str:
+    """An id that sorts by time: `20260131-235959-3fa9`."""
+    return f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+
+
+def is_alive(pid: int, started: float) -> bool:
+    """Whether the process with that id is the one that was started then, and not a zombie."""
+    try:
+        process = psutil.Process(pid)
+        is_same = abs(process.create_time() - started) < START_TOLERANCE_SECONDS
+        return is_same and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+def find_artifact(name: str, home: Home, store: Store) -> Record:
+    """What ARTIFACT stands for: a node of the newest run, RUN:NODE, a fingerprint (or its start), a path.
+
+    Raises ValueError where nothing, or more than one thing, fits.
+    """
+    if (Path(name) / "record.json").is_file():
+        return Record.model_validate_json((Path(name) / "record.json").read_bytes())
+    if (fingerprint := _of_run(name, home)) or (fingerprint := _of_start(name, store)):
+        if record := store.record(fingerprint):
+            return record
+        raise ValueError(f"{name}: its artifact {fingerprint} is no longer stored; run it again")
+    raise ValueError(
+        f"{name}: no run has such a node and no artifact such a fingerprint; see `bessemer runs` "
+        "and `bessemer status`"
+    )
+
+
+def _of_run(name: str, home: Home) -> str | None:
+    """The fingerprint that a node of a run ended with, newest run first."""
+    run_id, _, node = name.rpartition(":")
+    for record in home.records():
+        if run_id and not record.run_id.startswith(run_id):
+            continue
+        found = record.stages.get(node)
+        if found and found.fingerprint and found.status in ("hit", "built"):
+            return found.fingerprint
+    return None
+
+
+def _of_start(name: str, store: Store) -> str | None:
+    if len(name) < SHORTEST_FINGERPRINT or not all(c in "0123456789abcdef" for c in name):
+        return None
+    found = {r.fingerprint for r in store.records() if r.fingerprint.startswith(name)}
+    if len(found) > 1:
+        raise ValueError(f"{name}: {len(found)} artifacts start so; give more digits")
+    return next(iter(found), None)
+
+
+class FileLock:
+    """A lock that the kernel frees when its holder dies; held from entering to leaving."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._descriptor: int | None = None
+
+    def __enter__(self) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fcntl.flock(self._descriptor, fcntl.LOCK_EX)
+
+    def __exit__(self, *_: object) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
