@@ -11,6 +11,7 @@ from types import TracebackType
 from pydantic import ValidationError
 
 from conf.contract import OUTPUT, PROGRESS, Progress
+from tasks.processes import is_alive
 
 CANCEL = "cancel"
 """In `state/`: its presence asks the supervisor to stop the job."""
@@ -129,9 +130,10 @@ def _shorten(line: str) -> str:
 
 def _is_fresh(mark: Path) -> bool:
     try:
-        return time.time() - mark.stat().st_mtime < ALIVE_SECONDS
+        is_recent = time.time() - mark.stat().st_mtime < ALIVE_SECONDS
     except FileNotFoundError:
         return False
+    return is_recent and is_alive(int(mark.name.partition("-")[0]))
 
 
 def newest_attempt(root: Path, fingerprint: str) -> Path | None:

@@ -86,7 +86,8 @@ def run_worker(
         supervisor = _start(job, module, wanted, lock)
     finally:
         lock.release()
-    _follow(job, lambda: supervisor.poll() is not None)
+    # A killed guardian leaves the supervisor to stop the job: the lock says when both are gone.
+    _follow(job, lambda: supervisor.poll() is not None and _is_free(job.state / LOCK))
     return _result(job)
 
 
@@ -145,7 +146,11 @@ def _earlier_result(job: "Job", wanted: JobFile) -> dict[str, Any] | None:
     except (FileNotFoundError, ValidationError):
         return None
     # How it was launched does not change what was computed.
-    is_same = earlier.model_copy(update={"launch": wanted.launch}) == wanted
+    relaunched = {
+        "launch": wanted.launch,
+        "settings": {**earlier.settings, "launch": wanted.settings["launch"]},
+    }
+    is_same = earlier.model_copy(update=relaunched) == wanted
     return json.loads((job.logs / RESULT).read_text("utf-8")) if is_same else None
 
 

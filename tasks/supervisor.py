@@ -42,7 +42,7 @@ from tasks.processes import (
     take_cuda,
 )
 
-POLL_SECONDS = 0.05
+POLL_SECONDS = 0.1
 LINGER_SECONDS = 10.0
 """How long a launcher may take to end once all its ranks have written their end."""
 
@@ -110,9 +110,8 @@ class Supervisor:
             preexec_fn=lambda: die_with_parent(signal.SIGKILL),
         )
         ending = self._watch(launcher, begin)
-        if ending is not None:
-            return self._exit(ending, self._stop(launcher, ending))
-        return explain(
+        tail = [] if ending is None else self._stop(launcher, ending)
+        ended = explain(
             read_notes(self.job.state),
             ranks=launch.processes,
             launcher_code=launcher.poll(),
@@ -121,6 +120,10 @@ class Supervisor:
             is_short_of_memory=out_of_memory_kills() > kills,
             seconds=time.monotonic() - begin,
         )
+        # A job may come to its proper end while it is being stopped.
+        if ending is None or ended.code == ExitCode.DONE:
+            return ended
+        return self._exit(ending, tail)
 
     def _watch(self, launcher: "subprocess.Popen[bytes]", begin: float) -> Ending | None:
         """Wait for the launcher's own end (None) or for a reason to stop it."""
@@ -218,7 +221,8 @@ def guard(supervise: Callable[[], None], on_lost: Callable[[str], None]) -> int:
         os.setpgid(0, 0)
         adopt_orphans()
         supervise()
-        sys.exit(0)
+        # At once: a signal during the interpreter's own end would look like a kill.
+        os._exit(0)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda received, frame: send(child, signal.Signals(received)))
     _, status = os.waitpid(child, 0)
@@ -246,6 +250,8 @@ def main() -> None:
         _replace(job.state / EXIT, ended.model_dump_json(indent=1))
 
     def on_lost(what: str) -> None:
+        if (job.state / EXIT).exists():
+            return
         ended = ExitFile(
             code=ExitCode.FAILED,
             reason=f"the supervisor {what} and its ranks were killed with it; "

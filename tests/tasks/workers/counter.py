@@ -25,7 +25,7 @@ def main() -> None:
         stream.write(f"{os.getpid()}\n")
     saved = state / f"count.{RANK}"
     step = int(saved.read_text()) if saved.exists() else 0
-    print(f"rank {RANK} begins at {step}")
+    say(f"begins at {step}")
     while step < settings["steps"]:
         if settings["act"] and step == settings["act_at"] and settings["act_rank"] == RANK:
             act(settings["act"], logs)
@@ -35,7 +35,7 @@ def main() -> None:
         if RANK == 0:
             show(logs, step, settings["steps"])
         if is_asked:
-            print(f"rank {RANK} saved at {step}")
+            say(f"saved at {step}")
             sys.exit(75)
     if RANK == 0:
         (Path(job["files"]) / "count.txt").write_text(str(step))
@@ -45,13 +45,19 @@ def main() -> None:
         )
 
 
+def say(text: str) -> None:
+    """Print a line."""
+    sys.stdout.write(f"rank {RANK} {text}\n")
+    sys.stdout.flush()
+
+
 def act(what: str, logs: Path) -> None:
     """Do what the settings ask for, once: a second start of the job gets past it."""
     mark = logs / f"acted.{RANK}"
     if mark.exists():
         return
     mark.touch()
-    print(f"rank {RANK} is about to {what}", flush=True)
+    say(f"is about to {what}")
     match what:
         case "raise":
             raise RuntimeError("配置错误: the thing broke")
