@@ -1,0 +1,66 @@
+"""Settings of the stage dpo."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from conf.launch import LaunchConfig
+from conf.settings import RUNTIME, Settings
+
+
+class DpoConfig(Settings):
+    """How a policy learns from preferences directly."""
+
+    loss: Literal["sigmoid", "ipo", "hinge", "robust"] = "sigmoid"
+    """What of the difference to the reference is minimised; `ipo` takes means per token."""
+    beta: Annotated[float, Field(gt=0)] = 0.1
+    """Strength of the pull to the reference, per nat."""
+    rpo_alpha: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of the chosen answers' mean negative log-likelihood per token, which keeps the policy
+    from making both answers unlikely; 0 for plain DPO."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """Share of pairs taken to be labelled the wrong way round (sigmoid and robust)."""
+    epochs: Annotated[float, Field(gt=0)] = 1.0
+    """Passes over the pairs."""
+    max_steps: Annotated[int, Field(ge=0)] = 0
+    """Ends after so many updates, if that is earlier; 0 for no limit."""
+    batch_rows: Annotated[int, Field(ge=1)] = 32
+    """Pairs per update, over all processes."""
+    context: Annotated[int, Field(ge=0)] = 0
+    """Longest prompt and answer in tokens; the prompt is cut from the left. 0 for the model's."""
+    learning_rate: Annotated[float, Field(gt=0)] = 5e-5
+    """Peak learning rate."""
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """How the learning rate falls after the warm-up."""
+    warmup_share: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of the updates in which the learning rate rises."""
+    floor: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Last learning rate as a share of the peak."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decay of weight matrices per update, times the learning rate."""
+    clip_norm: Annotated[float, Field(ge=0)] = 1.0
+    """Largest norm of the gradients; 0 for no limit."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """What the model computes in; weights and optimizer are float32 either way."""
+    on_gate: Literal["fail", "off"] = "off"
+    """`fail` ends the stage when the policy fell apart: see `gate_chosen_reward`."""
+    gate_chosen_reward: float = -10.0
+    """Least mean reward (beta times the log-ratio to the reference) of held-out chosen answers that
+    on_gate=fail allows; chosen answers that become unlikely are how DPO degenerates."""
+    seed: int = 0
+    """Seed of the order of the pairs."""
+    evaluate_steps: Annotated[int, Field(ge=0), RUNTIME] = 50
+    """Updates between two looks at the held-out pairs; 0 for the end alone."""
+    checkpoint_steps: Annotated[int, Field(ge=0), RUNTIME] = 0
+    """Updates between two checkpoints, besides those by time; 0 for by time alone."""
+    launch: Annotated[LaunchConfig, RUNTIME] = LaunchConfig()
+    """Where and how the job runs."""
+
+    @model_validator(mode="after")
+    def _smoothing_has_a_meaning(self) -> "DpoConfig":
+        if self.label_smoothing and self.loss not in ("sigmoid", "robust"):
+            raise ValueError(
+                f"label_smoothing={self.label_smoothing} has no meaning for loss={self.loss}; "
+                "set it to 0, or use the loss sigmoid or robust"
+            )
+        return self
