@@ -1,0 +1,124 @@
+"""Bytes of a page to text, when the declared character set is missing, wrong or half true."""
+
+import codecs
+import re
+
+from tasks.han import common_han
+
+_BOMS = (
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+)
+# A browser reads these names as the larger set that contains them (WHATWG Encoding, 4.2).
+_WIDER = {
+    "gb2312": "gb18030",
+    "gbk": "gb18030",
+    "big5": "big5hkscs",
+    "shift_jis": "cp932",
+    "euc_kr": "cp949",
+    "iso8859-1": "cp1252",
+    "ascii": "cp1252",
+    "iso8859-9": "cp1254",
+    "tis-620": "cp874",
+}
+_META = re.compile(rb"""<meta[^>]{0,300}?charset\s*=\s*["']?\s*([A-Za-z0-9_:.\-]{2,40})""", re.I)
+_META_BYTES = 4096
+_SAMPLE_BYTES = 1 << 16
+# Replacement characters, C1 controls, private use, half-width kana: signs of a wrong guess.
+_ODD = re.compile("[\ufffd\x80-\x9f\ue000-\uf8ff\uff61-\uff9f]")
+_HAN = re.compile("[\u4e00-\u9fff]")
+_LATIN_SUPPLEMENT_RUN = re.compile("[\u00a1-\u00ff]{4,}")
+
+
+def decode(content: bytes, declared: str | None = None) -> str:
+    """The text of a page; never fails, bytes that mean nothing become U+FFFD.
+
+    `declared` is the charset of the HTTP header. A byte order mark wins; then UTF-8 wherever the
+    bytes are UTF-8 (no other set's text looks so by chance); else header, meta tag, detection and
+    the usual East Asian sets compete, and the reading with the fewest implausible characters wins,
+    the earlier on a tie.
+    """
+    for mark, encoding in _BOMS:
+        if content.startswith(mark):
+            return content[len(mark) :].decode(encoding, "replace")
+    declarations = [_known(name) for name in (declared, _meta(content)) if name]
+    if b"\x1b$" in content and "iso2022_jp" in declarations:
+        return content.decode("iso2022_jp", "replace")
+    if _is_utf8(content):
+        return content.decode("utf-8", "replace")
+    return content.decode(_best(content, [name for name in declarations if name]), "replace")
+
+
+def _meta(content: bytes) -> str | None:
+    match = _META.search(content[:_META_BYTES])
+    return match.group(1).decode("ascii") if match else None
+
+
+def _known(name: str) -> str | None:
+    """Name of Python's decoder, widened as browsers do; None for an unknown one."""
+    try:
+        found = codecs.lookup(name.strip().strip("\"'")).name
+    except (LookupError, ValueError):
+        return None
+    # Decoders such as `hex` or `rot13` are no character sets.
+    if not codecs.lookup(found)._is_text_encoding:  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
+        return None
+    return _WIDER.get(found, found)
+
+
+def _is_utf8(content: bytes) -> bool:
+    """Whether the bytes are UTF-8, a few damaged places (a cut-off end, one bad include) allowed."""
+    try:
+        content.decode("utf-8")
+    except UnicodeDecodeError:
+        text = content.decode("utf-8", "replace")
+        damaged = text.count("\ufffd")
+        return damaged * 50 <= sum(character > "\x7f" for character in text) - damaged
+    return True
+
+
+def _best(content: bytes, declarations: list[str]) -> str:
+    from resiliparse.parse.encoding import detect_encoding
+
+    detected = _known(detect_encoding(content) or "") or "cp1252"
+    sample = _sample(content)
+    candidates = [*declarations, detected]
+    if any(name in _EAST_ASIAN for name in candidates) or _is_mostly_high(sample):
+        candidates += _EAST_ASIAN
+    candidates.append("cp1252")
+    return min(
+        dict.fromkeys(candidates), key=lambda name: _implausible(sample.decode(name, "replace"))
+    )
+
+
+def _sample(content: bytes) -> bytes:
+    """A piece around the first bytes beyond ASCII, where the sets differ; whole lines."""
+    match = re.search(rb"[\x80-\xff]", content)
+    start = 0 if match is None else content.rfind(b"\n", 0, match.start()) + 1
+    piece = content[start : start + _SAMPLE_BYTES]
+    return piece if len(piece) < _SAMPLE_BYTES else piece[: piece.rfind(b"\n") + 1] or piece
+
+
+def _is_mostly_high(sample: bytes) -> bool:
+    high = sum(map(len, re.findall(rb"[\x80-\xff]{4,}", sample)))
+    return high * 20 > len(sample)
+
+
+def _implausible(text: str) -> float:
+    """Characters that real text hardly has, per thousand beyond ASCII, coarsely.
+
+    Runs of accented Latin letters are double-byte text read as single bytes; rare Han characters
+    are one double-byte set read as another.
+    """
+    beyond = sum(character > "\x7f" for character in text)
+    if beyond == 0:
+        return 0.0
+    han = _HAN.findall(text)
+    odd = 3 * len(_ODD.findall(text)) + sum(map(len, _LATIN_SUPPLEMENT_RUN.findall(text)))
+    common = common_han()
+    odd += sum(character not in common for character in han)
+    return round(odd / beyond, 2)
+
+
+_EAST_ASIAN = ["gb18030", "big5hkscs", "cp932", "euc_jp", "cp949"]

@@ -1,0 +1,312 @@
+"""From raw files to documents: read, refuse, find the main text, normalise, tell the language."""
+
+import random
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from conf.extract import ExtractConfig
+from storage.corpus import SHARD, Corpus, ShardEntry, ShardWriter, document_of
+from storage.source import Source, SourceFile
+from tasks.fanout import Part, PartItem, fan_out
+from tasks.language import language_of, script_shares
+from tasks.main_text import PageReader, page_reader
+from tasks.normalise import normalise
+from tasks.records import RawRecord, Refusal, read_records
+from tasks.stage import Job, stage
+from tasks.url_rules import UrlRules, write_blocked
+
+REFUSED = "refused.parquet"
+"""Beside a shard: `url` and `reason` of every record that became no document."""
+EXAMPLES = 20
+SHARD_VERSION = 1
+
+
+@stage(version=1)
+def extract(job: Job, settings: ExtractConfig) -> Corpus:
+    """Make documents of raw files.
+
+    reads raw files   writes Corpus   cost one part per file, only for files that are new
+    """
+    blocked = _compile_block_lists(job)
+    shards = _shards(job.sources.get("sources", Source()), settings)
+    parts = fan_out(
+        job,
+        build_shard,
+        [_item(shard, settings, job, blocked) for shard in shards],
+        version=SHARD_VERSION,
+    )
+    entries = [
+        ShardEntry(part.fingerprint, part.digest, int(part.metrics["documents"]), landing, name)
+        for part, (landing, name) in zip(
+            parts, ((shard.landing, shard.name) for shard in shards), strict=True
+        )
+    ]
+    Corpus.write_shards(job.files, entries, "extract")
+    _report(job, shards, parts)
+    return Corpus(job.path)
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """The files of one shard: one, or a bucket of small ones; of one landing and one spec."""
+
+    landing: int
+    files: tuple[SourceFile, ...]
+    source: str
+
+    @property
+    def name(self) -> str:
+        """Told by content, as the manifest is: a file that is renamed changes no byte."""
+        digest = xxhash.xxh3_64_hexdigest("".join(file.digest for file in self.files).encode())
+        return f"{self.source}-{digest[:8]}"
+
+
+def _shards(source: Source, settings: ExtractConfig) -> list[ShardPlan]:
+    """A shard per file; small files of one spec and landing share shards, by a hash of the content."""
+    plans: list[ShardPlan] = []
+    for number, landing in enumerate(source.landings):
+        groups: dict[tuple[int, int], list[SourceFile]] = {}
+        for position, file in enumerate(landing.files):
+            groups.setdefault(_bucket(file, position, landing.files, settings), []).append(file)
+        for (spec_index, _), files in groups.items():
+            plans.append(ShardPlan(number, tuple(files), source_name(settings, spec_index)))
+    return plans
+
+
+def _bucket(
+    file: SourceFile, position: int, files: Sequence[SourceFile], settings: ExtractConfig
+) -> tuple[int, int]:
+    if not _is_small(file, settings):
+        return file.spec_index, -1 - position
+    total = sum(
+        other.size
+        for other in files
+        if other.spec_index == file.spec_index and _is_small(other, settings)
+    )
+    return file.spec_index, int(file.digest, 16) % (1 + total // settings.bucket_bytes)
+
+
+def _is_small(file: SourceFile, settings: ExtractConfig) -> bool:
+    # Archives and tables keep a shard each, however small: they are what arrives day by day.
+    is_single = file.format in ("html", "text", "markdown")
+    return is_single and file.size < settings.bucket_bytes // 4
+
+
+def source_name(settings: ExtractConfig, spec_index: int) -> str:
+    """Name of a spec in the column `source`: its domain, numbered where it is not the domain's first."""
+    domain = settings.sources[spec_index].domain
+    before = sum(spec.domain == domain for spec in settings.sources[:spec_index])
+    return domain if before == 0 else f"{domain}-{before + 1}"
+
+
+def _item(plan: ShardPlan, settings: ExtractConfig, job: Job, blocked: Path | None) -> PartItem:
+    listed = {"sources", "block_lists"}
+    identity = {
+        "files": [[file.digest, file.format] for file in plan.files],
+        "spec": plan.files[0].spec.identity(),
+        "source": plan.source,
+        "settings": {k: v for k, v in settings.identity().items() if k not in listed},
+        "block_lists": job.sources["block_lists"].identity()
+        if "block_lists" in job.sources
+        else [],
+    }
+    return PartItem(identity, (plan, settings, blocked), f"{plan.files[0].name} ({plan.name})")
+
+
+def _compile_block_lists(job: Job) -> Path | None:
+    from tasks.rows import open_text
+
+    source = job.sources.get("block_lists", Source())
+    if not source.landings:
+        return None
+    job.state.mkdir(parents=True, exist_ok=True)
+
+    def lines() -> Iterator[str]:
+        for file in source.files:
+            with open_text(file.path) as stream:
+                yield from (line.decode("utf-8", "replace") for line in stream)
+
+    path = job.state / "blocked.npy"
+    job.metrics["blocked_entries"] = write_blocked(lines(), path)
+    return path
+
+
+# One shard, in a worker process
+
+
+def build_shard(
+    files: Path, plan: ShardPlan, settings: ExtractConfig, blocked: Path | None
+) -> dict[str, Any]:
+    """Write `shard.parquet` and `refused.parquet` of some files; returns counts."""
+    reader = page_reader(
+        settings.pages, settings.languages, wall_seconds=settings.page_wall_seconds
+    )
+    rules = UrlRules.open(blocked, settings.url_words)
+    counts = Counts()
+    refused: list[Refusal] = []
+    with ShardWriter(files / SHARD) as writer:
+        for file in plan.files:
+            for record in _records(file, settings, rules):
+                counts.records += 1
+                document = (
+                    record
+                    if isinstance(record, Refusal)
+                    else _document(record, file, plan.source, settings, reader, counts)
+                )
+                if isinstance(document, Refusal):
+                    refused.append(document)
+                    continue
+                writer.append(document)
+                counts.add(document)
+    _write_refused(files / REFUSED, refused)
+    return counts.figures(refused, sum(file.size for file in plan.files))
+
+
+class Counts:
+    """Figures of a shard while it is read."""
+
+    def __init__(self) -> None:
+        self.records = 0
+        self.cheap_pages = 0
+        self.chars = 0
+        self.bytes = 0
+        self.documents: Counter[tuple[str, str]] = Counter()
+
+    def add(self, document: Mapping[str, Any]) -> None:
+        """Count a document that is kept."""
+        self.documents[document["language"], document["split"]] += 1
+        self.chars += document["n_chars"]
+        self.bytes += len(document["text"].encode("utf-8"))
+
+    def figures(self, refused: Sequence[Refusal], raw_bytes: int) -> dict[str, Any]:
+        """Plain JSON figures: records = documents + refused."""
+        languages: Counter[str] = Counter()
+        for (language, _), count in self.documents.items():
+            languages[language] += count
+        return {
+            "records": self.records,
+            "documents": self.documents.total(),
+            "held": sum(n for (_, split), n in self.documents.items() if split == "held"),
+            "raw_bytes": raw_bytes,
+            "chars": self.chars,
+            "bytes": self.bytes,
+            "cheap_pages": self.cheap_pages,
+            "languages": dict(sorted(languages.items())),
+            "refused": dict(sorted(Counter(refusal.reason for refusal in refused).items())),
+        }
+
+
+def _records(
+    file: SourceFile, settings: ExtractConfig, rules: UrlRules
+) -> Iterator[RawRecord | Refusal]:
+    return read_records(
+        file,
+        text_documents=settings.text_documents,
+        url_reason=rules.reason,
+        max_page_bytes=settings.pages.max_bytes,
+    )
+
+
+def _document(
+    record: RawRecord,
+    file: SourceFile,
+    source: str,
+    settings: ExtractConfig,
+    reader: PageReader,
+    counts: Counts,
+) -> dict[str, Any] | Refusal:
+    if record.page is not None:
+        page = reader.read(record.page, record.charset)
+        if page.text is None:
+            return Refusal(record.url, page.reason or "empty")
+        counts.cheap_pages += page.is_cheap
+        text = page.text
+    else:
+        text = record.text or ""
+    if len(text) > settings.max_record_chars:
+        return Refusal(record.url, "large")
+    text = normalise(text, settings.normalise)
+    if not text:
+        return Refusal(record.url, "empty")
+    shares = script_shares(text)
+    language = file.spec.language or language_of(text, shares)
+    if settings.languages and language not in settings.languages:
+        return Refusal(record.url, f"language:{language}")
+    return document_of(
+        text,
+        source=source,
+        domain=file.spec.domain,
+        url=normalise(record.url, settings.normalise),
+        language=language,
+        han_share=shares.han,
+        latin_share=shares.latin,
+        split=file.spec.split,
+        held_share=settings.held_share,
+    )
+
+
+def _write_refused(path: Path, refused: Sequence[Refusal]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [
+        {"url": refusal.url.encode("utf-8", "replace").decode("utf-8"), "reason": refusal.reason}
+        for refusal in refused
+    ]
+    schema = pa.schema([("url", pa.string()), ("reason", pa.string())])
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), path, compression="zstd")
+
+
+# Figures
+
+
+def _report(job: Job, shards: Sequence[ShardPlan], parts: Sequence[Part]) -> None:
+    figures = [part.metrics for part in parts]
+    job.metrics |= _summed(figures)
+    by_source: dict[str, list[dict[str, Any]]] = {}
+    for shard, figure in zip(shards, figures, strict=True):
+        by_source.setdefault(shard.source, []).append(figure)
+    job.metrics["sources"] = {source: _summed(group) for source, group in by_source.items()}
+    job.tables["sources"] = [
+        {"source": source, **{k: v for k, v in figure.items() if not isinstance(v, dict)}}
+        for source, figure in job.metrics["sources"].items()
+    ]
+    job.tables["refused"] = [
+        {"reason": reason, "records": count}
+        for reason, count in sorted(
+            job.metrics["refused"].items(), key=lambda item: (-item[1], item[0])
+        )
+    ]
+    job.tables["refused_examples"] = _refused_examples(parts)
+
+
+def _summed(figures: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    keys = ("records", "documents", "held", "raw_bytes", "chars", "bytes", "cheap_pages")
+    total: dict[str, Any] = {key: sum(int(figure[key]) for figure in figures) for key in keys}
+    for key in ("languages", "refused"):
+        counter: Counter[str] = Counter()
+        for figure in figures:
+            counter.update(figure[key])
+        total[key] = dict(sorted(counter.items()))
+    return total
+
+
+def _refused_examples(parts: Sequence[Part]) -> list[dict[str, str]]:
+    """A few refused addresses per reason, the same ones every time."""
+    import pyarrow.parquet as pq
+
+    rng = random.Random(0)
+    groups: dict[str, list[str]] = {}
+    for part in parts:
+        for row in pq.read_table(part.files / REFUSED).to_pylist():
+            groups.setdefault(row["reason"], []).append(row["url"])
+    return [
+        {"reason": reason, "url": url}
+        for reason, urls in sorted(groups.items())
+        for url in rng.sample(urls, min(3, len(urls)))
+    ]

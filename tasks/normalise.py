@@ -1,0 +1,38 @@
+"""One form for every text: Unicode form, no control characters, no runs of blank lines."""
+
+import re
+import unicodedata
+
+from conf.extract import NormaliseConfig
+
+_LINE_ENDS = re.compile(r"\r\n?|[\x0b\x0c\x85\u2028\u2029]")
+# Controls, the byte order mark, bidirectional and zero-width marks; U+200D and U+200C stay: emoji
+# and several scripts are spelt with them.
+_CONTROLS = re.compile(
+    "[\x00-\x08\x0e-\x1f\x7f-\x9f\u00ad\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\u2066-\u206f\ufeff\ufff9-\ufffb]"
+)
+_SURROGATES = re.compile("[\ud800-\udfff]")
+_SPACE_ENDS = re.compile(r"[ \t\u00a0\u3000]+$", re.MULTILINE)
+_SPACES = re.compile("[\u00a0\u2000-\u200a\u202f\u205f]")
+_BLANK_LINES = re.compile(r"\n{3,}")
+_RUNS = re.compile(r"([!?。！？，,、~～=*_#\-—…·])\1{4,}")
+
+
+def normalise(text: str, settings: NormaliseConfig) -> str:
+    """The text as the corpus keeps it; always valid Unicode with LF line ends, trimmed.
+
+    Lone surrogates become U+FFFD whatever the settings: they cannot be written as UTF-8.
+    """
+    text = _SURROGATES.sub("\ufffd", text)
+    text = _LINE_ENDS.sub("\n", text)
+    if settings.unicode_form != "none" and not text.isascii():
+        text = unicodedata.normalize(settings.unicode_form, text)
+    if settings.is_without_controls:
+        text = _SPACES.sub(" ", _CONTROLS.sub("", text))
+    if settings.max_blank_lines is not None:
+        text = _SPACE_ENDS.sub("", text)
+        text = _BLANK_LINES.sub("\n" * (settings.max_blank_lines + 1), text)
+    if settings.max_punctuation_run is not None:
+        run = settings.max_punctuation_run
+        text = _RUNS.sub(lambda match: match.group(0)[:run], text)
+    return text.strip()
