@@ -67,7 +67,12 @@ def _dead_artifacts(store: "Store", marked: set[str]) -> Iterator[Found]:
     for folder in sorted(place.iterdir()) if place.is_dir() else []:
         if folder.name not in marked:
             record = store.record(folder.name)
-            yield "artifact", folder.name, record.kind if record else "", folder
+            yield (
+                "cached" if store.is_remote else "artifact",
+                folder.name,
+                record.kind if record else "",
+                folder,
+            )
 
 
 def _dead_attempts(root: Path, busy: set[str]) -> Iterator[Found]:

@@ -5,15 +5,14 @@ are appended as further ones, recorded in the source's ledger, so that work done
 stays valid. Files enter identity by content, format and place in the list, never by path or name.
 """
 
-import glob
 import json
 import os
 import sqlite3
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -113,9 +112,8 @@ class HashCache:
             if self._known.get(str(path), ("", ""))[0] != states[index]
         ]
         with ThreadPoolExecutor(HASH_THREADS) as pool:
-            hashed = dict(
-                zip(stale, pool.map(lambda index: hash_file(paths[index]), stale), strict=True)
-            )
+            digests = pool.map(hash_file, [paths[index] for index in stale])
+            hashed = dict(zip(stale, digests, strict=True))
         fresh = {str(paths[i]): (states[i], digest) for i, digest in hashed.items()}
         now = time.time_ns()
         settled = {
@@ -229,7 +227,7 @@ def format_of(name: str, declared: str) -> str:
     """Layout of a file: the declared one, or by its name when that is `auto`."""
     if declared != "auto":
         return declared
-    endings = [ending for ending in name.lower().split("/")[-1].split(".")[1:]]
+    endings = name.lower().split("/")[-1].split(".")[1:]
     while endings and endings[-1] in COMPRESSIONS:
         endings.pop()
     if not endings:
@@ -290,11 +288,16 @@ def _match(pattern: str, base: Path) -> tuple[Path, list[Path]]:
     if whole.is_dir():
         return whole, _sorted(whole, whole.rglob("*"))
     root = whole
-    while glob.has_magic(str(root)):
+    while _has_magic(root):
         root = root.parent
-    matches = [Path(match) for match in glob.iglob(str(whole), recursive=True)]
+    below = whole.relative_to(root).as_posix()
+    matches = list(root.glob(below)) if root.is_dir() else []
     inside = [file for match in matches if match.is_dir() for file in match.rglob("*")]
     return root, _sorted(root, [*matches, *([] if "**" in pattern else inside)])
+
+
+def _has_magic(path: Path) -> bool:
+    return any(character in "*?[" for character in str(path))
 
 
 def _sorted(root: Path, paths: Iterable[Path]) -> list[Path]:
@@ -319,21 +322,16 @@ def _into_landings(
     return landings, [file for file in files if id(file) in left]
 
 
-class _only_writer:  # noqa: N801 - used as a function
-    """Holds the ledger's lock, so that two runs cannot both append the same landing."""
-
-    def __init__(self, ledger: Path) -> None:
-        self._path = ledger.with_suffix(".lock")
-        self._lease: leases.FileLease | None = None
-
-    def __enter__(self) -> None:
-        deadline = time.monotonic() + LEDGER_WAIT_SECONDS
-        while (lease := leases.acquire(self._path)) is None:
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"{self._path} has been held for {LEDGER_WAIT_SECONDS:.0f} s")
-            time.sleep(0.02)
-        self._lease = lease
-
-    def __exit__(self, *_: object) -> None:
-        if self._lease:
-            self._lease.release()
+@contextmanager
+def _only_writer(ledger: Path) -> Generator[None]:
+    """Hold the ledger's lock, so that two runs cannot both append the same landing."""
+    path = ledger.with_suffix(".lock")
+    deadline = time.monotonic() + LEDGER_WAIT_SECONDS
+    while (lease := leases.acquire(path)) is None:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{path} has been held for {LEDGER_WAIT_SECONDS:.0f} s")
+        time.sleep(0.02)
+    try:
+        yield
+    finally:
+        lease.release()

@@ -23,6 +23,7 @@ import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -31,8 +32,9 @@ from storage import lease as leases
 from storage import store_local as local
 from storage.errors import DamagedArtifact
 from storage.identity import fingerprint as fingerprint_of
+from storage.lease_s3 import RemoteLease
 from storage.record import FileEntry, Record
-from storage.store_s3 import Remote, RemoteLease
+from storage.store_s3 import Remote
 
 PARTS_BUILT = "parts.txt"
 """In an attempt's `state/`: fingerprints of parts already committed for it, so that gc keeps them."""
@@ -47,7 +49,7 @@ class Removed:
     """Something that gc took away, or would take."""
 
     what: str
-    """`artifact`, `attempt`, `quarantine`, `trash` or `upload`."""
+    """`artifact`, `attempt`, `quarantine`, `trash`, `upload` (S3) or `cached` (the copy of one)."""
     fingerprint: str
     kind: str
     size: int
@@ -87,7 +89,7 @@ class Claim:
         """Free the lease; the attempt stays, to be resumed, unless there is nothing in it."""
         if not self.is_held:
             return
-        if self.path.is_dir() and not local.list_files(self.path):
+        if self.path.is_dir() and not local.has_files(self.path):
             for name in ("files", "logs", "state"):
                 local.remove_if_empty(self.path / name)
             local.remove_if_empty(self.path)
@@ -125,7 +127,7 @@ class Store:
             if cache is None:
                 raise ValueError(f"{self.url} needs a local folder too; give the store a cache")
             self.root = cache.absolute()
-            self._remote = Remote(self.url)
+            self._remote = Remote(self.url, self.root)
         elif "://" in self.url:
             raise ValueError(f"{self.url} is no store; give a folder or s3://bucket/prefix")
         else:
@@ -189,7 +191,7 @@ class Store:
         path = self.root / "attempts" / fingerprint / str(number)
         for name in ("files", "logs", "state"):
             (path / name).mkdir(parents=True, exist_ok=True)
-        is_resumed = bool(attempts) and bool(local.list_files(path))
+        is_resumed = bool(attempts) and local.has_files(path)
         return Claim(fingerprint, path, lease, remote_lease, is_resumed=is_resumed)
 
     def commit(self, claim: Claim, record: Record, *, replace: bool = False) -> Path:
@@ -288,6 +290,11 @@ class Store:
 
         return collect(self, keep, dry_run=dry_run)
 
+    @property
+    def is_remote(self) -> bool:
+        """Whether artifacts live on S3 and `root` only has copies of them."""
+        return self._remote is not None
+
     def collect_remote(self, marked: set[str], *, dry_run: bool) -> list[Removed]:
         """The part of gc that S3 needs besides the cache folder; nothing for a local store."""
         if self._remote is None:
@@ -306,7 +313,7 @@ class Store:
     def _find(self, fingerprint: str, seen: set[str]) -> Path | None:
         path = self.path_of(fingerprint)
         if self._remote and not self._remote.fetch(
-            fingerprint, path, self._trash, lambda reason: self.quarantine(fingerprint, reason)
+            fingerprint, path, partial(self.quarantine, fingerprint)
         ):
             return None
         try:

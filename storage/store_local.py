@@ -30,6 +30,11 @@ def list_files(files: Path) -> list[str]:
     return sorted(name for name, _ in _walk(files))
 
 
+def has_files(folder: Path) -> bool:
+    """Whether anything but folders lies under a folder."""
+    return any(names for _, _, names in os.walk(folder))
+
+
 def entries_of(files: Path) -> list[FileEntry]:
     """Name, size and xxh3-128 of every file under a folder, sorted by name."""
 

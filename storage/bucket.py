@@ -1,0 +1,135 @@
+"""The few S3 operations that the store is built on, with their conditions.
+
+Everything that must happen once is a conditional put (`If-None-Match: *`, `If-Match`), which S3 and
+its stand-ins decide in one place; nothing here relies on a client's clock.
+"""
+
+import email.utils
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+TRANSFER_THREADS = 8
+READ_BYTES = 1 << 22
+REFUSED = (404, 409, 412)
+"""Statuses of a put whose condition did not hold; 404 when the object to match is gone."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """An object and what the server says of it."""
+
+    content: bytes
+    etag: str
+    age_seconds: float
+    """Since it was written, both ends by the server's clock."""
+
+
+class Bucket:
+    """The objects below one `s3://bucket/prefix`; keys are relative to it."""
+
+    def __init__(self, url: str) -> None:
+        """Raises ValueError when the optional S3 client is not installed."""
+        try:
+            import s3fs
+        except ImportError as error:
+            raise ValueError(f"{url} needs the S3 client; install bessemer[s3]") from error
+        self._name, _, prefix = url.removeprefix("s3://").strip("/").partition("/")
+        self._prefix = f"{prefix}/" if prefix else ""
+        # Listings change under us all the time: none is cached.
+        self._fs: Any = s3fs.S3FileSystem(use_listings_cache=False)
+
+    def get(self, key: str) -> Stored | None:
+        """An object's content, None when there is none."""
+        try:
+            # State first: content that is newer than its etag only makes a later condition fail.
+            answer = self._call("head_object", key)
+            content: bytes = self._fs.cat_file(self._path(key))
+        except FileNotFoundError:
+            return None
+        now = email.utils.parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
+        return Stored(content, answer["ETag"], (now - answer["LastModified"]).total_seconds())
+
+    def put(
+        self, key: str, content: bytes, *, if_absent: bool = False, if_etag: str | None = None
+    ) -> str | None:
+        """Write a small object; its etag, or None when the condition did not hold."""
+        condition: dict[str, str] = {}
+        if if_absent:
+            condition = {"IfNoneMatch": "*"}
+        elif if_etag is not None:
+            condition = {"IfMatch": if_etag}
+        try:
+            return self._call("put_object", key, Body=content, **condition)["ETag"]
+        except OSError as error:
+            if condition and _status(error) in REFUSED:
+                return None
+            raise
+
+    def delete(self, keys: Iterable[str]) -> None:
+        """Remove objects; those that are gone already do not matter."""
+        for key in keys:
+            with suppress(FileNotFoundError):
+                self._call("delete_object", key)
+
+    def sizes(self, prefix: str) -> dict[str, int]:
+        """Bytes of every object below a prefix that ends in `/`, by its name after the prefix."""
+        place = self._path(prefix).rstrip("/")
+        found = self._fs.find(place, detail=True)
+        return {name.removeprefix(f"{place}/"): entry["size"] for name, entry in found.items()}
+
+    def names(self, prefix: str) -> list[str]:
+        """Names directly below a prefix that ends in `/`."""
+        place = self._path(prefix).rstrip("/")
+        try:
+            return sorted(name.rpartition("/")[2] for name in self._fs.ls(place, detail=False))
+        except FileNotFoundError:
+            return []
+
+    def upload(self, folder: Path, names: Iterable[str], prefix: str) -> None:
+        """Copy files of a folder to objects below a prefix."""
+        self._each(
+            names, lambda name: self._fs.put_file(str(folder / name), self._path(prefix + name))
+        )
+
+    def download(self, prefix: str, names: Iterable[str], folder: Path) -> None:
+        """Copy objects below a prefix into a folder. Raises FileNotFoundError when one is gone."""
+
+        def fetch(name: str) -> None:
+            target = folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self._fs.get_file(self._path(prefix + name), str(target))
+
+        self._each(names, fetch)
+
+    def hash(self, key: str) -> str:
+        """xxh3-128 of an object's bytes, streamed, hexadecimal."""
+        digest = xxhash.xxh3_128()
+        with self._fs.open(self._path(key), "rb", block_size=READ_BYTES) as stream:
+            while chunk := stream.read(READ_BYTES):
+                digest.update(chunk)
+        return digest.hexdigest()
+
+    def _each(self, names: Iterable[str], work: Callable[[str], None]) -> None:
+        with ThreadPoolExecutor(TRANSFER_THREADS) as pool:
+            for _ in pool.map(work, names):
+                pass
+
+    def _call(self, operation: str, key: str, **arguments: Any) -> Any:
+        return self._fs.call_s3(operation, Bucket=self._name, Key=self._prefix + key, **arguments)
+
+    def _path(self, key: str) -> str:
+        return f"{self._name}/{self._prefix}{key}"
+
+
+def _status(error: OSError) -> int:
+    """The HTTP status behind an error of the client; 404 for one that says the object is gone."""
+    if isinstance(error, FileNotFoundError):
+        return 404
+    response: dict[str, Any] = getattr(error.__cause__, "response", {})
+    return response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
