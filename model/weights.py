@@ -77,19 +77,17 @@ def load_model(
     return model.to(device)
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def save_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
     """Write named tensors as safetensors; the same tensors give the same bytes."""
-    save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, path)
+    whole = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    save_file(whole, path, metadata)
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
     """Named tensors of a safetensors file, on the CPU."""
     return load_file(path)
-
-
-def load_pickled(path: Path) -> Any:
-    """A state that only its own library writes (DeepSpeed): plain values and tensors, never code."""
-    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 @dataclass(frozen=True)
