@@ -1,0 +1,51 @@
+"""Settings of tokenizer: how large the vocabulary is and what it is learnt from."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator
+
+from conf.settings import Settings
+
+MIN_VOCABULARY = 260
+"""256 bytes and 4 special tokens."""
+MAX_VOCABULARY = 65_536
+"""Token files are uint16."""
+
+
+class TokenizerConfig(Settings):
+    """A byte-level BPE tokenizer."""
+
+    vocabulary: int = 32_000
+    """Number of tokens, the 256 bytes and 4 special tokens included; 260 to 65,536."""
+    splits_digits: bool = True
+    """Whether every digit is a token of its own."""
+    max_token_bytes: Annotated[int, Field(ge=4)] = 32
+    """Longest token; keeps sentences that many pages share from becoming one token."""
+    min_frequency: Annotated[int, Field(ge=1)] = 2
+    """How often a pair must occur to become a token."""
+    sample_bytes: Annotated[int, Field(ge=1)] = 32_000_000
+    """UTF-8 bytes of text to learn from; training takes about 2 s and 35 MB of memory per million."""
+    balance: Literal["equal", "natural"] = "equal"
+    """Shares of the languages in the sample: the same for each, as far as there is text, or those of
+    the corpus."""
+    conversations_share: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Share of the sample taken from conversations, where they are given."""
+    chunk_chars: Annotated[int, Field(ge=100)] = 20_000
+    """Long documents are sampled in pieces of this length, so that a book weighs no more than pages."""
+    sample_seed: int = 0
+    """Which documents are sampled; not the recipe's seed, which would give every seed other tokens."""
+
+    @field_validator("vocabulary")
+    @classmethod
+    def _fits_uint16(cls, vocabulary: int) -> int:
+        if vocabulary > MAX_VOCABULARY:
+            raise ValueError(
+                f"{vocabulary:,} tokens do not fit the uint16 of the token files; "
+                f"choose a vocabulary of at most {MAX_VOCABULARY:,}"
+            )
+        if vocabulary < MIN_VOCABULARY:
+            raise ValueError(
+                f"{vocabulary} tokens are fewer than the 256 bytes and 4 special tokens; "
+                f"choose a vocabulary of at least {MIN_VOCABULARY}"
+            )
+        return vocabulary
