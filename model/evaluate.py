@@ -5,8 +5,7 @@ is there already, so that a run that was ended goes on behind the last finished 
 """
 
 import json
-import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,17 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from conf.contract import RESULT, JobFile
+from conf.contract import JobFile
 from conf.evaluate import EvaluateConfig
-from model.engine import pick_device, set_threads
 from model.generate import generate
-from model.loop import write_progress
+from model.journal import Journal
+from model.ranks import Ranks
 from model.transformer import Cache, Transformer, token_logprobs
 from model.weights import load_model
+from model.worker import run
+from storage.checkpoint import TOKENIZER
 from storage.tokenizer import ChatTokenizer
 from storage.tokens import TokenFiles
 
 NO_LABEL = -1
+
+Report = Callable[[int, int], None]
+"""Told how much of how much is done."""
 
 
 @dataclass(frozen=True)
@@ -36,44 +40,39 @@ class Window:
     scored: int
 
 
-def main(job_path: Path) -> None:
-    """Do every part of the job that is asked for and not yet done."""
-    job = JobFile.model_validate_json(job_path.read_text("utf-8"))
+def main() -> None:
+    """Entry of the worker."""
+    run(work)
+
+
+def work(job: JobFile, ranks: Ranks, journal: Journal) -> dict[str, Any]:
+    """Do every part of the job that is asked for and not yet done; how much of each there is."""
     settings = EvaluateConfig.model_validate(job.settings)
-    set_threads(job.launch)
-    device = pick_device(job.launch)
-    policy = load_model(Path(job.inputs["policy"])).to(device).eval()
-    tokenizer = ChatTokenizer(Path(job.inputs["policy"]) / "tokenizer")
+    folder = Path(job.inputs["policy"])
+    policy, tokenizer = load_model(folder, device=ranks.device), ChatTokenizer(folder / TOKENIZER)
+    requests = _read(job.state / "requests.jsonl")
 
-    def report(unit: str) -> Callable[[int, int], None]:
-        return lambda done, total: write_progress(job.logs, step=done, total=total, unit=unit)
+    def report(unit: str) -> Report:
+        return lambda done, total: journal.progress(done, total, {}, unit=unit)
 
-    with torch.inference_mode():
-        if "tokens" in job.inputs:
-            files = TokenFiles(Path(job.inputs["tokens"]))
-            _once(
-                job.state / "documents.jsonl",
-                lambda: score_documents(policy, files, settings, report("documents")),
-            )
-        requests = _read(job.state / "requests.jsonl")
-        _once(
-            job.state / "scored.jsonl",
-            lambda: score_requests(policy, tokenizer, requests, settings, report("continuations")),
-        )
-        _once(job.state / "answers.jsonl", lambda: _answers(job, settings, policy, tokenizer))
-    counts = {
-        name: len(_read(job.state / f"{name}.jsonl"))
-        for name in ("documents", "scored", "answers")
-        if (job.state / f"{name}.jsonl").exists()
+    parts: dict[str, Callable[[], list[dict[str, Any]]]] = {
+        "scored": lambda: score_requests(
+            policy, tokenizer, requests, settings, report("continuations")
+        ),
+        "answers": lambda: _answers(job, settings, policy, tokenizer, report("answers")),
     }
-    (job.logs / RESULT).write_text(json.dumps({"metrics": counts}), "utf-8")
+    if "tokens" in job.inputs:
+        files = TokenFiles(Path(job.inputs["tokens"]))
+        parts["documents"] = lambda: score_documents(policy, files, settings, report("documents"))
+    with torch.inference_mode():
+        return {name: _once(job.state / f"{name}.jsonl", make) for name, make in parts.items()}
 
 
 def score_documents(
     model: Transformer,
     files: TokenFiles,
     settings: EvaluateConfig,
-    report: Callable[[int, int], None],
+    report: Report,
 ) -> list[dict[str, Any]]:
     """Nats of every held-out document, each token scored once, the separator before the first.
 
@@ -124,7 +123,7 @@ def score_requests(
     tokenizer: ChatTokenizer,
     requests: Sequence[dict[str, Any]],
     settings: EvaluateConfig,
-    report: Callable[[int, int], None],
+    report: Report,
 ) -> list[dict[str, Any]]:
     """Log-probability of every continuation of every request, in nats, in the requests' order.
 
@@ -226,7 +225,11 @@ def _spread(prefix: Cache, model: Transformer, rows: int, tokens: int) -> Cache:
 
 
 def _answers(
-    job: JobFile, settings: EvaluateConfig, policy: Transformer, tokenizer: ChatTokenizer
+    job: JobFile,
+    settings: EvaluateConfig,
+    policy: Transformer,
+    tokenizer: ChatTokenizer,
+    report: Report,
 ) -> list[dict[str, Any]]:
     """Answers to all questions; with a reference their KL to it, with a reward model its score."""
     questions = [
@@ -235,7 +238,7 @@ def _answers(
         for sample in range(question["samples"])
     ]
     others = {
-        name: load_model(Path(job.inputs[name])).to(policy.embedding.weight.device).eval()
+        name: load_model(Path(job.inputs[name]), device=policy.embedding.weight.device)
         for name in ("reference", "reward")
         if name in job.inputs
     }
@@ -247,7 +250,7 @@ def _answers(
             rows += _answer_batch(
                 batch, start, settings, policy, tokenizer, others, is_greedy=is_greedy
             )
-            write_progress(job.logs, step=len(rows), total=len(questions), unit="answers")
+            report(len(rows), len(questions))
     return rows
 
 
@@ -329,13 +332,14 @@ def _padded(
     )
 
 
-def _once(path: Path, make: Callable[[], Iterable[dict[str, Any]]]) -> None:
-    if path.exists():
-        return
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in make())
-    unfinished = path.with_suffix(".part")
-    unfinished.write_text(text, "utf-8")
-    unfinished.replace(path)
+def _once(path: Path, make: Callable[[], list[dict[str, Any]]]) -> int:
+    """Rows of the part, made and written whole unless it is there."""
+    if not path.exists():
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in make())
+        draft = path.with_suffix(".draft")
+        draft.write_text(text, "utf-8")
+        draft.replace(path)
+    return len(_read(path))
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
@@ -343,4 +347,4 @@ def _read(path: Path) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main()

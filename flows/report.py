@@ -1,0 +1,405 @@
+"""The report of a run: one self-contained page, made from the records alone; a failed run has one too."""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from conf.contract import METRICS
+from flows import charts
+from flows.runs import RunRecord, StageRecord
+from storage.scores import Figure, Scores
+from storage.store import Store
+
+CURVES = (
+    ("loss", "nats", False),
+    ("held_loss", "nats", False),
+    ("lr", "learning rate", False),
+    ("gradient_norm", "norm", True),
+    ("tokens_per_second", "tokens/s", False),
+)
+ALIGNMENT_CURVES = {
+    "reward": (("accuracy", "share of pairs"), ("margin", "reward")),
+    "dpo": (("accuracy", "share of pairs"), ("chosen_reward", "nats"), ("rejected_reward", "nats")),
+    "ppo": (
+        ("reward", "reward"),
+        ("kl", "nats"),
+        ("clip_fraction", "share"),
+        ("ended_share", "share"),
+    ),
+}
+MAX_POINTS = 400
+CORPUS_STAGES = ("extract", "filter", "dedup", "decontaminate")
+
+
+@dataclass
+class Table:
+    """A table of the page; a number is set right-aligned."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+    is_samples: bool = False
+
+
+@dataclass
+class Section:
+    """A part of the page."""
+
+    id: str
+    title: str
+    text: str = ""
+    wide: list[str] = field(default_factory=list[str])
+    charts: list[str] = field(default_factory=list[str])
+    tables: list[Table] = field(default_factory=list[Table])
+    details: list[dict[str, str]] = field(default_factory=list[dict[str, str]])
+
+    def __bool__(self) -> bool:
+        return bool(self.wide or self.charts or self.tables or self.details)
+
+
+def write_report(run_dir: Path, store: Store) -> Path:
+    """Write `report.html` into the folder of a run, from its record and the artifacts it names."""
+    import jinja2
+
+    run = RunRecord.read(run_dir)
+    paths = {
+        name: path
+        for name, stage in run.stages.items()
+        if stage.fingerprint and (path := store.find(stage.fingerprint)) is not None
+    }
+    scores = {
+        name: Scores(path).figures() for name, path in paths.items() if _kind(run, name) == "scores"
+    }
+    sections = [
+        _effects(scores),
+        _graph(run),
+        _corpus(run),
+        _tokens(run),
+        *_training(run, paths),
+        _language_model(run, scores),
+        _exams(run, scores),
+        _samples(run, paths),
+        _costs(run),
+        _errors(run),
+    ]
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "page"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+    )
+    environment.filters["figure"] = _number
+    page = environment.get_template("report.html").render(
+        title=f"{run.recipe}: {_verdict(run)}",
+        subtitle=_subtitle(run),
+        sections=[section for section in sections if section],
+    )
+    target = run_dir / "report.html"
+    target.write_text(page, "utf-8")
+    return target
+
+
+def _number(value: float) -> str:
+    if isinstance(value, int) or float(value).is_integer():
+        return f"{int(value):,}"
+    return f"{value:,.4g}" if abs(value) >= 1e-3 else f"{value:.2e}"
+
+
+def _kind(run: RunRecord, name: str) -> str | None:
+    return run.stages[name].kind
+
+
+def _verdict(run: RunRecord) -> str:
+    failed = [name for name, stage in run.stages.items() if stage.status == "failed"]
+    return f"{', '.join(failed)} failed" if failed else "finished"
+
+
+def _subtitle(run: RunRecord) -> str:
+    hits = sum(stage.status == "hit" for stage in run.stages.values())
+    seconds = sum(stage.seconds for stage in run.stages.values() if stage.status == "built")
+    return (
+        f"run {run.run_id}, started {run.started}: {len(run.stages)} stages, {hits} from the store, "
+        f"{seconds:,.0f} s of work"
+    )
+
+
+def _effects(scores: Mapping[str, Mapping[str, Figure]]) -> Section:
+    """What the world says of every stage: planted truth, knowledge, answers."""
+    section = Section(
+        "effects",
+        "What every stage did",
+        "Measured on held-out truth; each figure with its number of trials, its 95 % interval and, "
+        "where there is one, the level of chance.",
+    )
+    judged = {
+        node: {name: figure for name, figure in figures.items() if name.startswith("world/")}
+        for node, figures in scores.items()
+    }
+    judged = {node: figures for node, figures in judged.items() if figures}
+    names = list(dict.fromkeys(name for figures in judged.values() for name in figures))
+    if names:
+        section.charts = [
+            charts.intervals(
+                [
+                    (node, figure.value, figure.low, figure.high, figure.chance)
+                    for node, figures in judged.items()
+                    if (figure := figures.get(name))
+                ],
+                title=name.removeprefix("world/").replace("_", " "),
+                across="mean over answers",
+            )
+            for name in names
+        ]
+    for node, figures in scores.items():
+        rows = [
+            (name, figure.value, figure.low, figure.high, figure.n, _blank(figure.chance))
+            for name, figure in figures.items()
+            if name.count("/") <= 1
+        ]
+        section.tables.append(Table(node, ("figure", "value", "low", "high", "n", "chance"), rows))
+    return section
+
+
+def _graph(run: RunRecord) -> Section:
+    edges = [
+        (source, name)
+        for name, stage in run.stages.items()
+        for source in stage.reads
+        if source in run.stages
+    ]
+    depths: dict[str, int] = {}
+    for name in run.stages:  # in topological order
+        depths[name] = 1 + max((depths[start] for start, end in edges if end == name), default=-1)
+    marks = {name: (_note(stage), stage.status) for name, stage in run.stages.items()}
+    rows = [
+        (name, stage.stage, stage.status, stage.seconds, (stage.fingerprint or "")[:12])
+        for name, stage in run.stages.items()
+    ]
+    return Section(
+        "graph",
+        "The graph",
+        wide=[charts.graph(depths, edges, marks)] if run.stages else [],
+        tables=[Table("", ("node", "stage", "status", "seconds", "fingerprint"), rows)],
+    )
+
+
+def _note(stage: StageRecord) -> str:
+    match stage.status:
+        case "hit":
+            return "cached"
+        case "built":
+            return f"{stage.seconds:,.1f} s"
+        case _:
+            return stage.status
+
+
+def _corpus(run: RunRecord) -> Section:
+    section = Section("corpus", "The corpus", "Documents that are left after each stage.")
+    nodes = [stage for stage in run.stages.values() if stage.stage in CORPUS_STAGES]
+    counts = [(stage.node, _count(stage.metrics, "documents", "kept")) for stage in nodes]
+    counts = [(name, count) for name, count in counts if count is not None]
+    if counts:
+        section.charts.append(
+            charts.bars(
+                [name for name, _ in counts],
+                [count for _, count in counts],
+                title="documents kept",
+                across="documents",
+            )
+        )
+    for stage in nodes:
+        section.tables += _stage_tables(stage)
+    return section
+
+
+def _count(metrics: Mapping[str, Any], *names: str) -> float | None:
+    """The first of some figures that is there; a nested one by its last name."""
+    for name in names:
+        value = metrics.get(name)
+        if isinstance(value, int | float):
+            return value
+        if isinstance(value, dict) and isinstance(value.get("kept"), int | float):
+            return value["kept"]
+    return None
+
+
+def _stage_tables(stage: StageRecord) -> Iterator[Table]:
+    """The small tables that a stage wrote for people."""
+    if stage.path is None or not (path := Path(stage.path) / "logs" / "tables.json").exists():
+        return
+    for title, rows in json.loads(path.read_text("utf-8")).items():
+        if rows:
+            columns = list(dict.fromkeys(key for row in rows for key in row))
+            yield Table(
+                f"{stage.node}: {title}",
+                columns,
+                [[_blank(row.get(column)) for column in columns] for row in rows],
+            )
+
+
+def _blank(value: Any) -> Any:
+    if value is None:
+        return ""
+    return value if isinstance(value, int | float | str) else json.dumps(value, ensure_ascii=False)
+
+
+def _tokens(run: RunRecord) -> Section:
+    section = Section("tokens", "Tokenizer and tokens")
+    for stage in run.stages.values():
+        if stage.stage in ("tokenizer", "tokenize"):
+            section.tables += _stage_tables(stage)
+            rows = [(name, _blank(value)) for name, value in stage.metrics.items()]
+            section.tables.append(Table(f"{stage.node}: figures", ("figure", "value"), rows))
+    return section
+
+
+def _training(run: RunRecord, paths: Mapping[str, Path]) -> Iterator[Section]:
+    """Curves of every stage that trained, nodes of one stage in the same charts."""
+    curves = {name: _read_metrics(path / "logs" / METRICS) for name, path in paths.items()}
+    by_stage: dict[str, list[str]] = {}
+    for name, rows in curves.items():
+        if rows:
+            by_stage.setdefault(run.stages[name].stage, []).append(name)
+    for stage, nodes in by_stage.items():
+        wanted = [*CURVES, *((name, up, False) for name, up in ALIGNMENT_CURVES.get(stage, ()))]
+        section = Section(f"training-{stage}", f"Training: {stage}")
+        for metric, up, is_log in wanted:
+            series = _series(metric, {node: curves[node] for node in nodes})
+            if series:
+                section.charts.append(
+                    charts.lines(
+                        series, title=metric.replace("_", " "), across="step", up=up, is_log=is_log
+                    )
+                )
+        if stage == "ppo" and (frontier := _frontier({node: curves[node] for node in nodes})):
+            section.charts.append(
+                charts.lines(frontier, title="reward against KL", across="KL, nats", up="reward")
+            )
+        for node in nodes:
+            rows = [(name, _blank(value)) for name, value in run.stages[node].metrics.items()]
+            section.tables.append(Table(f"{node}: figures", ("figure", "value"), rows))
+        yield section
+
+
+def _read_metrics(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines() if line]
+
+
+def _series(metric: str, curves: Mapping[str, list[dict[str, Any]]]) -> charts.Series:
+    """One curve a node, or a node and domain for metrics such as `held_loss/web`."""
+    series: dict[str, tuple[list[float], list[float]]] = {}
+    for node, rows in curves.items():
+        names = dict.fromkeys(key for row in rows for key in row)
+        for name in names:
+            if name != metric and not name.startswith(f"{metric}/"):
+                continue
+            part = name.removeprefix(metric).removeprefix("/")
+            label = " ".join(filter(None, (node if len(curves) > 1 else "", part))) or node
+            points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+            series[label] = _thinned(points)
+    return series
+
+
+def _thinned(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    step = -(-len(points) // MAX_POINTS) or 1
+    chosen = [*points[::step], *points[-1:]]
+    return [x for x, _ in chosen], [y for _, y in chosen]
+
+
+def _frontier(curves: Mapping[str, list[dict[str, Any]]]) -> charts.Series:
+    series = {
+        node: (
+            [row["kl"] for row in rows if "kl" in row],
+            [row["reward"] for row in rows if "kl" in row],
+        )
+        for node, rows in curves.items()
+    }
+    return {node: points for node, points in series.items() if points[0]}
+
+
+def _language_model(run: RunRecord, scores: Mapping[str, Mapping[str, Figure]]) -> Section:
+    section = Section(
+        "bits",
+        "Held-out documents",
+        "Bits per byte on the same documents: the model, n-gram models of the same training tokens, xz -9.",
+    )
+    for node, figures in scores.items():
+        rows = [
+            (name.replace("bits_per_byte", "").replace("//", "/").strip("/"), figure)
+            for name, figure in figures.items()
+            if "bits_per_byte" in name
+        ]
+        if rows:
+            section.charts.append(
+                charts.intervals(
+                    [(name, f.value, f.low, f.high, None) for name, f in rows],
+                    title=node,
+                    across="bits per byte",
+                )
+            )
+    return section
+
+
+def _exams(run: RunRecord, scores: Mapping[str, Mapping[str, Figure]]) -> Section:
+    section = Section("exams", "Exams and minimal pairs", "The mark across is chance.")
+    names = dict.fromkeys(
+        name for figures in scores.values() for name in figures if name.endswith("/accuracy")
+    )
+    for name in names:
+        rows = [
+            (node, figures[name].value, figures[name].low, figures[name].high, figures[name].chance)
+            for node, figures in scores.items()
+            if name in figures
+        ]
+        section.charts.append(
+            charts.intervals(rows, title=name.removesuffix("/accuracy"), across="accuracy")
+        )
+    return section
+
+
+def _samples(run: RunRecord, paths: Mapping[str, Path]) -> Section:
+    """Answers to the same prompts, one column a checkpoint."""
+    section = Section("samples", "The same prompts, answered by each checkpoint")
+    nodes = [name for name in paths if run.stages[name].stage == "evaluate"]
+    answers: dict[str, dict[str, str]] = {}
+    for node in nodes:
+        for row in Scores(paths[node]).answers():
+            if row.get("sample", 0) == 0:
+                end = "" if row["is_ended"] else " …"
+                answers.setdefault(row["prompt"], {})[node] = row["answer"] + end
+    if answers:
+        rows = [
+            [prompt, *(given.get(node, "") for node in nodes)] for prompt, given in answers.items()
+        ]
+        section.tables = [Table("", ("prompt", *nodes), rows[:40], is_samples=True)]
+    return section
+
+
+def _costs(run: RunRecord) -> Section:
+    built = [(name, stage.seconds) for name, stage in run.stages.items() if stage.status == "built"]
+    section = Section("costs", "What it cost")
+    if built:
+        section.charts = [
+            charts.bars(
+                [name for name, _ in built],
+                [seconds for _, seconds in built],
+                title="seconds of each stage that ran",
+                across="seconds",
+            )
+        ]
+    return section
+
+
+def _errors(run: RunRecord) -> Section:
+    rows: Iterable[tuple[str, str]] = (
+        (name, stage.error) for name, stage in run.stages.items() if stage.error
+    )
+    return Section(
+        "errors",
+        "What went wrong",
+        details=[{"title": name, "text": error} for name, error in rows],
+    )
