@@ -18,7 +18,7 @@ import psutil
 
 from flows.graph import Graph
 from flows.lookup import Address, Lookup
-from flows.runs import Home, StageRecord, StageStatus, RunRecord
+from flows.runs import Home, RunRecord, StageRecord, StageStatus
 from storage.artifact import Artifact
 from storage.errors import DamagedArtifact
 from tasks.stage import Job, Outcome, execute

@@ -1,0 +1,374 @@
+"""Local services: Prefect's server, started once and kept for later commands, and MLflow's pages.
+
+All of a home's services live under `HOME/services`: for each a file with pid, start time and address,
+and its output. They listen on loopback, on ports chosen free, each in a session of its own. The
+Prefect server ends by itself when nothing has asked it anything for `$BESSEMER_IDLE_SECONDS` (15
+minutes), unless `bessemer up` said to keep it; `bessemer down` ends all.
+"""
+
+import asyncio
+import contextlib
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import psutil
+from pydantic import BaseModel, ConfigDict
+
+from flows.runs import FileLock, Home, is_alive
+
+HOST = "127.0.0.1"
+START_SECONDS = 90.0
+STOP_SECONDS = 15.0
+POLL_SECONDS = 0.1
+WATCH_SECONDS = 5.0
+HEALTH_SECONDS = 5.0
+IDLE_SECONDS = 900.0
+LOG_TAIL_LINES = 15
+QUIET = {
+    "DO_NOT_TRACK": "1",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
+"""Telemetry of both off."""
+
+
+class Service(BaseModel):
+    """A service that was started: where it answers, and which process it is."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    pid: int
+    started: float
+    url: str
+    """Address of its page."""
+
+    @property
+    def is_running(self) -> bool:
+        """Whether its process is there."""
+        return is_alive(self.pid, self.started)
+
+
+def prefect_environment(home: Home, url: str) -> dict[str, str]:
+    """What a process sets before it imports Prefect, to use the server at an API address."""
+    folder = home.path / "prefect"
+    folder.mkdir(parents=True, exist_ok=True)
+    logging_file = folder / "logging.yml"
+    logging_file.write_text(json.dumps(_LOGGING), "utf-8")
+    return {
+        **QUIET,
+        "PREFECT_API_URL": url,
+        "PREFECT_HOME": str(folder),
+        "PREFECT_LOGGING_SETTINGS_PATH": str(logging_file),
+        "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
+        "PREFECT_RESULTS_PERSIST_BY_DEFAULT": "false",
+    }
+
+
+def ensure_prefect(home: Home) -> str:
+    """API address of the server to use: the one the environment names, else the embedded one.
+
+    Starts the embedded one where it does not answer; several commands at once start one.
+    Raises RuntimeError with the end of its output when it cannot be started.
+    """
+    if named := os.environ.get("PREFECT_API_URL"):
+        return named
+    service = _answering(home)
+    if service is None:
+        with FileLock(_folder(home) / "start.lock"):
+            service = _answering(home) or _start_prefect(home)
+    return f"{service.url}/api"
+
+
+def up(home: Home) -> list[Service]:
+    """Start what is not running and keep all until `down`."""
+    folder = _folder(home)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "keep").touch()
+    ensure_prefect(home)
+    with FileLock(folder / "start.lock"):
+        mlflow = read_service(home, "mlflow")
+        if mlflow is None or not mlflow.is_running:
+            _start_mlflow(home)
+    return running(home)
+
+
+def down(home: Home) -> list[Service]:
+    """End every service of the home with all its processes; those that were running."""
+    (_folder(home) / "keep").unlink(missing_ok=True)
+    ended = running(home)
+    for service in ended:
+        _end_group(service)
+    for file in _folder(home).glob("*.json"):
+        file.unlink(missing_ok=True)
+    return ended
+
+
+def running(home: Home) -> list[Service]:
+    """Services of the home whose process is there."""
+    services = [read_service(home, name) for name in ("prefect", "mlflow")]
+    return [service for service in services if service and service.is_running]
+
+
+def read_service(home: Home, name: str) -> Service | None:
+    """What was noted of a service when it was started; None when there is nothing."""
+    file = _folder(home) / f"{name}.json"
+    try:
+        return Service.model_validate_json(file.read_bytes())
+    except FileNotFoundError:
+        return None
+
+
+def _folder(home: Home) -> Path:
+    return home.path / "services"
+
+
+def _note(home: Home, service: Service) -> None:
+    file = _folder(home) / f"{service.name}.json"
+    draft = file.with_suffix(f".{os.getpid()}")
+    draft.write_text(service.model_dump_json(indent=1), "utf-8")
+    draft.replace(file)
+
+
+def _answering(home: Home) -> Service | None:
+    service = read_service(home, "prefect")
+    if service and service.is_running and _answers(f"{service.url}/api/health"):
+        return service
+    return None
+
+
+def _answers(url: str) -> bool:
+    parts = urlsplit(url)
+    connection = http.client.HTTPConnection(parts.netloc, timeout=HEALTH_SECONDS)
+    try:
+        connection.request("GET", parts.path)
+        return connection.getresponse().status == http.HTTPStatus.OK
+    except OSError:
+        return False
+    finally:
+        connection.close()
+
+
+def _start_prefect(home: Home) -> Service:
+    if (old := read_service(home, "prefect")) and old.is_running:
+        _end_group(old)  # it is there and does not answer
+    process, output = _spawn(home, "prefect", [sys.executable, "-m", "flows.services"], QUIET)
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline and process.poll() is None:
+        service = read_service(home, "prefect")
+        if service and service.pid == process.pid and _answers(f"{service.url}/api/health"):
+            return service
+        time.sleep(POLL_SECONDS)
+    process.kill()
+    process.wait()
+    raise RuntimeError(f"the Prefect server did not start; {output} ends with:\n{_tail(output)}")
+
+
+def _start_mlflow(home: Home) -> Service:
+    with socket.socket() as free:
+        free.bind((HOST, 0))
+        port = free.getsockname()[1]
+    command = [
+        sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1",
+        "--backend-store-uri", home.tracking_uri,
+        "--default-artifact-root", str(home.path / "mlartifacts"),
+    ]  # fmt: skip
+    environment = {**QUIET, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    process, output = _spawn(home, "mlflow", command, environment)
+    url = f"http://{HOST}:{port}"
+    service = Service(
+        name="mlflow",
+        pid=process.pid,
+        started=psutil.Process(process.pid).create_time(),
+        url=url,
+    )
+    _note(home, service)
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline and process.poll() is None:
+        if _answers(f"{url}/health"):
+            return service
+        time.sleep(POLL_SECONDS)
+    _end_group(service)
+    raise RuntimeError(f"the MLflow server did not start; {output} ends with:\n{_tail(output)}")
+
+
+def _spawn(
+    home: Home, name: str, command: list[str], environment: dict[str, str]
+) -> tuple[subprocess.Popen[bytes], Path]:
+    """A process of its own session whose output goes to a file, so that it outlives the command."""
+    folder = _folder(home)
+    folder.mkdir(parents=True, exist_ok=True)
+    output = folder / f"{name}.log"
+    # The working directory may be removed while the server lives on; the home holds its files.
+    root = Path(__file__).resolve().parents[1]
+    paths = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
+    with output.open("wb") as stream:
+        process = subprocess.Popen(
+            command,
+            cwd=home.path,
+            env={
+                **os.environ,
+                **environment,
+                "BESSEMER_HOME": str(home.path),
+                "PYTHONPATH": os.pathsep.join(paths),
+            },
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    return process, output
+
+
+def _end_group(service: Service) -> None:
+    """End the processes of a service's session: asked first, killed when they stay."""
+    members = _members(service)
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        for member in members:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.send_signal(number)
+        _, members = psutil.wait_procs(members, timeout=STOP_SECONDS)
+        if not members:
+            return
+
+
+def _members(service: Service) -> list[psutil.Process]:
+    try:
+        leader = psutil.Process(service.pid)
+        return [leader, *leader.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _tail(output: Path) -> str:
+    lines = output.read_text("utf-8", errors="replace").splitlines()
+    return "\n".join(lines[-LOG_TAIL_LINES:])
+
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+Application = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+
+class Activity:
+    """An ASGI application around another that knows when it was last asked something."""
+
+    def __init__(self, application: Application) -> None:
+        self._application = application
+        self._open = 0
+        self._last = time.monotonic()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._application(scope, receive, send)
+            return
+        self._open += 1
+        try:
+            await self._application(scope, receive, send)
+        finally:
+            self._open -= 1
+            self._last = time.monotonic()
+
+    @property
+    def idle_seconds(self) -> float:
+        """Time since the last request; 0 while one, or a page's socket, is open."""
+        return 0.0 if self._open else time.monotonic() - self._last
+
+
+def serve_prefect(home: Home, idle_seconds: float) -> None:
+    """Be the embedded Prefect server until it is idle, told to end, or no longer the home's."""
+    port = socket.socket()
+    port.bind((HOST, 0))
+    url = f"http://{HOST}:{port.getsockname()[1]}"
+    folder = home.path / "prefect"
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ.update(
+        QUIET,
+        PREFECT_HOME=str(folder),
+        PREFECT_API_DATABASE_CONNECTION_URL=f"sqlite+aiosqlite:///{folder / 'prefect.db'}",
+        # On any port but 4200 the page asks the wrong one unless it is told.
+        PREFECT_SERVER_UI_API_URL=f"{url}/api",
+        PREFECT_SERVER_LOGGING_LEVEL="WARNING",
+    )
+    os.environ.pop("PREFECT_API_URL", None)
+
+    import uvicorn
+    from prefect.server.api.server import create_app
+
+    _write_at_once()
+    activity = Activity(create_app())
+    server = uvicorn.Server(
+        uvicorn.Config(activity, log_level="warning", timeout_graceful_shutdown=3)
+    )
+    started = psutil.Process().create_time()
+    _note(home, Service(name="prefect", pid=os.getpid(), started=started, url=url))
+    threading.Thread(
+        target=_watch, args=(home, activity, server, idle_seconds), daemon=True
+    ).start()
+    port.listen(128)
+    asyncio.run(server.serve(sockets=[port]))
+
+
+def _write_at_once() -> None:
+    """Let SQLite transactions that will write take the write lock when they begin.
+
+    Prefect begins them as readers; one that another writer overtook is then refused at once
+    ("database is locked", whatever the time-out), and the client waits two seconds and more before
+    it tries again: measured, four subflows of four tasks took 6.4 s, and 0.7 s with this.
+    """
+    from prefect.server.database import configurations
+    from sqlalchemy import Connection
+
+    def begin(self: object, conn: Connection) -> None:
+        if configurations.SQLITE_BEGIN_MODE.get() is not None:
+            conn.exec_driver_sql("BEGIN IMMEDIATE")
+
+    configurations.AioSqliteConfiguration.begin_sqlite_stmt = begin
+
+
+def _watch(home: Home, activity: Activity, server: Any, idle_seconds: float) -> None:
+    while not server.should_exit:
+        time.sleep(min(WATCH_SECONDS, idle_seconds / 4))
+        service = read_service(home, "prefect")
+        is_ours = service is not None and service.pid == os.getpid()
+        is_kept = (_folder(home) / "keep").exists()
+        if not is_ours or (activity.idle_seconds > idle_seconds and not is_kept):
+            server.should_exit = True
+
+
+_LOGGING: dict[str, Any] = {
+    # As Prefect's own, but nothing goes to the console: a flow whose terminal is gone would die of
+    # its next line, and the command line shows its own progress.
+    "version": 1,
+    "disable_existing_loggers": False,
+    "handlers": {
+        "api": {"level": 0, "class": "prefect.logging.handlers.APILogHandler"},
+        "none": {"class": "logging.NullHandler"},
+    },
+    "loggers": {
+        "prefect": {"level": "WARNING"},
+        "prefect.flow_runs": {"level": "INFO", "handlers": ["api"]},
+        "prefect.task_runs": {"level": "INFO", "handlers": ["api"]},
+        "bessemer": {"level": "INFO", "handlers": ["api"], "propagate": False},
+    },
+    "root": {"level": "WARNING", "handlers": ["none"]},
+}
+
+
+if __name__ == "__main__":
+    serve_prefect(
+        Home(Path(os.environ["BESSEMER_HOME"])),
+        float(os.environ.get("BESSEMER_IDLE_SECONDS", IDLE_SECONDS)),
+    )
