@@ -69,6 +69,11 @@ class Execution:
         """Folder of the run."""
         return self.home.run_folder(self.record.run_id)
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether a node is still being worked on."""
+        return bool(self._threads)
+
     def start(self) -> None:
         """Note that the run goes on, in this process."""
         process = psutil.Process()

@@ -1,0 +1,14 @@
+"""The flow `alignment`. From conversations and preferences to an aligned model: chats, sft, pairs, reward, dpo, ppo."""
+
+from typing import Any
+
+from prefect import flow
+from prefect.client.schemas.objects import State
+
+from flows.part import run_part, threads
+
+
+@flow(task_runner=threads(), persist_result=False)
+def alignment(run_id: str) -> State[Any]:
+    """From conversations and preferences to an aligned model: chats, sft, pairs, reward, dpo, ppo."""
+    return run_part(run_id, "alignment")

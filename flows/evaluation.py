@@ -1,0 +1,14 @@
+"""The flow `evaluation`. What the models can do, what the data stages did, and the export."""
+
+from typing import Any
+
+from prefect import flow
+from prefect.client.schemas.objects import State
+
+from flows.part import run_part, threads
+
+
+@flow(task_runner=threads(), persist_result=False)
+def evaluation(run_id: str) -> State[Any]:
+    """What the models can do, what the data stages did, and the export."""
+    return run_part(run_id, "evaluation")

@@ -1,0 +1,155 @@
+"""What the four flows share: the Prefect task of one node, and running a flow's nodes as they get ready."""
+
+import json
+import logging
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from prefect import task
+from prefect.artifacts import (
+    create_markdown_artifact,
+    create_progress_artifact,
+    create_table_artifact,
+    update_progress_artifact,
+)
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State
+from prefect.futures import PrefectFuture
+from prefect.states import Cancelled, Completed, Failed
+from prefect.task_runners import ThreadPoolTaskRunner
+
+from flows.execution import Execution
+from flows.runs import StageRecord
+
+SHORT = 8
+"""Digits of a fingerprint that are shown."""
+PROGRESS_SECONDS = 2.0
+"""Least time between two progress reports to the server."""
+MOST_THREADS = 64
+MOST_ROWS = 200
+"""Rows of a table that are shown; events above 1.5 MB are refused."""
+
+active: dict[str, Execution] = {}
+"""Runs of this process, by id: a flow's parameters are text, so it looks its run up here."""
+_log = logging.getLogger("bessemer.run")
+
+
+def run_part(run_id: str, flow: str) -> State[Any]:
+    """Run the nodes of one of the four flows, each as soon as what it reads is there."""
+    execution = active[run_id]
+    names = [name for name in execution.selected if execution.graph.nodes[name].flow == flow]
+    futures: list[PrefectFuture[Any]] = []
+    while (name := execution.next_ready(names)) is not None:
+        fingerprint = execution.fingerprint(name)
+        title = f"{name} {fingerprint[:SHORT]}" if fingerprint else name
+        named = run_stage.with_options(
+            name=execution.graph.nodes[name].spec.name, task_run_name=title
+        )
+        futures.append(named.submit(run_id, name))
+    for future in futures:
+        future.wait()
+    return verdict(execution, names)
+
+
+def threads() -> Any:
+    """Task runner of the four flows: a thread for every node that is ready."""
+    return ThreadPoolTaskRunner(max_workers=MOST_THREADS)
+
+
+def verdict(execution: Execution, names: list[str] | None = None) -> State[Any]:
+    """How the nodes ended, as the state of a flow."""
+    stages = {name: execution.record.stages[name] for name in names or execution.selected}
+    failed = [name for name, stage in stages.items() if stage.status == "failed"]
+    if execution.is_cancelled:
+        return Cancelled(message="cancelled; what was done is kept")
+    if failed:
+        return Failed(message=f"failed: {', '.join(failed)}")
+    hits = sum(stage.status == "hit" for stage in stages.values())
+    return Completed(message=f"{len(stages)} stages, {hits} from the store")
+
+
+@task(cache_policy=NO_CACHE, persist_result=False, retries=0)
+def run_stage(run_id: str, node: str) -> State[Any]:
+    """One node: its artifact is found in the store, or built and committed to it."""
+    stage = active[run_id].run(node, _progress(node))
+    match stage.status:
+        case "hit":
+            return Completed(name="Cached", message=f"{stage.stage} {stage.fingerprint}")
+        case "built":
+            publish(node, stage)
+            return Completed(message=f"built in {stage.seconds:.1f} s")
+        case _:
+            return Cancelled(name="Skipped", message=stage.error or "an input is missing")
+
+
+def publish(node: str, stage: StageRecord) -> None:
+    """Show the figures and tables of a built artifact on the page of its task run."""
+    key = _key(node)
+    rows = "\n".join(f"| {name} | {value} |" for name, value in flat(stage.metrics).items())
+    lines = [
+        f"## {node}",
+        f"{stage.kind} `{stage.fingerprint}`, digest `{stage.digest}`, {stage.seconds:.1f} s",
+        f"`{stage.path}`",
+        f"| figure | value |\n|---|---|\n{rows}" if rows else "",
+    ]
+    _show(lambda: create_markdown_artifact("\n\n".join(lines), key=key, description=node))
+    tables = Path(stage.path or "") / "logs" / "tables.json"
+    if not tables.is_file():
+        return
+    for title, table in json.loads(tables.read_text("utf-8")).items():
+        _show(
+            lambda title=title, table=table: create_table_artifact(
+                table[:MOST_ROWS], key=f"{key}-{_key(title)}", description=f"{node}: {title}"
+            )
+        )
+
+
+def flat(figures: dict[str, Any], place: str = "") -> dict[str, Any]:
+    """Nested figures with dotted names."""
+    found: dict[str, Any] = {}
+    for name, value in figures.items():
+        if isinstance(value, dict):
+            found |= flat(value, f"{place}{name}.")
+        else:
+            found[f"{place}{name}"] = round(value, 6) if isinstance(value, float) else value
+    return found
+
+
+def _progress(node: str) -> Callable[[float, float, str], None]:
+    """A live progress bar on the task's page, for stages that take longer than a moment."""
+    told, shown = time.monotonic(), None
+
+    def report(done: float, total: float, unit: str) -> None:
+        nonlocal told, shown
+        if time.monotonic() - told < PROGRESS_SECONDS:
+            return
+        told = time.monotonic()
+        share = round(100 * min(done / total, 1.0), 1) if total else 0.0
+        text = f"{node}: {done:,.0f} of {total:,.0f} {unit}"
+        if shown is None:
+            shown = _show(
+                lambda: create_progress_artifact(
+                    share, key=f"{_key(node)}-progress", description=text
+                )
+            )
+        else:
+            known = shown
+            _show(lambda: update_progress_artifact(known, progress=share, description=text))
+
+    return report
+
+
+def _show(create: Callable[[], Any]) -> Any:
+    try:
+        return create()
+    except Exception as error:  # noqa: BLE001 - what cannot be shown must not fail a stage
+        _log.warning("the Prefect page could not be told: %s", error)
+        return None
+
+
+def _key(text: str) -> str:
+    """A Prefect artifact key: lowercase letters, digits, dashes."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "table"

@@ -1,0 +1,137 @@
+"""A recipe as a Prefect flow: the four flows under one, each node a task, all of them at once.
+
+The four run side by side, since a node may wait for one of another flow (a tokenizer that reads
+conversations, an evaluation of what alignment made); order comes from the graph alone.
+"""
+
+import contextvars
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from prefect import flow
+from prefect.client.schemas.objects import State
+from prefect.exceptions import TerminationSignal
+from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
+
+from flows.alignment import alignment
+from flows.corpus import corpus
+from flows.evaluation import evaluation
+from flows.execution import Execution, Listener
+from flows.part import active, verdict
+from flows.pretraining import pretraining
+from flows.runs import StageRecord
+from tasks.stage import Job
+from tasks.tracking import Tracking
+
+PARTS: Sequence[Any] = (corpus, pretraining, alignment, evaluation)
+CANCEL_SECONDS = 45.0
+"""How long running stages get to stop: a training job checkpoints for up to its grace time (30 s)."""
+JOIN_SECONDS = 0.5
+
+Say = Callable[[str], None]
+
+
+def run_pipeline(execution: Execution, *, say: Say = lambda text: None) -> bool:
+    """Run what was prepared, to its end; whether everything that was started has stopped.
+
+    The run's record says what became of each node. False only after a cancel that a stage did not
+    follow in time: the process has to be ended then.
+    """
+    tracking = Tracking(execution.folder, execution.home.tracking_uri)
+    execution.listeners.append(_tracker(execution, tracking))
+    execution.start()
+    tracking.start(execution.graph.recipe, execution.record.composed)
+    active[execution.record.run_id] = execution
+    started = time.monotonic()
+    try:
+        # A flow waits up to a second for its heart-beat thread when it ends; the run's record has
+        # the process's id and start time instead.
+        with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
+            pipeline.with_options(
+                flow_run_name=f"{execution.graph.recipe} {execution.record.run_id}"
+            )(execution.record.run_id, return_state=True)
+    finally:
+        execution.finish(time.monotonic() - started)
+        active.pop(execution.record.run_id, None)
+        report = _write_report(execution, say)
+        state = execution.record.status
+        tracking.end("finished" if state == "done" else _tracked(state), report)
+    return not execution.is_busy
+
+
+@flow(persist_result=False)
+def pipeline(run_id: str) -> State[Any]:
+    """A recipe from raw files to an aligned, evaluated model."""
+    execution = active[run_id]
+    used = {execution.graph.nodes[name].flow for name in execution.selected}
+    threads = [_start(part, run_id) for part in PARTS if part.name in used]
+    try:
+        while any(thread.is_alive() for thread in threads):
+            for thread in threads:
+                thread.join(JOIN_SECONDS)
+    except (KeyboardInterrupt, TerminationSignal):
+        if execution.cancel(CANCEL_SECONDS):
+            for thread in threads:
+                thread.join(CANCEL_SECONDS)
+    return verdict(execution)
+
+
+def _start(part: Any, run_id: str) -> threading.Thread:
+    """Run a flow in a thread that knows which flow run it belongs to."""
+    context = contextvars.copy_context()
+    thread = threading.Thread(
+        target=context.run, args=(lambda: part(run_id, return_state=True),), daemon=True
+    )
+    thread.start()
+    return thread
+
+
+def _tracker(execution: Execution, tracking: Tracking) -> Listener:
+    """Tells MLflow's forwarder what happens."""
+
+    def on_job(name: str, job: Job) -> None:
+        node = execution.graph.nodes[name]
+        tracking.stage_started(
+            name,
+            job.logs,
+            stage=node.spec.name,
+            fingerprint=job.path.parent.name,
+            settings=node.settings.model_dump(mode="json"),
+        )
+
+    def on_node(name: str, stage: StageRecord) -> None:
+        if stage.status in ("waiting", "running"):
+            return
+        logs = Path(stage.path) / "logs" if stage.path and stage.status == "built" else None
+        tracking.stage_ended(
+            name,
+            stage.status,
+            stage.metrics,
+            logs=logs,
+            stage=stage.stage,
+            fingerprint=stage.fingerprint or "",
+            error=stage.error or "",
+            settings=execution.graph.nodes[name].settings.model_dump(mode="json"),
+        )
+
+    return Listener(on_node=on_node, on_job=on_job)
+
+
+def _tracked(state: str) -> Any:
+    return "cancelled" if state == "cancelled" else "failed"
+
+
+def _write_report(execution: Execution, say: Say) -> Path | None:
+    from flows.report import write_report
+
+    try:
+        path = write_report(execution.folder, execution.lookup.store)
+    except Exception as error:  # noqa: BLE001 - the artifacts are there, whatever the page lacks
+        say(f"the report could not be written: {type(error).__name__}: {error}")
+        return None
+    execution.record.report = str(path)
+    execution.record.write(execution.folder)
+    return path

@@ -1,0 +1,14 @@
+"""The flow `pretraining`. From token files to a pretrained model."""
+
+from typing import Any
+
+from prefect import flow
+from prefect.client.schemas.objects import State
+
+from flows.part import run_part, threads
+
+
+@flow(task_runner=threads(), persist_result=False)
+def pretraining(run_id: str) -> State[Any]:
+    """From token files to a pretrained model."""
+    return run_part(run_id, "pretraining")
