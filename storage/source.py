@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 from conf.settings import SourceSpec
 from storage import lease as leases
 from storage.artifact import Artifact
+from storage.bucket import Bucket
 from storage.identity import hash_file
 from storage.store_local import write_atomically
 
@@ -34,6 +35,9 @@ LEDGER_WAIT_SECONDS = 60.0
 SETTLED_NS = 2_000_000_000
 """A file changed less than this before it was hashed may change again within its time stamp."""
 HASH_THREADS = 4
+
+Key = tuple[str, str, int]
+"""Digest, format and index of the spec: what of a file enters identity."""
 
 
 class RawFiles(Artifact):
@@ -59,7 +63,7 @@ class SourceFile:
     """Place of `spec` among the source's specs."""
 
     @property
-    def key(self) -> tuple[str, str, int]:
+    def key(self) -> Key:
         """What of the file enters identity."""
         return self.digest, self.format, self.spec_index
 
@@ -156,39 +160,61 @@ class HashCache:
 
 
 @dataclass(frozen=True)
-class SourceLedger:
-    """Which file came in which landing, by content; a JSON file in the store's folder `sources`."""
+class Book:
+    """What a ledger says, and the state in which it said so."""
 
-    path: Path
+    landings: list[list[dict[str, Any]]]
+    etag: str | None = None
 
-    def read(self) -> list[list[tuple[str, str, int]]]:
-        """Keys of files per landing, in order; empty before the first look."""
-        if not self.path.exists():
-            return []
-        content = json.loads(self.path.read_text("utf-8"))
+    def known(self) -> list[list[Key]]:
+        """Digest, format and spec of the files of each landing."""
         return [
-            [(entry["digest"], entry["format"], entry["spec"]) for entry in landing]
-            for landing in content["landings"]
+            [(e["digest"], e["format"], e["spec"]) for e in landing] for landing in self.landings
         ]
 
-    def append(self, files: Sequence[SourceFile]) -> None:
-        """Record files as a new landing."""
-        content: dict[str, Any] = {"landings": []}
-        if self.path.exists():
-            content = json.loads(self.path.read_text("utf-8"))
-        content["landings"].append(
-            [
-                {
-                    "digest": file.digest,
-                    "format": file.format,
-                    "spec": file.spec_index,
-                    "name": file.name,
-                    "size": file.size,
-                }
-                for file in files
-            ]
-        )
-        write_atomically(self.path, json.dumps(content, ensure_ascii=False, indent=1).encode())
+
+@dataclass(frozen=True)
+class SourceLedger:
+    """Which file came in which landing, by content: a JSON file in the store's folder `sources`.
+
+    For a store on S3 it is an object that all machines share, written on condition that nobody else
+    has; the file beside it then serves as this machine's lock.
+    """
+
+    path: Path
+    bucket: Bucket | None = None
+    key: str = ""
+
+    def read(self) -> Book:
+        """The landings so far; none before the first look."""
+        if self.bucket:
+            stored = self.bucket.get(self.key)
+            if stored is None:
+                return Book([])
+            return Book(json.loads(stored.content)["landings"], stored.etag)
+        if not self.path.exists():
+            return Book([])
+        return Book(json.loads(self.path.read_text("utf-8"))["landings"])
+
+    def append(self, book: Book, files: Sequence[SourceFile]) -> bool:
+        """Record files as a new landing; False when another machine wrote since `book` was read."""
+        landing = [
+            {
+                "digest": file.digest,
+                "format": file.format,
+                "spec": file.spec_index,
+                "name": file.name,
+                "size": file.size,
+            }
+            for file in files
+        ]
+        landings = {"landings": [*book.landings, landing]}
+        content = json.dumps(landings, ensure_ascii=False, indent=1).encode()
+        if self.bucket is None:
+            write_atomically(self.path, content)
+            return True
+        is_first = book.etag is None
+        return self.bucket.put(self.key, content, if_absent=is_first, if_etag=book.etag) is not None
 
 
 def resolve(
@@ -196,7 +222,7 @@ def resolve(
     *,
     artifacts: Mapping[str, Artifact],
     base: Path,
-    ledger: Path | None,
+    ledger: SourceLedger | Path | None,
     hashes: HashCache,
     appends: bool = True,
 ) -> Source:
@@ -213,11 +239,13 @@ def resolve(
     ]
     if ledger is None:
         return Source((Landing(tuple(files)),) if files else ())
-    with _only_writer(ledger):
-        book = SourceLedger(ledger)
-        landings, new = _into_landings(files, book.read())
-        if new and appends:
-            book.append(new)
+    ledger = ledger if isinstance(ledger, SourceLedger) else SourceLedger(ledger)
+    with _only_writer(ledger.path):
+        while True:
+            book = ledger.read()
+            landings, new = _into_landings(files, book.known())
+            if not new or not appends or ledger.append(book, new):
+                break
     if new:
         landings.append(new)
     return Source(tuple(Landing(tuple(landing)) for landing in landings if landing))
@@ -311,10 +339,10 @@ def _sorted(root: Path, paths: Iterable[Path]) -> list[Path]:
 
 
 def _into_landings(
-    files: Sequence[SourceFile], book: Sequence[Sequence[tuple[str, str, int]]]
+    files: Sequence[SourceFile], book: Sequence[Sequence[Key]]
 ) -> tuple[list[list[SourceFile]], list[SourceFile]]:
     """Files by the ledger's landings and order, and those that the ledger does not know."""
-    waiting: dict[tuple[str, str, int], list[SourceFile]] = defaultdict(list)
+    waiting: dict[Key, list[SourceFile]] = defaultdict(list)
     for file in files:
         waiting[file.key].append(file)
     landings = [[waiting[key].pop(0) for key in keys if waiting[key]] for keys in book]

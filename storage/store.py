@@ -20,7 +20,8 @@ Moving the folder or the bucket changes no fingerprint and no digest: nothing in
 import logging
 import threading
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -34,10 +35,13 @@ from storage.errors import DamagedArtifact
 from storage.identity import fingerprint as fingerprint_of
 from storage.lease_s3 import RemoteLease
 from storage.record import FileEntry, Record
+from storage.source import SourceLedger
 from storage.store_s3 import Remote
 
 PARTS_BUILT = "parts.txt"
 """In an attempt's `state/`: fingerprints of parts already committed for it, so that gc keeps them."""
+
+LOOK_THREADS = 16
 
 _log = logging.getLogger("bessemer.store")
 _verified: set[tuple[str, int, int, str]] = set()
@@ -132,6 +136,7 @@ class Store:
             raise ValueError(f"{self.url} is no store; give a folder or s3://bucket/prefix")
         else:
             self.root = Path(root).expanduser().absolute()
+            self.url = str(self.root)
         self._trash = self.root / "trash"
 
     @property
@@ -142,6 +147,16 @@ class Store:
     def path_of(self, fingerprint: str) -> Path:
         """Where an artifact lies when it exists."""
         return self.root / "artifacts" / _checked(fingerprint)
+
+    def ledger(self, name: str) -> SourceLedger:
+        """The ledger of a source; on S3 one for all machines."""
+        if self._remote:
+            return SourceLedger(self.sources / name, self._remote.bucket, f"sources/{name}")
+        return SourceLedger(self.sources / name)
+
+    def find_all(self, fingerprints: Sequence[str]) -> list[Path | None]:
+        """`find` for many, in order."""
+        return list(self._each(self.find, list(fingerprints)))
 
     def find(self, fingerprint: str) -> Path | None:
         """Folder of a sound artifact, judged by names, sizes and the presence of its parts.
@@ -327,10 +342,15 @@ class Store:
             self.quarantine(fingerprint, "; ".join(wrong))
             return None
         seen.add(fingerprint)
-        for part in record.parts:
-            if part not in seen and self._find(part, seen) is None:
-                return None
-        return path
+        parts = [part for part in record.parts if part not in seen]
+        return path if all(self._each(lambda part: self._find(part, seen), parts)) else None
+
+    def _each(self, look: Callable[[str], Path | None], parts: list[str]) -> Iterable[Path | None]:
+        """What `look` gives for each part; on S3 many at once, since each waits for the server."""
+        if self._remote is None or len(parts) < 2:
+            return map(look, parts)
+        with ThreadPoolExecutor(LOOK_THREADS) as pool:
+            return list(pool.map(look, parts))
 
     def _wrong(self, record: Record, *, full: bool) -> list[str]:
         if self._remote:

@@ -153,6 +153,13 @@ def bytes_under(folder: Path) -> int:
     )
 
 
+def empty_folder(folder: Path) -> None:
+    """Remove everything in a folder, and leave or make the folder itself."""
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+
+
 def remove_if_empty(folder: Path) -> None:
     """Remove a folder with nothing in it; leave any other."""
     try:

@@ -40,13 +40,14 @@ class Remote:
     """A store at `s3://bucket/prefix`, with `home` as the folder in which its artifacts are read."""
 
     def __init__(self, url: str, home: Path) -> None:
-        self._bucket = Bucket(url)
+        self.bucket = Bucket(url)
+        """All objects of the store."""
         self._home = home
-        self._desk = LeaseDesk(url, self._bucket, home)
+        self._desk = LeaseDesk(url, self.bucket, home)
 
     def record(self, fingerprint: str) -> StoredRecord | None:
         """The record of an artifact, None when there is none."""
-        stored = self._bucket.get(_record_key(fingerprint))
+        stored = self.bucket.get(_record_key(fingerprint))
         if stored is None:
             return None
         content = json.loads(stored.content)
@@ -56,7 +57,7 @@ class Remote:
 
     def fingerprints(self) -> list[str]:
         """Everything that has objects, committed or not."""
-        return self._bucket.names("artifacts/")
+        return self.bucket.names("artifacts/")
 
     def acquire(self, fingerprint: str, lock: Path) -> RemoteLease | None:
         """Take the lease among machines; the caller holds the local lock."""
@@ -64,7 +65,7 @@ class Remote:
 
     def is_claimed(self, fingerprint: str) -> bool:
         """Whether any machine holds the lease."""
-        return lease_s3.is_held(self._bucket, fingerprint)
+        return lease_s3.is_held(self.bucket, fingerprint)
 
     def fetch(self, fingerprint: str, path: Path, on_damage: Callable[[str], object]) -> bool:
         """Have a sound copy of an artifact at `path`; False when the store has no sound one."""
@@ -92,19 +93,19 @@ class Remote:
         mine = StoredRecord(uuid.uuid4().hex[:16], record, "")
         for part in ("files", "logs"):
             names = local.list_files(attempt / part)
-            self._bucket.upload(attempt / part, names, f"{mine.prefix}{part}/")
+            self.bucket.upload(attempt / part, names, f"{mine.prefix}{part}/")
         content = json.dumps(
             {"attempt": mine.attempt, "record": record.model_dump(mode="json")}, ensure_ascii=False
         ).encode()
         key = _record_key(record.fingerprint)
-        while self._bucket.put(key, content, if_absent=True) is None:
+        while self.bucket.put(key, content, if_absent=True) is None:
             winner = self.record(record.fingerprint)
             if winner is None:
                 continue
             if winner.attempt == mine.attempt:
                 return True  # the client repeated a put whose answer was lost
             if replace:
-                if self._bucket.put(key, content, if_etag=winner.etag):
+                if self.bucket.put(key, content, if_etag=winner.etag):
                     self._delete(winner.prefix)
                     return True
             elif wrong := self._wrong_sizes(winner):
@@ -126,23 +127,23 @@ class Remote:
             f"files/{entry.name}: hash {found} found, {entry.xxh3} expected"
             for entry in stored.record.files
             if not any(line.startswith(f"files/{entry.name}:") for line in wrong)
-            and (found := self._bucket.hash(f"{stored.prefix}files/{entry.name}")) != entry.xxh3
+            and (found := self.bucket.hash(f"{stored.prefix}files/{entry.name}")) != entry.xxh3
         ]
 
     def quarantine(self, fingerprint: str, name: str, reason: str) -> None:
         """Take an artifact's record away, and keep it with the reason until gc."""
-        stored = self._bucket.get(_record_key(fingerprint))
+        stored = self.bucket.get(_record_key(fingerprint))
         if stored is None:
             return
         kept = {"reason": reason, "stored": json.loads(stored.content)}
-        self._bucket.put(f"quarantine/{name}.json", json.dumps(kept, ensure_ascii=False).encode())
-        self._bucket.delete([_record_key(fingerprint)])
+        self.bucket.put(f"quarantine/{name}.json", json.dumps(kept, ensure_ascii=False).encode())
+        self.bucket.delete([_record_key(fingerprint)])
 
     def collect(self, marked: set[str], *, dry_run: bool) -> Iterator[Found]:
         """Remove what is not marked: artifacts, uploads that no record names, quarantine."""
         # Another machine notes the parts of its running jobs only in its own home.
         is_anyone_at_work = any(
-            self.is_claimed(name.removesuffix(".json")) for name in self._bucket.names("leases/")
+            self.is_claimed(name.removesuffix(".json")) for name in self.bucket.names("leases/")
         )
         for fingerprint in self.fingerprints():
             if self.is_claimed(fingerprint):
@@ -153,32 +154,32 @@ class Remote:
                     continue
                 yield self._remove("artifact", stored, dry_run=dry_run)
             yield from self._collect_uploads(fingerprint, stored, dry_run=dry_run)
-        for name in self._bucket.names("quarantine/"):
+        for name in self.bucket.names("quarantine/"):
             if not dry_run:
-                self._bucket.delete([f"quarantine/{name}"])
+                self.bucket.delete([f"quarantine/{name}"])
             yield "quarantine", name.partition(".")[0], "", 0
 
     def _remove(self, what: str, stored: StoredRecord, *, dry_run: bool) -> Found:
-        size = sum(self._bucket.sizes(stored.prefix).values())
+        size = sum(self.bucket.sizes(stored.prefix).values())
         if not dry_run:
-            self._bucket.delete([_record_key(stored.record.fingerprint)])
+            self.bucket.delete([_record_key(stored.record.fingerprint)])
             self._delete(stored.prefix)
         return what, stored.record.fingerprint, stored.record.kind, size
 
     def _collect_uploads(
         self, fingerprint: str, stored: StoredRecord | None, *, dry_run: bool
     ) -> Iterator[Found]:
-        for attempt in self._bucket.names(f"artifacts/{fingerprint}/"):
+        for attempt in self.bucket.names(f"artifacts/{fingerprint}/"):
             if attempt == "record.json" or (stored and attempt == stored.attempt):
                 continue
             prefix = f"artifacts/{fingerprint}/{attempt}/"
-            size = sum(self._bucket.sizes(prefix).values())
+            size = sum(self.bucket.sizes(prefix).values())
             if not dry_run:
                 self._delete(prefix)
             yield "upload", fingerprint, "", size
 
     def _wrong_sizes(self, stored: StoredRecord) -> list[str]:
-        found = self._bucket.sizes(f"{stored.prefix}files/")
+        found = self.bucket.sizes(f"{stored.prefix}files/")
         return [
             line
             for entry in stored.record.files
@@ -190,8 +191,8 @@ class Remote:
         incoming = self._home / "trash" / f"incoming-{uuid.uuid4().hex}"
         for part in ("files", "logs"):
             (incoming / part).mkdir(parents=True)
-            names = self._bucket.sizes(f"{stored.prefix}{part}/")
-            self._bucket.download(f"{stored.prefix}{part}/", names, incoming / part)
+            names = self.bucket.sizes(f"{stored.prefix}{part}/")
+            self.bucket.download(f"{stored.prefix}{part}/", names, incoming / part)
         if wrong := local.wrong_bytes(incoming, stored.record.files):
             local.move_aside(incoming, self._home / "trash")
             return wrong
@@ -205,7 +206,7 @@ class Remote:
         return []
 
     def _delete(self, prefix: str) -> None:
-        self._bucket.delete(f"{prefix}{name}" for name in self._bucket.sizes(prefix))
+        self.bucket.delete(f"{prefix}{name}" for name in self.bucket.sizes(prefix))
 
 
 def _record_key(fingerprint: str) -> str:

@@ -6,6 +6,7 @@ Workers are spawned, never forked (a forked one keeps a dead parent's locks), an
 parent. Where several machines share a store, two that build the same part wait for each other.
 """
 
+import functools
 import os
 import signal
 import threading
@@ -20,13 +21,13 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from multiprocessing.connection import wait as wait_for
 from pathlib import Path
-from shutil import rmtree
 from typing import Any
 
 from storage.errors import PartsFailed
 from storage.identity import fingerprint as fingerprint_of
 from storage.record import Record
 from storage.store import PARTS_BUILT, Store
+from storage.store_local import empty_folder, read_record
 from tasks.stage import Job
 
 PART_POLL_SECONDS = 0.2
@@ -104,14 +105,14 @@ def fan_out(job: Job, build: Build, items: Sequence[PartItem], *, version: int =
     worker. Raises PartsFailed, after all other items are done, when some raised or their worker died.
     """
     tasks = [_task(job, build, item, version) for item in items]
-    parts = {task.record.fingerprint: _look_up(job.store, task, True) for task in tasks}
+    parts = _look_up(job.store, [task.record.fingerprint for task in tasks], is_reused=True)
     missing = {t.record.fingerprint: t for t in tasks if parts[t.record.fingerprint] is None}
     progress = _Progress(job, len(parts), len(parts) - len(missing))
-    for fingerprint in parts.keys() - missing.keys():
+    for fingerprint in [fp for fp in parts if fp not in missing]:
         _note_part(job, fingerprint)
     if missing:
         _build_all(job, list(missing.values()), progress)
-        parts |= {fp: _look_up(job.store, task, False) for fp, task in missing.items()}
+        parts |= _look_up(job.store, list(missing), is_reused=False)
     found = [part for task in tasks if (part := parts[task.record.fingerprint])]
     if progress.failures or len(found) < len(tasks):
         raise _failed(missing, progress.failures, len(parts))
@@ -136,13 +137,17 @@ def _task(job: Job, build: Build, item: PartItem, version: int) -> _Task:
     return _Task(job.store.url, job.store.cache, build, item.arguments, record, item.label or name)
 
 
-def _look_up(store: Store, task: _Task, is_reused: bool) -> Part | None:
-    fingerprint = task.record.fingerprint
-    path = store.find(fingerprint)
-    record = store.record(fingerprint) if path else None
-    if path is None or record is None:
-        return None
-    return Part(fingerprint, record.digest, path, record.metrics, is_reused)
+def _look_up(
+    store: Store, fingerprints: Sequence[str], *, is_reused: bool
+) -> dict[str, Part | None]:
+    def part(fingerprint: str, path: Path | None) -> Part | None:
+        record = read_record(path) if path else None
+        if path is None or record is None:
+            return None
+        return Part(fingerprint, record.digest, path, record.metrics, is_reused)
+
+    unique = list(dict.fromkeys(fingerprints))
+    return {fp: part(fp, path) for fp, path in zip(unique, store.find_all(unique), strict=True)}
 
 
 def _counted(job: Job, *, built: int, reused: int) -> dict[str, int]:
@@ -252,17 +257,21 @@ def _build_part(task: _Task) -> str | None:
     return None
 
 
+@functools.cache
+def _open(url: str, cache: Path | None) -> Store:
+    """One store for each process: on S3 its connection and its lease keeper are costly to begin."""
+    return Store(url, cache=cache)
+
+
 def _build_and_commit(task: _Task) -> None:
-    store = Store(task.store_url, cache=task.cache)
+    store = _open(task.store_url, task.cache)
     fingerprint = task.record.fingerprint
     while (claim := store.claim(fingerprint)) is None:
         time.sleep(PART_POLL_SECONDS)
     with claim:
         if store.find(fingerprint):
             return
-        if claim.is_resumed:
-            rmtree(claim.path / "files")
-            (claim.path / "files").mkdir()
+        empty_folder(claim.path / "files")
         started = time.monotonic()
         metrics = task.build(claim.path / "files", *task.arguments)
         seconds = round(time.monotonic() - started, 3)

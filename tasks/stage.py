@@ -21,6 +21,7 @@ from storage.identity import fingerprint
 from storage.record import InputEntry, Record
 from storage.source import Source
 from storage.store import Claim, Store
+from storage.store_local import empty_folder
 from tasks.launch import follow_elsewhere
 
 Inputs = Mapping[str, Artifact | Mapping[str, Artifact]]
@@ -225,6 +226,10 @@ def execute(
             lease_fd=claim.lease_fd,
             report_progress=report_progress,
         )
+        if claim.is_resumed and not spec.uses_torch:
+            # What a failed try wrote must not slip into the result; a torch job that outlived its
+            # flow has its finished files there. Scratch for resume is in state/.
+            empty_folder(job.files)
         on_start(job)
         spec.function(job, settings=settings, **inputs)
         if job.tables:

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.s3_server import s3_server as s3_server
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 

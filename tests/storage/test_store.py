@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import get_context
 from multiprocessing.synchronize import Event
@@ -20,32 +19,6 @@ from storage.record import Record
 from storage.store import PARTS_BUILT, Claim, Store, open_store
 
 SPAWN = get_context("spawn")
-
-
-@pytest.fixture(scope="session")
-def s3_server() -> Iterator[str]:
-    """An S3 server of the test's own on loopback, with the client's environment set for it."""
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    settings = {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-    }
-    before = {name: os.environ.get(name) for name in settings}
-    os.environ.update(settings)
-    import s3fs
-
-    s3fs.S3FileSystem().mkdir("artifacts-of-tests")
-    yield "s3://artifacts-of-tests"
-    server.stop()
-    for name, value in before.items():
-        os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -483,7 +456,7 @@ def commit_and_die_at(url: str, cache: Path | None, step: str) -> None:
             store_local.try_rename = die
         case _:
             assert store._remote is not None
-            store._remote._bucket.put = die  # the objects are there, the record is not
+            store._remote.bucket.put = die  # the objects are there, the record is not
     make(store, "killed")
 
 
@@ -501,10 +474,10 @@ def test_a_writer_killed_at_any_step_leaves_nothing_half_done(store: Store, step
         def fail(*_: object, **__: object) -> str:
             raise ConnectionError("cut off")
 
-        put, store._remote._bucket.put = store._remote._bucket.put, fail
+        put, store._remote.bucket.put = store._remote.bucket.put, fail
         with pytest.raises(ConnectionError):
             store.commit(claim, record)
-        store._remote._bucket.put = put
+        store._remote.bucket.put = put
         claim.release()
     else:
         child = SPAWN.Process(target=commit_and_die_at, args=(store.url, store.cache, step))

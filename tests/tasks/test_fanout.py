@@ -114,6 +114,17 @@ def test_the_number_of_workers_does_not_change_the_bytes(tmp_path: Path) -> None
     assert [(p.fingerprint, p.digest) for p in one] == [(p.fingerprint, p.digest) for p in two]
 
 
+def test_parts_on_s3_are_shared_by_machines(s3_server: str, tmp_path: Path) -> None:
+    url = f"{s3_server}/{tmp_path.name}"
+    here, there = (Store(url, cache=tmp_path / name) for name in ("here", "there"))
+    built = fan_out(job_of(here, tmp_path, 2), double, items(range(3)))
+    job = job_of(there, tmp_path, 2)
+    found = fan_out(job, double, items(range(3)))
+    assert job.metrics["shards"] == {"built": 0, "reused": 3}
+    assert [part.digest for part in found] == [part.digest for part in built]
+    assert (found[2].files / "out.txt").read_text("utf-8") == "2 的两倍是 4"
+
+
 def test_version_and_function_are_identity(store: Store, tmp_path: Path) -> None:
     job = job_of(store, tmp_path)
     parts = [
