@@ -1,0 +1,69 @@
+"""Jobs as the launcher would write them, run in processes of their own."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from conf.contract import JobFile
+from conf.launch import LaunchConfig
+from conf.settings import Settings
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def write_job(
+    attempt: Path, stage: str, settings: Settings, inputs: dict[str, Path], launch: LaunchConfig
+) -> Path:
+    """The job file of an attempt in that folder."""
+    for name in ("files", "logs", "state"):
+        (attempt / name).mkdir(parents=True, exist_ok=True)
+    job = JobFile(
+        stage=stage,
+        node=stage,
+        settings=settings.model_dump(mode="json"),
+        inputs={name: str(path) for name, path in inputs.items()},
+        sources={},
+        files=attempt / "files",
+        logs=attempt / "logs",
+        state=attempt / "state",
+        launch=launch,
+    )
+    path = attempt / "state" / "job.json"
+    path.write_text(job.model_dump_json(), "utf-8")
+    return path
+
+
+def start(module: str, job: Path, *, processes: int = 1, **environment: str) -> list[Any]:
+    """The ranks of a job, started as a launcher would; environment variables as keywords."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks: list[Any] = []
+    for rank in range(processes):
+        variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment
+        if processes > 1:
+            variables |= {
+                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+            }  # fmt: skip
+        ranks.append(
+            subprocess.Popen(
+                [sys.executable, "-m", module, str(job)],
+                cwd=ROOT,
+                env=variables,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    return ranks
+
+
+def finish(ranks: list[Any], *, code: int = 0) -> str:
+    """Wait for all ranks; every one must end with that code. Returns what they printed."""
+    output = "".join(rank.communicate(timeout=240)[0] for rank in ranks)
+    assert [rank.returncode for rank in ranks] == [code] * len(ranks), output
+    return output

@@ -1,0 +1,165 @@
+"""What the transformer promises: masks, cache, positions, dropout, initial weights, log-probabilities."""
+
+import math
+
+import pytest
+import torch
+
+from conf.shape import ShapeConfig
+from model import transformer
+from model.transformer import AttentionMask, Cache, Noise, Transformer, token_logprobs
+
+SHAPE = ShapeConfig(dim=32, layers=2, heads=4, kv_heads=2, context=64)
+
+
+def model(seed: int = 1, **fields: object) -> Transformer:
+    return Transformer(SHAPE.model_copy(update=fields), 50, seed=seed).eval()
+
+
+def tokens(rows: int, count: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(50, (rows, count), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def test_packed_documents_read_as_if_alone() -> None:
+    net, one, two = model(), tokens(1, 7), tokens(1, 9, seed=1)
+    documents = torch.tensor([[0] * 7 + [1] * 9])
+    positions = torch.tensor([[*range(7), *range(9)]])
+    packed = net.hidden(
+        torch.cat([one, two], 1), positions=positions, mask=AttentionMask(documents=documents)
+    )
+    alone = torch.cat([net.hidden(one), net.hidden(two)], 1)
+    torch.testing.assert_close(packed, alone, rtol=0, atol=2e-6)
+
+
+@torch.no_grad()
+def test_rotary_positions_are_relative_so_packing_may_leave_them_running() -> None:
+    net, ids = model(), tokens(1, 16)
+    mask = AttentionMask(documents=torch.tensor([[0] * 7 + [1] * 9]))
+    restarted = net.hidden(ids, positions=torch.tensor([[*range(7), *range(9)]]), mask=mask)
+    torch.testing.assert_close(net.hidden(ids, mask=mask), restarted, rtol=0, atol=5e-6)
+
+
+@torch.no_grad()
+def test_left_padding_changes_nothing() -> None:
+    net, ids = model(), tokens(2, 10)
+    padded = torch.cat([torch.zeros(2, 5, dtype=torch.long), ids], 1)
+    mask = AttentionMask(padding=torch.tensor([5, 5]))
+    torch.testing.assert_close(
+        net.hidden(padded, mask=mask)[:, 5:], net.hidden(ids), rtol=0, atol=2e-6
+    )
+
+
+@torch.no_grad()
+def test_future_tokens_change_nothing() -> None:
+    net, ids = model(), tokens(2, 12)
+    changed = ids.clone()
+    changed[:, 8:] = 3
+    assert torch.equal(net.hidden(ids)[:, :8], net.hidden(changed)[:, :8])
+
+
+@pytest.mark.parametrize("padding", [0, 3])
+@torch.no_grad()
+def test_cached_tokens_equal_the_full_pass(padding: int) -> None:
+    net, ids = model(), tokens(2, 12)
+    mask = AttentionMask(padding=torch.tensor([padding, 0]))
+    cache = Cache(SHAPE, 2, 12)
+    pieces = [net.hidden(part, mask=mask, cache=cache) for part in ids.split([5, 1, 4, 2], dim=1)]
+    full = net.hidden(ids, mask=mask)
+    torch.testing.assert_close(
+        torch.cat(pieces, 1)[0, padding:], full[0, padding:], rtol=0, atol=3e-6
+    )
+    torch.testing.assert_close(torch.cat(pieces, 1)[1], full[1], rtol=0, atol=3e-6)
+    assert cache.length == 12
+
+
+@torch.no_grad()
+def test_selected_cache_rows_go_on_as_their_own() -> None:
+    net, ids = model(), tokens(3, 8)
+    cache = Cache(SHAPE, 3, 8)
+    net.hidden(ids[:, :7], cache=cache)
+    cache.select(torch.tensor([2, 0]))
+    last = net.hidden(ids[[2, 0], 7:], cache=cache)
+    torch.testing.assert_close(last[:, 0], net.hidden(ids)[[2, 0], -1], rtol=0, atol=3e-6)
+
+
+def test_longer_than_the_context_is_refused() -> None:
+    with pytest.raises(ValueError, match="65 tokens is longer than the model's context of 64"):
+        model().hidden(tokens(1, 65))
+
+
+def test_each_shape_counts_its_own_parameters() -> None:
+    for fields in ({}, {"is_tied": False}, {"has_qkv_bias": True}, {"has_qk_norm": True}):
+        net = model(**fields)
+        assert sum(p.numel() for p in net.parameters()) == net.shape.parameters(50)
+
+
+def test_initial_weights_follow_the_stated_deviations() -> None:
+    shape = ShapeConfig(dim=128, layers=8, heads=4, kv_heads=4, context=16)
+    net = Transformer(shape, 500)
+    state = net.state_dict()
+    assert state["blocks.3.gate.weight"].std().item() == pytest.approx(0.02, rel=0.05)
+    # 0.02 / sqrt(2 x 8) = 0.005
+    assert state["blocks.3.ffn_out.weight"].std().item() == pytest.approx(0.005, rel=0.05)
+    assert state["blocks.3.attention_out.weight"].std().item() == pytest.approx(0.005, rel=0.05)
+    assert torch.equal(state["norm.weight"], torch.ones(128))
+    scalar = Transformer(shape, 500, is_scalar=True)
+    assert scalar.state_dict()["score_head.weight"].std().item() == pytest.approx(
+        1 / math.sqrt(129), rel=0.2
+    )
+
+
+def test_the_seed_alone_decides_the_initial_weights() -> None:
+    torch.manual_seed(1)
+    first = model(seed=5).state_dict()
+    torch.manual_seed(2)
+    second, other = model(seed=5).state_dict(), model(seed=6).state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not torch.equal(first["embedding.weight"], other["embedding.weight"])
+
+
+def test_dropout_is_a_function_of_seed_and_row_number() -> None:
+    ones = torch.ones(4, 30, 40)
+    all_rows = Noise(3, torch.arange(4)).drop(ones, site=2, rate=0.25)
+    later_two = Noise(3, torch.tensor([2, 3])).drop(ones[:2], site=2, rate=0.25)
+    assert torch.equal(all_rows[2:], later_two)
+    assert all_rows.unique().tolist() == pytest.approx([0, 1 / 0.75])
+    # 4800 draws: three standard deviations of the share are 0.019.
+    assert (all_rows == 0).float().mean().item() == pytest.approx(0.25, abs=0.019)
+    for other in (Noise(4, torch.arange(4)), Noise(3, torch.arange(4) + 4)):
+        assert not torch.equal(all_rows, other.drop(ones, site=2, rate=0.25))
+    assert not torch.equal(all_rows, Noise(3, torch.arange(4)).drop(ones, site=3, rate=0.25))
+
+
+def test_dropout_acts_only_where_noise_is_given() -> None:
+    net, ids = model(dropout=0.5), tokens(2, 8)
+    quiet = net.hidden(ids)
+    assert torch.equal(quiet, net.hidden(ids))
+    assert not torch.equal(quiet, net.hidden(ids, noise=Noise(0, torch.arange(2))))
+
+
+@pytest.mark.parametrize("at_once", [1 << 26, 50 * 4])
+def test_logprobs_equal_the_definition_whole_and_in_chunks(
+    at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transformer, "LOGITS_AT_ONCE", at_once)
+    source = torch.Generator().manual_seed(0)
+    head = torch.randn(50, 8, generator=source, requires_grad=True)
+    hidden = torch.randn(3, 6, 8, generator=source, requires_grad=True)
+    labels = tokens(3, 6)
+    labels[0, :4] = -1
+    labels[2, 5] = -100
+    found = token_logprobs(head, hidden, labels, temperature=0.7)
+    wanted = (hidden @ head.T / 0.7).log_softmax(-1)
+    wanted = wanted.gather(-1, labels.clamp(min=0)[..., None])[..., 0] * (labels >= 0)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=2e-6)
+    gradients = torch.autograd.grad(found.sum(), (head, hidden))
+    for got, truth in zip(
+        gradients, torch.autograd.grad(wanted.sum(), (head, hidden)), strict=True
+    ):
+        torch.testing.assert_close(got, truth, rtol=0, atol=2e-5)
+
+
+def test_no_label_at_all_gives_zeros() -> None:
+    found = token_logprobs(torch.ones(50, 8), torch.ones(2, 3, 8), torch.full((2, 3), -1))
+    assert found.tolist() == [[0.0] * 3] * 2
