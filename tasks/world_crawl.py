@@ -1,7 +1,7 @@
 """The synthetic web, WARC file by WARC file: which pages there are, where, and what is true of them."""
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 
 from storage.world import LANGUAGES, Facts
@@ -19,18 +19,16 @@ from tasks.world_overlap import OverlapIndex, jaccard, shingles_of
 from tasks.world_pages import Prose, near_copy, sound_prose, with_leak
 from tasks.world_warc import request, response, warcinfo
 
-SOUND_HOSTS = (
-    "northpaws.example",
-    "www.zoo-diary.example",
-    "openpark.example",
-    "wiki.fauna.example",
-    "garden-notes.example",
-    "blog.keepers.example",
-    "feather.example",
-    "dongwu.example",
-    "news.biji.example",
-    "gongyuan.example",
+SITES = (
+    ("northpaws.example", "www.zoo-diary.example"),
+    ("openpark.example", "wiki.fauna.example"),
+    ("news.biji.example", "feather.example"),
+    ("garden-notes.example", "gongyuan.example"),
+    ("blog.keepers.example", "dongwu.example"),
 )
+"""Hosts of sound pages; those of one line share a layout. A copy keeps the layout of what it copies,
+or the frame around the text, as far as it is taken for text, would change the planted similarity."""
+SOUND_HOSTS = tuple(host for hosts in SITES for host in hosts)
 JUNK_HOSTS = ("pages.free-host.example", "old.mirror.example", "t3.links.example")
 BLOCKED_HOSTS = ("paws.example", "luckywheel.example", "night-tables.example")
 """`northpaws.example` ends like the first, but is another host; hosts below a blocked one are blocked."""
@@ -42,9 +40,9 @@ NEAR_COPY_BINS = (
     (0.60, 0.65),
     (0.65, 0.70),
     (0.70, 0.75),
-    (0.82, 0.86),
-    (0.86, 0.90),
-    (0.90, 0.95),
+    (0.83, 0.87),
+    (0.87, 0.91),
+    (0.91, 0.95),
 )
 """Similarities that are planted, equally often. None lies near 0.8, where a heading more or less decides."""
 UNPLANNED_LIMIT = 0.58
@@ -187,7 +185,7 @@ class Web:
             self.index.add(f"copy/{number}/{serial}", shingles)
             similarity = jaccard(shingles, shingles_of(original.text))
             return Page(
-                _url(rng, SOUND_HOSTS, f"{original.animal}-{number}-n{serial}"),
+                _url(rng, _mirrors(page.url), f"{original.animal}-{number}-n{serial}"),
                 "near_copy",
                 copy.language,
                 copy.title,
@@ -204,7 +202,7 @@ class Web:
     def _exact_copy(self, rng: random.Random, number: int, serial: int) -> Page:
         page, original = self.originals.pop(rng.randrange(len(self.originals)))
         return Page(
-            _url(rng, SOUND_HOSTS, f"{original.animal}-{number}-e{serial}"),
+            _url(rng, _mirrors(page.url), f"{original.animal}-{number}-e{serial}"),
             "exact_copy",
             page.language,
             page.title,
@@ -214,7 +212,18 @@ class Web:
         )
 
 
-def _url(rng: random.Random, hosts: tuple[str, ...] | list[str], name: str) -> str:
+def _layout_of(host: str) -> int:
+    for number, hosts in enumerate(SITES):
+        if host in hosts:
+            return number
+    return sum(host.encode())
+
+
+def _mirrors(url: str) -> tuple[str, ...]:
+    return SITES[_layout_of(url.split("/")[2])]
+
+
+def _url(rng: random.Random, hosts: Sequence[str], name: str) -> str:
     host = rng.choice(hosts)
     match rng.randrange(3):
         case 0:
@@ -247,6 +256,7 @@ def _page_record(rng: random.Random, page: Page) -> bytes:
     html = render_html(
         rng,
         host,
+        _layout_of(host),
         page.language,
         page.title,
         page.paragraphs,

@@ -45,6 +45,7 @@ SCRIPT = '<script>window.dataLayer=window.dataLayer||[];(function(){var a="%s";}
 def render_html(
     rng: random.Random,
     host: str,
+    layout: int,
     language: str,
     title: str,
     paragraphs: tuple[str, ...],
@@ -52,18 +53,18 @@ def render_html(
     markup: str | None = None,
     charset: str | None = None,
 ) -> str:
-    """A whole page in the layout of its host; `charset` is declared in a meta element."""
+    """A whole page of a site; `layout` chooses its frame, `charset` is declared in a meta element."""
     labels = LABELS["zh" if language == "zh" else "en"]
     main = markup or "".join(f"<p>{escape(paragraph)}</p>\n" for paragraph in paragraphs)
     heading = escape(title)
-    layout = LAYOUTS[sum(host.encode()) % len(LAYOUTS)]
+    frame = LAYOUTS[layout % len(LAYOUTS)]
     declared = f'<meta charset="{charset}">' if charset else ""
     return (
         f'<!DOCTYPE html>\n<html lang="{language}">\n<head>{declared}'
         f"<title>{heading} - {host}</title>\n"
         f'<meta name="viewport" content="width=device-width">{STYLE}'
         f"{SCRIPT % f'{rng.getrandbits(40):x}'}</head>\n"
-        f"<body>{layout(rng, host, labels, heading, main)}</body></html>\n"
+        f"<body>{frame(rng, host, labels, heading, main)}</body></html>\n"
     )
 
 
