@@ -84,6 +84,10 @@ def run_worker(
             job.log.info("the job had already ended well; its result is taken over")
             return result
         supervisor = _start(job, module, wanted, lock)
+    # Interrupted between the start and the following: nobody else would ask the job to stop.
+    except BaseException:
+        (job.state / CANCEL).touch()
+        raise
     finally:
         lock.release()
     # A killed guardian leaves the supervisor to stop the job: the lock says when both are gone.

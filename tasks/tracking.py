@@ -404,7 +404,7 @@ def _experiment(client: "MlflowClient", run_dir: Path) -> str:
     if found := client.get_experiment_by_name(EXPERIMENT):
         return found.experiment_id
     is_remote = client.tracking_uri.startswith(("http", "postgres", "mysql", "databricks"))
-    place = None if is_remote else (run_dir.parent.parent / "mlflow-artifacts").as_uri()
+    place = None if is_remote else (run_dir.parent.parent / "mlartifacts").as_uri()
     try:
         return client.create_experiment(EXPERIMENT, artifact_location=place)
     except MlflowException:
