@@ -1,0 +1,95 @@
+"""Keeping a home in order: checking artifacts, what gc must keep, new projects, copies out."""
+
+import shutil
+from itertools import islice
+from pathlib import Path
+
+from flows.runs import Home
+from storage.record import Record
+from storage.store import Store
+
+PROJECT = """\
+# Run it with: bessemer run {name} data=data
+# Everything that is not said here is as in the recipe `standard`; `bessemer plan` shows the whole.
+defaults: [standard, _self_]
+shape: tiny
+stages:
+  extract:
+    sources:
+      # Pages, documents or records to learn from; `domain` names their kind for mixtures and figures.
+      - {{path: "${{data}}/raw/**/*", domain: web}}
+  tokenizer: {{vocabulary: 8000}}
+  chats:
+    sources:
+      # Conversations: alpaca, sharegpt, messages, firefly, moss or prompt/answer, as JSON or JSONL.
+      - {{path: "${{data}}/chats/*.jsonl"}}
+  pairs:
+    sources:
+      # Preferences: a prompt with a chosen and a rejected answer.
+      - {{path: "${{data}}/preferences/*.jsonl"}}
+"""
+
+
+def check(
+    store: Store, fingerprints: list[str] | None, *, is_full: bool
+) -> tuple[int, list[dict[str, str]]]:
+    """How many artifacts were checked, and what is wrong with which; those are set aside."""
+    records = (
+        [record for name in fingerprints if (record := store.record(name))]
+        if fingerprints is not None
+        else list(store.records())
+    )
+    damaged: list[dict[str, str]] = []
+    for record in records:
+        if wrong := store.verify(record.fingerprint, full=is_full):
+            damaged.append(
+                {
+                    "fingerprint": record.fingerprint,
+                    "stage": record.stage,
+                    "node": record.node,
+                    "kind": record.kind,
+                    "wrong": "; ".join(wrong),
+                }
+            )
+    for item in damaged:
+        # An artifact whose part is missing is whole again when the part has been rebuilt.
+        if not all(line.startswith("part ") for line in item["wrong"].split("; ")):
+            store.quarantine(item["fingerprint"], item["wrong"])
+    return len(records), damaged
+
+
+def roots(home: Home, keep_runs: int) -> set[str]:
+    """Fingerprints that the newest runs ended with or took as given; never those of a live run."""
+    kept: set[str] = set()
+    records = list(home.records())
+    live = [record for record in records if record.state == "running"]
+    for record in (*islice(records, keep_runs), *live):
+        kept |= {stage.fingerprint for stage in record.stages.values() if stage.fingerprint}
+        kept |= set(record.frozen.values())
+    return kept
+
+
+def new_project(folder: Path) -> Path:
+    """A folder with a recipe and places for data. Raises ValueError where one is there already."""
+    recipe = folder / "recipe.yaml"
+    if recipe.exists():
+        raise ValueError(f"{recipe} exists; choose another folder, or edit that recipe")
+    for name in ("raw", "chats", "preferences"):
+        (folder / "data" / name).mkdir(parents=True, exist_ok=True)
+    recipe.write_text(PROJECT.format(name="recipe.yaml"), "utf-8")
+    return recipe
+
+
+def copy_out(record: Record, store: Store, target: Path) -> None:
+    """Copy the files of an exported model. Raises ValueError for another kind, or a full target."""
+    if record.kind != "export":
+        raise ValueError(
+            f"{record.stage} {record.fingerprint[:12]} is a {record.kind}, not an export; add a node "
+            "`export: {from: {policy: NODE}}` to the recipe and name that"
+        )
+    path = store.find(record.fingerprint)
+    if path is None:
+        raise ValueError(f"{record.fingerprint} is damaged; run the recipe again")
+    if target.exists() and any(target.iterdir()):
+        raise ValueError(f"{target} is not empty; name a new folder")
+    shutil.copytree(path / "files", target, dirs_exist_ok=True)
