@@ -15,6 +15,7 @@ import select
 import socket
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from dataclasses import dataclass
@@ -71,6 +72,7 @@ class LeaseDesk:
         self._bucket = bucket
         self._home = home
         self._keeper: subprocess.Popen[str] | None = None
+        self._lock = threading.Lock()
 
     def acquire(self, fingerprint: str, lock: Path) -> RemoteLease | None:
         """Take the lease; the caller holds the local lock. None when another machine holds it."""
@@ -98,20 +100,25 @@ class LeaseDesk:
         return RemoteLease(self._bucket, fingerprint, lock, holder)
 
     def _keep(self, task: dict[str, str]) -> None:
-        keeper = self._keeper
-        if keeper is None or keeper.poll() is not None:
-            keeper = subprocess.Popen(
+        with self._lock:
+            if self._keeper is None or self._keeper.poll() is not None:
+                self._keeper = self._start_keeper()
+            assert self._keeper.stdin is not None
+            self._keeper.stdin.write(json.dumps(task) + "\n")
+            self._keeper.stdin.flush()
+
+    def _start_keeper(self) -> subprocess.Popen[str]:
+        # Its output goes to a file: a pipe of ours that it inherited would stay open after us.
+        with (self._home / "leases" / "keeper.log").open("ab") as log:
+            return subprocess.Popen(
                 [sys.executable, "-m", "storage.lease_s3", self._url],
                 stdin=subprocess.PIPE,
-                stdout=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
                 text=True,
                 start_new_session=True,
                 cwd=Path(__file__).parents[1],
             )
-            self._keeper = keeper
-        assert keeper.stdin is not None
-        keeper.stdin.write(json.dumps(task) + "\n")
-        keeper.stdin.flush()
 
 
 def main() -> None:

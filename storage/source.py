@@ -5,6 +5,7 @@ are appended as further ones, recorded in the source's ledger, so that work done
 stays valid. Files enter identity by content, format and place in the list, never by path or name.
 """
 
+import itertools
 import json
 import os
 import sqlite3
@@ -310,22 +311,20 @@ def _files_of(
 
 def _match(pattern: str, base: Path) -> tuple[Path, list[Path]]:
     """The files that a path, folder or glob names, by name, and the folder they are named from."""
-    whole = base.absolute() / Path(pattern).expanduser()
+    parts = Path(pattern).expanduser().parts
+    whole = base.absolute().joinpath(*parts)
     if whole.is_file():
         return whole.parent, [whole]
     if whole.is_dir():
         return whole, _sorted(whole, whole.rglob("*"))
-    root = whole
-    while _has_magic(root):
-        root = root.parent
-    below = whole.relative_to(root).as_posix()
-    matches = list(root.glob(below)) if root.is_dir() else []
-    inside = [file for match in matches if match.is_dir() for file in match.rglob("*")]
-    return root, _sorted(root, [*matches, *([] if "**" in pattern else inside)])
-
-
-def _has_magic(path: Path) -> bool:
-    return any(character in "*?[" for character in str(path))
+    fixed = list(itertools.takewhile(lambda part: not any(c in "*?[" for c in part), parts))
+    root = base.absolute().joinpath(*fixed)
+    below = "/".join(parts[len(fixed) :])
+    if not below or not root.is_dir():
+        return root, []
+    matches = list(root.glob(below))
+    folders = [] if "**" in below else [match for match in matches if match.is_dir()]
+    return root, _sorted(root, [*matches, *(f for folder in folders for f in folder.rglob("*"))])
 
 
 def _sorted(root: Path, paths: Iterable[Path]) -> list[Path]:

@@ -6,9 +6,11 @@ Workers are spawned, never forked (a forked one keeps a dead parent's locks), an
 parent. Where several machines share a store, two that build the same part wait for each other.
 """
 
+import ctypes
 import functools
 import os
 import signal
+import sys
 import threading
 import time
 import traceback
@@ -33,6 +35,9 @@ from tasks.stage import Job
 PART_POLL_SECONDS = 0.2
 PARENT_POLL_SECONDS = 1.0
 THREAD_LIMITS = ("POLARS_MAX_THREADS", "NUMBA_NUM_THREADS", "OMP_NUM_THREADS", "RAYON_NUM_THREADS")
+
+PR_SET_PDEATHSIG = 1
+"""Number of the request in Linux's prctl: the signal to get when the parent dies."""
 
 Build = Callable[..., dict[str, Any]]
 
@@ -235,6 +240,10 @@ def _pool(workers: int) -> Generator[ProcessPoolExecutor]:
 def _begin_worker(parent_pipe: Connection, parent: int, threads: int) -> None:
     """Leave Ctrl-C to the parent, bound the threads of libraries, and exit with the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":
+        # A thread cannot act while other code keeps the interpreter's lock (a regular expression
+        # that does not end); the kernel can. It goes by the thread that began the pool, which waits.
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     for name in THREAD_LIMITS:
         os.environ.setdefault(name, str(threads))
 

@@ -130,6 +130,20 @@ def test_folders_globs_and_single_files(tmp_path: Path, look: Callable[..., Sour
     assert names(look(absolute, appends=False)) == [["[odd].jsonl"]]
 
 
+def test_a_folder_with_glob_signs_in_its_name_is_only_a_folder(
+    tmp_path: Path, look: Callable[..., Source]
+) -> None:
+    write(tmp_path / "odd [1]*" / "in" / "a.txt", "A")
+    assert names(look(base=tmp_path / "odd [1]*")) == [["a.txt"]]
+
+
+def test_a_path_above_the_base(tmp_path: Path, look: Callable[..., Source]) -> None:
+    write(tmp_path / "in" / "a.txt", "A")
+    (tmp_path / "project").mkdir()
+    found = look(SourceSpec(path="../in/*.txt"), base=tmp_path / "project")
+    assert names(found) == [["a.txt"]]
+
+
 def test_no_match_is_an_error_that_names_the_pattern(look: Callable[..., Source]) -> None:
     with pytest.raises(ValueError, match=r"in/\*\.warc: no file found below .* is_optional"):
         look(SourceSpec(path="in/*.warc"))

@@ -498,6 +498,42 @@ def test_a_writer_killed_at_any_step_leaves_nothing_half_done(store: Store, step
     assert [r.what for r in store.gc([address], dry_run=False) if r.what == "artifact"] == []
 
 
+def replace_and_die(url: str, cache: Path | None) -> None:
+    """Kill this process between taking the old artifact away and putting the new one there."""
+    store_local.try_rename = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
+    make(Store(url, cache=cache), "forced", "second", replace=True)
+
+
+def test_a_replacement_killed_in_the_middle_is_finished_by_the_next_claim(store: Store) -> None:
+    address = make(store, "forced", "first")
+    child = SPAWN.Process(target=replace_and_die, args=(store.url, store.cache))
+    child.start()
+    child.join(60)
+    assert child.exitcode == -signal.SIGKILL
+    claimed(store, address).release()
+    path = store.find(address)
+    assert path is not None
+    assert (path / "files" / "a.txt").read_text() == "second"
+    assert store.verify(address, full=True) == []
+
+
+def test_a_reader_during_replacements_never_takes_one_for_damage(store: Store) -> None:
+    address = make(store, "busy", "0")
+    with ThreadPoolExecutor(1) as pool:
+        writing = pool.submit(
+            lambda: [
+                make(store, "busy", "x" * n, replace=True)
+                for n in range(1, 6 if store.is_remote else 20)
+            ]
+        )
+        while not writing.done():
+            if path := store.find(address):
+                assert path.name == address
+    writing.result()
+    assert not (store.root / "quarantine").exists()
+    assert store.verify(address, full=True) == []
+
+
 def test_many_threads_may_ask_at_once(store: Store) -> None:
     addresses = [make(store, f"thread {n}") for n in range(4)]
     with ThreadPoolExecutor(4) as pool:

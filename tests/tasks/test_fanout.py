@@ -1,6 +1,7 @@
 """Shards are built once, by workers that never outlive their parent."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -57,6 +58,13 @@ def threads_of_libraries(files: Path) -> dict[str, Any]:
 def sleep_long(files: Path, seconds: float) -> dict[str, Any]:
     (files / "begun").touch()
     time.sleep(seconds)
+    return {}
+
+
+def never_let_go(files: Path, seconds: float) -> dict[str, Any]:
+    """Backtrack for ages inside one call that keeps the interpreter's lock."""
+    (files / "begun").touch()
+    re.match(r"(a*)*b", "a" * 40)
     return {}
 
 
@@ -220,19 +228,26 @@ from pathlib import Path
 from storage.store import Store
 from tasks.fanout import PartItem, fan_out
 from tasks.stage import Job
-from tests.tasks.test_fanout import sleep_long
+from tests.tasks.test_fanout import FUNCTION
 
 if __name__ == "__main__":
     root = Path(sys.argv[1])
     job = Job(node="n", stage="made", path=root / "job", store=Store(root / "store"), workers=2)
-    fan_out(job, sleep_long, [PartItem({"n": n}, (60.0,)) for n in range(4)])
+    fan_out(job, FUNCTION, [PartItem({"n": n}, (60.0,)) for n in range(4)])
 """
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_workers_end_with_their_parent(tmp_path: Path, how: signal.Signals) -> None:
+@pytest.mark.parametrize(
+    ("how", "function"),
+    [
+        (signal.SIGKILL, "sleep_long"),
+        (signal.SIGINT, "sleep_long"),
+        (signal.SIGKILL, "never_let_go"),
+    ],
+)
+def test_workers_end_with_their_parent(tmp_path: Path, how: signal.Signals, function: str) -> None:
     script = tmp_path / "flow.py"
-    script.write_text(FLOW)
+    script.write_text(FLOW.replace("FUNCTION", function))
     flow = subprocess.Popen(
         [sys.executable, str(script), str(tmp_path)],
         env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
