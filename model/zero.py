@@ -75,6 +75,7 @@ class ZeroEngine:
         base = self._zero.optimizer.state
         if not base:
             return {}
+        self._link_states()
         step = next(iter(base.values()))["step"]
         states: dict[str, Tensor] = {}
         for name, parameter in self.model.named_parameters():
@@ -90,6 +91,12 @@ class ZeroEngine:
                 "step": step.clone(),
                 **{key: torch.zeros_like(part) for key in MOMENTS},
             }
+        self._link_states()
+
+    def _link_states(self) -> None:
+        # DeepSpeed links parameters to their state after the first group's first step, when the
+        # other groups have none yet; so the second group would stay without.
+        self._zero._hp_optimizer_states_linked = False
         self._zero._lazy_init_hp_params_optimizer_state()
 
     def _check_groups(self) -> None:
