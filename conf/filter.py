@@ -1,0 +1,188 @@
+"""Settings of filter: which documents are worth keeping, and the thresholds with their sources."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from conf.settings import RUNTIME, Settings, SourceSpec
+
+
+class Rule(Settings):
+    """One rule: a document is dropped when its statistic lies outside the bounds."""
+
+    name: str
+    """Name in reasons and figures."""
+    statistic: str
+    """Column that the bounds are for."""
+    minimum: float | None = None
+    """Least value that is kept."""
+    maximum: float | None = None
+    """Greatest value that is kept."""
+    languages: tuple[str, ...] = ()
+    """Languages that the rule is for; empty: all."""
+    needs: dict[str, float] = Field(default_factory=dict[str, float])
+    """Statistic -> least value for the rule to be evaluated at all."""
+    source: Annotated[str, RUNTIME] = ""
+    """Where the bounds come from."""
+
+
+class Bounds(Settings):
+    """Other bounds for a rule of the preset."""
+
+    minimum: float | None = None
+    """Least value that is kept; none: no lower bound."""
+    maximum: float | None = None
+    """Greatest value that is kept; none: no upper bound."""
+
+
+GOPHER = "Gopher, Rae et al. 2021, appendix A"
+FINEWEB = "FineWeb, Penedo et al. 2024"
+FINEWEB2 = "FineWeb2, Penedo et al. 2025, cmn_Hani"
+MAP_NEO = "MAP-Neo, Zhang et al. 2024, Chinese rules"
+C4 = "C4, Raffel et al. 2020"
+OWN = "ours, set on the texts named in the commit that changed it"
+
+EN = ("en",)
+ZH = ("zh",)
+# Shares say little about a handful of words; papers count on pages of 50 words and more.
+SENTENCE = {"words": 10.0}
+PASSAGE = {"words": 20.0}
+PAGE = {"words": 50.0}
+LONG = {"words": 200.0}
+# Lines are paragraphs on web pages; in hard-wrapped text they say nothing.
+UNWRAPPED = {"is_unwrapped": 1.0}
+HAN = {"han": 20.0}
+
+
+def _of(name: str, statistic: str, source: str, **fields: Any) -> Rule:
+    return Rule(name=name, statistic=statistic, source=source, **fields)
+
+
+def _grams(
+    languages: tuple[str, ...],
+    source: str,
+    top: tuple[float, ...],
+    repeated: tuple[float, ...],
+) -> tuple[Rule, ...]:
+    tops = tuple(
+        _of(f"top_{n}gram", f"top_{n}gram_share", source,
+            maximum=bound, languages=languages, needs=PAGE)
+        for n, bound in zip((2, 3, 4), top, strict=True)
+    )  # fmt: skip
+    return tops + tuple(
+        _of(f"repeated_{n}grams", f"repeated_{n}gram_share", source,
+            maximum=bound, languages=languages, needs=PASSAGE)
+        for n, bound in zip(range(5, 11), repeated, strict=True)
+    )  # fmt: skip
+
+
+ANY_LANGUAGE = (
+    # Gopher's 100,000 words are for web pages; books go beyond.
+    _of("too_long", "words", OWN, maximum=1_000_000),
+    _of("odd_characters", "odd_share", OWN, maximum=0.005),
+    _of("mojibake", "supplement_share", OWN, maximum=0.12),
+    _of("signs", "sign_share", OWN, maximum=0.2, needs=SENTENCE),
+    _of("digits", "digit_share", MAP_NEO, maximum=0.3, needs=SENTENCE),
+    _of("symbols", "symbols_per_word", GOPHER, maximum=0.1, needs=SENTENCE),
+    _of("bullets", "bullet_line_share", GOPHER, maximum=0.9, needs={"lines": 3.0}),
+    _of("ellipses", "ellipsis_line_share", GOPHER, maximum=0.3, needs={"lines": 3.0}),
+    _of("braces", "brace_share", C4 + " (any brace; here a share, for text about code)", maximum=0.025),
+    _of("lorem_ipsum", "lorem_ipsum", C4, maximum=0),
+    _of("policy_lines", "policy_line_share", C4 + " (per line; here a share)", maximum=0.5),
+    _of("unique_words", "unique_word_share", MAP_NEO + ", on the first 1,000 words",
+        minimum=0.1, needs=LONG),
+    _of("entropy", "entropy", MAP_NEO + ", nats, on the first 1,000 words", minimum=3, needs=LONG),
+)  # fmt: skip
+
+ENGLISH = (
+    _of("word_length", "mean_word_chars", GOPHER, minimum=3, maximum=10, languages=EN, needs=SENTENCE),
+    _of("letter_words", "letter_word_share", GOPHER, minimum=0.8, languages=EN, needs=SENTENCE),
+    _of("stop_words", "stop_words", GOPHER, minimum=2, languages=EN, needs=PAGE),
+    _of("any_stop_word", "stop_words", OWN, minimum=1, languages=EN, needs=SENTENCE),
+    _of("ended_lines", "ended_line_share", FINEWEB, minimum=0.12, languages=EN, needs=UNWRAPPED),
+    _of("short_lines", "short_line_share", FINEWEB, maximum=0.67, languages=EN,
+        needs=UNWRAPPED | {"lines": 3.0}),
+    _of("new_lines", "newlines_per_word", FINEWEB, maximum=0.3, languages=EN,
+        needs=UNWRAPPED | SENTENCE),
+    _of("repeated_lines", "repeated_line_share", GOPHER, maximum=0.3, languages=EN,
+        needs={"lines": 3.0}),
+    _of("repeated_line_chars", "repeated_line_char_share", GOPHER, maximum=0.2, languages=EN,
+        needs={"lines": 3.0}),
+    *_grams(EN, GOPHER, (0.20, 0.18, 0.16), (0.15, 0.14, 0.13, 0.12, 0.11, 0.10)),
+)  # fmt: skip
+
+CHINESE = (
+    _of("word_length", "mean_word_chars", FINEWEB2, maximum=5, languages=ZH, needs=SENTENCE),
+    _of("letter_words", "letter_word_share", FINEWEB2, minimum=0.265, languages=ZH, needs=SENTENCE),
+    _of("rare_han", "rare_han_share", OWN, maximum=0.15, languages=ZH, needs=HAN),
+    _of("stop_words", "stop_words", OWN + "; Gopher's rule on function characters",
+        minimum=2, languages=ZH, needs=PAGE),
+    _of("any_stop_word", "stop_words", OWN, minimum=1, languages=ZH, needs=PASSAGE),
+    _of("ended_lines", "ended_line_share", FINEWEB2, minimum=0.106, languages=ZH, needs=UNWRAPPED),
+    _of("new_lines", "newlines_per_word", FINEWEB2, maximum=0.178, languages=ZH,
+        needs=UNWRAPPED | SENTENCE),
+    _of("repeated_lines", "repeated_line_share", FINEWEB2, maximum=0.287, languages=ZH,
+        needs={"lines": 3.0}),
+    *_grams(ZH, FINEWEB2 + "; a word is 1.6 characters",
+            (0.256, 0.201, 0.171), (0.198, 0.182, 0.167, 0.154, 0.140, 0.127)),
+)  # fmt: skip
+
+PRESETS: dict[str, tuple[Rule, ...]] = {
+    "zh_en": ANY_LANGUAGE + ENGLISH + CHINESE,
+    "en": ANY_LANGUAGE + ENGLISH,
+    "zh": ANY_LANGUAGE + CHINESE,
+    "none": (),
+}
+
+
+class FilterConfig(Settings):
+    """Which documents are dropped."""
+
+    preset: Literal["zh_en", "en", "zh", "none"] = "zh_en"
+    """Set of rules: those of C4, Gopher and FineWeb for English, of FineWeb2 and MAP-Neo for Chinese."""
+    min_chars: Annotated[int, Field(ge=0)] = 15
+    """Characters below which a document is `too_short`."""
+    bounds: dict[str, Bounds] = Field(default_factory=dict[str, Bounds])
+    """Rule -> other bounds, in every language that the rule is for."""
+    off: tuple[str, ...] = ()
+    """Rules of the preset that are not used."""
+    outlier_sigmas: Annotated[float | None, Field(gt=0)] = 3.0
+    """Distance from the median log length of a language and source, in robust standard deviations
+    (1.4826 times the median absolute deviation), above which a document is an outlier; none: off."""
+    outlier_min_sigma: Annotated[float, Field(gt=0)] = 0.5
+    """Least standard deviation assumed, so that texts of nearly equal lengths have no outliers for it."""
+    outlier_min_documents: Annotated[int, Field(ge=2)] = 100
+    """Documents of a language and source below which nothing is an outlier."""
+    bad_words: tuple[SourceSpec, ...] = ()
+    """Lists of words, one a line; none by default."""
+    max_bad_words: Annotated[int, Field(ge=0)] = 0
+    """Bad words that a document may have."""
+    examples: Annotated[int, RUNTIME, Field(ge=0)] = 20
+    """Dropped and borderline documents per rule that are kept for people."""
+
+    def rules(self) -> tuple[Rule, ...]:
+        """The rules in force, in the order in which a reason is looked for.
+
+        Raises ValueError for the name of no rule.
+        """
+        preset = PRESETS[self.preset]
+        names = {rule.name for rule in preset}
+        if unknown := {*self.bounds, *self.off} - names:
+            raise ValueError(
+                f"filter: no rule {', '.join(sorted(unknown))} in preset {self.preset}; "
+                f"known: {', '.join(sorted(names))}"
+            )
+        short = Rule(name="too_short", statistic="chars", minimum=self.min_chars)
+        chosen = tuple(
+            rule.model_copy(update=self.bounds[rule.name].model_dump())
+            if rule.name in self.bounds
+            else rule
+            for rule in preset
+            if rule.name not in self.off
+        )
+        bad = Rule(name="bad_words", statistic="bad_words", maximum=self.max_bad_words)
+        return (short, *chosen, *((bad,) if self.bad_words else ()))
+
+    def identity(self) -> dict[str, Any]:
+        """With the rules in force, so that a changed preset is another computation."""
+        return super().identity() | {"rules": [rule.identity() for rule in self.rules()]}

@@ -1,0 +1,373 @@
+"""Drop documents that are not worth training on: rules on statistics, explained rule by rule."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from conf.filter import FilterConfig, Rule
+from storage.corpus import Corpus, Shard
+from storage.source import Source
+from tasks.fanout import Part, PartItem, fan_out
+from tasks.rows import open_text
+from tasks.stage import Job, stage
+from tasks.text_statistics import build_statistics, read_statistics
+
+if TYPE_CHECKING:
+    import polars as pl
+
+EXAMPLES = "examples.json"
+"""In `logs/`: dropped and borderline documents of every rule."""
+EXCERPT_CHARS = 400
+OUTLIER = "length_outlier"
+STATISTICS_VERSION = 1
+MAD_TO_SIGMA = 1.4826
+"""Median absolute deviation to standard deviation, of a normal distribution."""
+TOKENS_PER_HAN = 0.7
+TOKENS_PER_BYTE = 0.25
+"""What a 32k vocabulary makes of Chinese characters and of other bytes, roughly."""
+
+
+@stage(version=1)
+def filter(job: Job, corpus: Corpus, settings: FilterConfig) -> Corpus:  # noqa: A001 - the stage's word
+    """Drop documents that break a rule or whose length is far from their source's.
+
+    reads Corpus   writes Corpus   cost statistics once per shard; bounds are applied in a second
+    """
+    shards = corpus.shards
+    parts = fan_out(
+        job,
+        build_statistics,
+        _items(job, corpus, shards, settings),
+        version=STATISTICS_VERSION,
+    )
+    rules = settings.rules()
+    centres = _length_centres(shards, parts, settings)
+    tally = Tally(rules, settings.examples)
+
+    def keeps() -> Iterator["pl.DataFrame"]:
+        for shard, part in zip(shards, parts, strict=True):
+            frame = _judged(_frame(shard, part), rules, centres, settings)
+            tally.add(shard, frame)
+            yield frame.select("keep", "reason")
+
+    Corpus.write(job.files, corpus, keeps(), "filter")
+    job.parts += [s.entry.part for s in shards if s.entry.part not in job.parts]
+    tally.report(job, shards)
+    return Corpus(job.path)
+
+
+def _items(
+    job: Job, corpus: Corpus, shards: Sequence[Shard], settings: FilterConfig
+) -> list[PartItem]:
+    listed = job.sources.get("bad_words", Source())
+    words = _bad_words(listed) if settings.bad_words else []
+    has_cuts = any(s.keep_path is not None and "cuts" in s.decisions().columns for s in shards)
+    return [
+        PartItem(
+            identity={
+                "text": shard.entry.digest,
+                "bad_words": listed.identity(),
+                # Spans that an earlier stage cut change the text below the shard's digest.
+                "cuts": [corpus.record.digest, shard.index] if has_cuts else None,
+            },
+            arguments=(shard, words),
+            label=f"statistics of {shard.entry.name}",
+        )
+        for shard in shards
+    ]
+
+
+def _bad_words(source: Source) -> list[str]:
+    words: set[str] = set()
+    for file in source.files:
+        with open_text(file.path) as stream:
+            words |= {line.strip() for line in stream.read().decode("utf-8-sig").splitlines()}
+    return sorted(words - {""})
+
+
+# Judging
+
+
+def _frame(shard: Shard, part: Part) -> "pl.DataFrame":
+    columns = ["doc_id", "source", "domain", "language"]
+    return (
+        shard.read(columns, kept_only=False)
+        .hstack(read_statistics(part.files))
+        .hstack([shard.decisions()["keep"].alias("before")])
+    )
+
+
+def _length_centres(
+    shards: Sequence[Shard], parts: Sequence[Part], settings: FilterConfig
+) -> "pl.DataFrame":
+    """Median and spread of the log length of every (language, source) with documents enough."""
+    import polars as pl
+
+    keys = ["language", "source"]
+    lengths = [
+        _frame(shard, part)
+        .filter(pl.col("before") & (pl.col("chars") >= max(1, settings.min_chars)))
+        .select(*keys, pl.col("chars").log().alias("log_chars"))
+        for shard, part in zip(shards, parts, strict=True)
+    ]
+    if not lengths:
+        return pl.DataFrame(schema={"language": pl.String, "source": pl.String})
+    median = pl.col("log_chars").median()
+    return (
+        pl.concat(lengths)
+        .group_by(keys, maintain_order=True)
+        .agg(
+            centre=median,
+            spread=(MAD_TO_SIGMA * (pl.col("log_chars") - median).abs().median()).clip(
+                lower_bound=settings.outlier_min_sigma
+            ),
+            documents=pl.len(),
+        )
+        .filter(pl.col("documents") >= settings.outlier_min_documents)
+    )
+
+
+def _judged(
+    frame: "pl.DataFrame", rules: Sequence[Rule], centres: "pl.DataFrame", settings: FilterConfig
+) -> "pl.DataFrame":
+    """With `e:RULE` (evaluated) and `f:RULE` (fires) per row, `reason`, `keep` and `fired`.
+
+    Rules of one name in several languages share their columns: a row is in one language.
+    """
+    import polars as pl
+
+    masks: dict[str, tuple[pl.Expr, pl.Expr]] = {}
+    for rule in rules:
+        evaluated = pl.col("before") & _applies(rule)
+        fires = evaluated & _is_outside(rule)
+        if rule.name in masks:
+            earlier = masks[rule.name]
+            evaluated, fires = earlier[0] | evaluated, earlier[1] | fires
+        masks[rule.name] = (evaluated, fires)
+    if settings.outlier_sigmas is not None and "centre" in centres.columns:
+        frame = frame.join(
+            centres.drop("documents"), on=["language", "source"], how="left", maintain_order="left"
+        ).with_columns(
+            sigmas=(pl.col("chars").clip(lower_bound=1).log() - pl.col("centre")).abs()
+            / pl.col("spread")
+        )
+        evaluated = pl.col("before") & pl.col("sigmas").is_not_null()
+        masks[OUTLIER] = (evaluated, evaluated & (pl.col("sigmas") > settings.outlier_sigmas))
+    frame = frame.with_columns(
+        *(e.fill_null(value=False).alias(f"e:{name}") for name, (e, _) in masks.items()),
+        *(f.fill_null(value=False).alias(f"f:{name}") for name, (_, f) in masks.items()),
+    )
+    reason = pl.coalesce(
+        *(pl.when(pl.col(f"f:{name}")).then(pl.lit(name)) for name in masks),
+        pl.lit(None, dtype=pl.String),
+    )
+    fired = pl.sum_horizontal(
+        pl.lit(0, dtype=pl.UInt32), *(pl.col(f"f:{name}").cast(pl.UInt32) for name in masks)
+    )
+    return frame.with_columns(reason=reason, fired=fired).with_columns(
+        keep=pl.col("before") & pl.col("reason").is_null()
+    )
+
+
+def _applies(rule: Rule) -> "pl.Expr":
+    import polars as pl
+
+    applies = pl.col(rule.statistic).is_not_null()
+    if rule.languages:
+        applies &= pl.col("language").is_in(list(rule.languages))
+    for statistic, least in rule.needs.items():
+        applies &= pl.col(statistic) >= least
+    return applies
+
+
+def _is_outside(rule: Rule) -> "pl.Expr":
+    import polars as pl
+
+    outside = pl.lit(value=False)
+    if rule.minimum is not None:
+        outside |= pl.col(rule.statistic) < rule.minimum
+    if rule.maximum is not None:
+        outside |= pl.col(rule.statistic) > rule.maximum
+    return outside
+
+
+# Counting
+
+
+@dataclass
+class Tally:
+    """Counts and examples of every rule, added up shard by shard."""
+
+    rules: Sequence[Rule]
+    examples: int
+    counts: dict[tuple[str, str, str], dict[str, float]] = field(
+        default_factory=dict[tuple[str, str, str], dict[str, float]]
+    )
+    """(rule, language, domain) -> figures."""
+    totals: dict[tuple[str, str], dict[str, float]] = field(
+        default_factory=dict[tuple[str, str], dict[str, float]]
+    )
+    """(language, domain) -> documents before and after."""
+    chosen: dict[tuple[str, str], list[dict[str, Any]]] = field(
+        default_factory=dict[tuple[str, str], list[dict[str, Any]]]
+    )
+    """(`dropped` or `borderline`, rule) -> rows, best first."""
+
+    def add(self, shard: Shard, frame: "pl.DataFrame") -> None:
+        """Count one judged shard."""
+        import polars as pl
+
+        han_bytes = 3 * pl.col("han")
+        frame = frame.with_columns(
+            shard=pl.lit(shard.index, dtype=pl.UInt32),
+            tokens=TOKENS_PER_HAN * pl.col("han")
+            + TOKENS_PER_BYTE * (pl.col("bytes").cast(pl.Int64) - han_bytes),
+        )
+        self._add_counts(frame)
+        for rule in self._names(frame):
+            self._keep_examples("dropped", rule, _sample(frame, rule, self.examples))
+        for rule in self.rules:
+            self._keep_examples("borderline", rule.name, _closest(frame, rule, self.examples))
+
+    @staticmethod
+    def _names(frame: "pl.DataFrame") -> list[str]:
+        return [name[2:] for name in frame.columns if name.startswith("f:")]
+
+    def _add_counts(self, frame: "pl.DataFrame") -> None:
+        import polars as pl
+
+        is_alone = pl.col("fired") == 1
+        aggregates: list[pl.Expr] = [
+            pl.col("before").sum().alias("documents"),
+            pl.col("keep").sum().alias("kept"),
+            *(
+                pl.col(name).filter(pl.col(keep)).sum().alias(f"{name}|{keep}")
+                for name in ("bytes", "tokens")
+                for keep in ("before", "keep")
+            ),
+        ]
+        for name in self._names(frame):
+            fires, is_first = pl.col(f"f:{name}"), pl.col("reason") == name
+            aggregates += [
+                pl.col(f"e:{name}").sum().alias(f"evaluated|{name}"),
+                fires.sum().alias(f"fires|{name}"),
+                (fires & is_alone).sum().alias(f"fires_alone|{name}"),
+                is_first.sum().alias(f"first|{name}"),
+                pl.col("bytes").filter(is_first).sum().alias(f"bytes_lost|{name}"),
+                pl.col("tokens").filter(is_first).sum().alias(f"tokens_lost|{name}"),
+            ]
+        groups = frame.group_by(["language", "domain"], maintain_order=True).agg(aggregates)
+        for row in groups.iter_rows(named=True):
+            self._add_group(row)
+
+    def _add_group(self, row: Mapping[str, Any]) -> None:
+        place = (str(row["language"]), str(row["domain"]))
+        total = self.totals.setdefault(place, {})
+        for name, value in row.items():
+            if name in ("language", "domain"):
+                continue
+            figure, _, rule = name.partition("|")
+            if rule in ("", "before", "keep"):
+                total[name] = total.get(name, 0) + (value or 0)
+            else:
+                counts = self.counts.setdefault((rule, *place), {})
+                counts[figure] = counts.get(figure, 0) + (value or 0)
+
+    def _keep_examples(self, kind: str, rule: str, rows: list[dict[str, Any]]) -> None:
+        held = self.chosen.setdefault((kind, rule), [])
+        held += rows
+        held.sort(key=lambda row: (row["order"], row["shard"], row["row"]))
+        del held[self.examples :]
+
+    def report(self, job: Job, shards: Sequence[Shard]) -> None:
+        """Write figures, tables and examples of the whole corpus to the job."""
+        documents = sum(total["documents"] for total in self.totals.values())
+        job.metrics |= {
+            "documents": int(documents),
+            "kept": int(sum(total["kept"] for total in self.totals.values())),
+            "bytes": int(sum(t["bytes|before"] for t in self.totals.values())),
+            "bytes_kept": int(sum(t["bytes|keep"] for t in self.totals.values())),
+            "rules": {name: self._rule_figures(name) for name in self._rule_names()},
+            "kept_by": {
+                f"{language}/{domain}": {"documents": int(t["documents"]), "kept": int(t["kept"])}
+                for (language, domain), t in sorted(self.totals.items())
+            },
+        }
+        job.tables["rules"] = [
+            {"rule": name, **{k: v for k, v in figures.items() if k != "by"}}
+            for name, figures in job.metrics["rules"].items()
+        ]
+        job.tables["kept"] = [
+            {"language": language, "domain": domain, "documents": int(t["documents"]),
+             "kept": int(t["kept"]), "bytes": int(t["bytes|before"]),
+             "bytes_kept": int(t["bytes|keep"]), "tokens_kept": round(t["tokens|keep"])}
+            for (language, domain), t in sorted(self.totals.items())
+        ]  # fmt: skip
+        self._write_examples(job, shards)
+
+    def _rule_names(self) -> list[str]:
+        names = dict.fromkeys(rule.name for rule in self.rules)
+        return [*names, *(n for n in dict.fromkeys(k[0] for k in self.counts) if n not in names)]
+
+    def _rule_figures(self, name: str) -> dict[str, Any]:
+        groups = {key[1:]: value for key, value in self.counts.items() if key[0] == name}
+        figures = ("evaluated", "fires", "fires_alone", "first", "bytes_lost", "tokens_lost")
+        return {
+            **{f: round(sum(group.get(f, 0) for group in groups.values())) for f in figures},
+            "by": {
+                f"{language}/{domain}": {f: round(group.get(f, 0)) for f in figures}
+                for (language, domain), group in sorted(groups.items())
+                if group.get("fires")
+            },
+        }
+
+    def _write_examples(self, job: Job, shards: Sequence[Shard]) -> None:
+        content: dict[str, dict[str, list[dict[str, Any]]]] = {"dropped": {}, "borderline": {}}
+        texts = _texts(shards, [row for rows in self.chosen.values() for row in rows])
+        for (kind, rule), rows in sorted(self.chosen.items()):
+            if rows:
+                content[kind][rule] = [
+                    {**row, "excerpt": texts[row["shard"], row["row"]][:EXCERPT_CHARS]}
+                    for row in rows
+                ]
+        job.logs.mkdir(parents=True, exist_ok=True)
+        (job.logs / EXAMPLES).write_text(
+            json.dumps(content, ensure_ascii=False, indent=1) + "\n", "utf-8"
+        )
+
+
+def _sample(frame: "pl.DataFrame", rule: str, limit: int) -> list[dict[str, Any]]:
+    """Documents that a rule dropped first, those with the smallest ids: a sample that stays the same."""
+    import polars as pl
+
+    columns = ["shard", "row", "language", "domain", pl.col("doc_id").alias("order")]
+    rows = frame.filter(pl.col("reason") == rule).select(columns)
+    return rows.bottom_k(limit, by="order").sort("order", "row").to_dicts()
+
+
+def _closest(frame: "pl.DataFrame", rule: Rule, limit: int) -> list[dict[str, Any]]:
+    """Kept documents closest to the bounds of a rule, `order` being the relative distance."""
+    import polars as pl
+
+    value = pl.col(rule.statistic).cast(pl.Float64)
+    bounds = [bound for bound in (rule.minimum, rule.maximum) if bound]
+    if not bounds or frame.is_empty():
+        return []
+    distance = pl.min_horizontal(*((value - bound).abs() / abs(bound) for bound in bounds))
+    columns = ["shard", "row", "language", "domain", value.alias("value"), distance.alias("order")]
+    rows = frame.filter(pl.col("keep") & _applies(rule)).select(columns).filter(pl.col("order") < 1)
+    return rows.bottom_k(limit, by="order").sort("order", "row").to_dicts()
+
+
+def _texts(
+    shards: Sequence[Shard], rows: Sequence[Mapping[str, Any]]
+) -> dict[tuple[int, int], str]:
+    wanted: dict[int, set[int]] = {}
+    for row in rows:
+        wanted.setdefault(row["shard"], set()).add(row["row"])
+    found: dict[tuple[int, int], str] = {}
+    for index, places in wanted.items():
+        text = shards[index].read(["text"], kept_only=False)["text"]
+        found |= {(index, place): str(text[place]) for place in sorted(places)}
+    return found

@@ -1,0 +1,221 @@
+"""Statistics of documents that the filter rules are about, computed once per shard."""
+
+import functools
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from storage.corpus import Shard
+from tasks.han import common_han
+
+if TYPE_CHECKING:
+    import numpy as np
+    import polars as pl
+    from numpy.typing import NDArray
+
+STATISTICS = "statistics.parquet"
+BATCH_ROWS = 4096
+GRAM_WORDS = (2, 3, 4, 5, 6, 7, 8, 9, 10)
+HAN_GRAM_WORDS = (3, 5, 6, 8, 10, 11, 13, 14, 16)
+"""The same for text whose words are single characters: a Chinese word is about 1.6 of them."""
+STOP_WORDS = (
+    # Gopher's eight (Rae et al. 2021, appendix A).
+    *("the", "be", "to", "of", "and", "that", "have", "with"),
+    # What short texts have instead: articles, copulas, prepositions, pronouns.
+    *(
+        "a",
+        "is",
+        "are",
+        "was",
+        "in",
+        "it",
+        "for",
+        "on",
+        "as",
+        "at",
+        "this",
+        "you",
+        "i",
+        "not",
+        "he",
+    ),
+    *("she", "they", "we", "or", "by", "from", "its"),
+)
+STOP_CHARACTERS = "的一是了不在有我人这个他们来上大为和就也说到地你会着那要下而之以"
+_LOREM = re.compile("lorem ipsum", re.IGNORECASE)
+_POLICY = re.compile(
+    "terms of use|privacy policy|cookie policy|uses cookies|use of cookies|use cookies"
+    "|enable javascript|all rights reserved|使用条款|隐私政策|版权所有|ICP备",
+    re.IGNORECASE,
+)
+WRAPPED_SHARE = 0.35
+"""Share of lines that break off at 50 to 110 characters, from which a text is hard-wrapped."""
+
+
+def build_statistics(files: Path, shard: Shard, bad_words: Sequence[str]) -> dict[str, Any]:
+    """Write `statistics.parquet`: one row per document of a shard, dropped ones included."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    files.mkdir(parents=True, exist_ok=True)
+    writer: pq.ParquetWriter | None = None
+    for text, language in _batches(shard):
+        table = pa.table(_columns(text, language, bad_words))
+        if writer is None:
+            writer = pq.ParquetWriter(files / STATISTICS, table.schema, compression="zstd")
+        writer.write_table(table)
+    if writer is not None:
+        writer.close()
+    return {"rows": shard.rows}
+
+
+def read_statistics(files: Path) -> "pl.DataFrame":
+    """The counts of a shard and the shares that the rules name, row by row."""
+    import polars as pl
+
+    counts = pl.read_parquet(files / STATISTICS)
+    solid = pl.col("chars") - pl.col("spaces") - pl.col("newlines")
+    shares = {
+        "odd_share": pl.col("odd") / solid,
+        "supplement_share": pl.col("supplement") / solid,
+        "sign_share": pl.col("signs") / solid,
+        "digit_share": pl.col("digits") / solid,
+        "brace_share": pl.col("braces") / solid,
+        "symbols_per_word": pl.max_horizontal("hashes", "ellipses") / pl.col("words"),
+        "mean_word_chars": pl.col("word_chars") / pl.col("words"),
+        "letter_word_share": pl.col("letter_words") / pl.col("words"),
+        "rare_han_share": pl.col("rare_han") / pl.col("han"),
+        "unique_word_share": pl.col("head_unique") / pl.col("head_words"),
+        "ended_line_share": pl.col("ended_lines") / pl.col("lines"),
+        "short_line_share": pl.col("short_lines") / pl.col("lines"),
+        "bullet_line_share": pl.col("bullet_lines") / pl.col("lines"),
+        "ellipsis_line_share": pl.col("ellipsis_lines") / pl.col("lines"),
+        "repeated_line_share": pl.col("repeated_lines") / pl.col("lines"),
+        "repeated_line_char_share": pl.col("repeated_line_chars") / pl.col("chars"),
+        "policy_line_share": pl.col("policy_lines") / pl.col("lines"),
+        "newlines_per_word": pl.col("newlines") / pl.col("words"),
+        "is_unwrapped": (pl.col("wrapped_lines") < WRAPPED_SHARE * pl.col("lines")).cast(pl.Int8),
+        **{f"top_{n}gram_share": pl.col(f"gram_{n}_chars") / solid for n in GRAM_WORDS[:3]},
+        **{f"repeated_{n}gram_share": pl.col(f"gram_{n}_chars") / solid for n in GRAM_WORDS[3:]},
+    }
+    # What has no denominator (an empty text, no Han) has no share; no rule applies to it.
+    return counts.with_columns(**{name: share.fill_nan(None) for name, share in shares.items()})
+
+
+def _batches(shard: Shard) -> Iterator[tuple[Any, list[str]]]:
+    """Text (an Arrow large_string array) and languages of all rows, a batch at a time.
+
+    Where an earlier stage has cut spans, the text is the cut one.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if shard.keep_path is not None and "cuts" in shard.decisions().columns:
+        frame = shard.read(["text", "language"], kept_only=False)
+        for piece in frame.iter_slices(BATCH_ROWS):
+            text = pa.array(piece["text"].to_list(), pa.large_string())
+            yield text, piece["language"].to_list()
+        return
+    with pq.ParquetFile(shard.text_path) as table:
+        is_empty = True
+        for batch in table.iter_batches(batch_size=BATCH_ROWS, columns=["text", "language"]):
+            is_empty = False
+            yield batch.column("text"), batch.column("language").to_pylist()
+        if is_empty:
+            yield pa.array([], pa.large_string()), []
+
+
+def _columns(text: Any, languages: list[str], bad_words: Sequence[str]) -> dict[str, Any]:
+    import numpy as np
+
+    from tasks.kernels import statistics as kernel
+
+    rows = len(text)
+    counts = np.zeros((rows, len(kernel.COUNTS)), np.int64)
+    grams = np.zeros((rows, kernel.GRAMS), np.int64)
+    entropy = np.zeros(rows, np.float32)
+    widths = np.array(
+        [HAN_GRAM_WORDS if language == "zh" else GRAM_WORDS for language in languages], np.int64
+    ).reshape(rows, kernel.GRAMS)
+    content, offsets = buffers(text)
+    kernel.measure(content, offsets, widths, _stop_hashes(), _common_han(), counts, grams, entropy)
+    texts: list[str] = text.to_pylist()
+    columns: dict[str, Any] = {
+        name: counts[:, k].astype(np.uint32) for k, name in enumerate(kernel.COUNTS)
+    }
+    columns |= {f"gram_{n}_chars": grams[:, k].astype(np.uint32) for k, n in enumerate(GRAM_WORDS)}
+    columns["entropy"] = entropy
+    columns["lorem_ipsum"] = np.array([bool(_LOREM.search(t)) for t in texts], np.uint8)
+    columns["policy_lines"] = np.array([_policy_lines(t) for t in texts], np.uint32)
+    if bad_words:
+        columns["bad_words"] = _bad_word_counts(texts, bad_words)
+    return columns
+
+
+def buffers(text: Any) -> "tuple[NDArray[np.uint8], NDArray[np.int64]]":
+    """UTF-8 bytes and row offsets (rows + 1) of an Arrow large_string array, without a copy."""
+    import numpy as np
+
+    _, offsets, content = text.buffers()
+    if offsets is None or len(text) == 0:
+        return np.zeros(0, np.uint8), np.zeros(1, np.int64)
+    starts = np.frombuffer(offsets, np.int64)[text.offset : text.offset + len(text) + 1]
+    # A column of empty texts may have no content buffer at all.
+    bytes_ = np.zeros(0, np.uint8) if content is None else np.frombuffer(content, np.uint8)
+    return bytes_, starts
+
+
+def _policy_lines(text: str) -> int:
+    found, position = 0, 0
+    while match := _POLICY.search(text, position):
+        found += 1
+        position = text.find("\n", match.end())
+        if position < 0:
+            break
+    return found
+
+
+def _bad_word_counts(texts: Sequence[str], bad_words: Sequence[str]) -> "NDArray[np.uint32]":
+    """How often bad words occur: Latin ones as whole words, Chinese ones anywhere (no spaces there)."""
+    import numpy as np
+
+    latin = sorted({w.lower() for w in bad_words if w.isascii()})
+    others = sorted({w.lower() for w in bad_words if not w.isascii()})
+    parts: list[str] = []
+    if latin:
+        parts.append(rf"(?<![a-z0-9])(?:{'|'.join(map(re.escape, latin))})(?![a-z0-9])")
+    if others:
+        parts.append("|".join(map(re.escape, others)))
+    pattern = re.compile("|".join(parts))
+    return np.array([sum(1 for _ in pattern.finditer(t.lower())) for t in texts], np.uint32)
+
+
+@functools.cache
+def _stop_hashes() -> "NDArray[np.uint64]":
+    import numpy as np
+
+    hashes = [*word_hashes(" ".join(STOP_WORDS)), *word_hashes(STOP_CHARACTERS)]
+    return np.array(hashes, np.uint64)
+
+
+def word_hashes(text: str) -> "list[int]":
+    """Hashes of the words of a text, as the kernels compute them."""
+    import numpy as np
+
+    from tasks.kernels import statistics as kernel
+
+    content = np.frombuffer(text.encode("utf-8"), np.uint8)
+    hashes, lengths = np.empty(len(content) + 1, np.uint64), np.empty(len(content) + 1, np.int64)
+    ends = np.empty(len(content) + 1, np.int64)
+    found, _ = kernel.words_of(content, 0, len(content), hashes, lengths, ends)
+    return [int(value) for value in hashes[:found]]
+
+
+@functools.cache
+def _common_han() -> "NDArray[np.bool_]":
+    import numpy as np
+
+    table = np.zeros(0x9FFF - 0x4E00 + 1, np.bool_)
+    table[[ord(character) - 0x4E00 for character in common_han()]] = True
+    return table
