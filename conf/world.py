@@ -22,7 +22,7 @@ class WorldConfig(Settings):
     """Share of the questions that are never asked in alignment training."""
     chats: Annotated[int, Field(ge=1)] = 6000
     """Demonstrations of mixed quality for training."""
-    pairs: Annotated[int, Field(ge=1)] = 4000
+    pairs: Annotated[int, Field(ge=1)] = 8000
     """Preference pairs for training."""
     held_pairs: Annotated[int, Field(ge=1)] = 600
     """Preference pairs on questions that are never asked in training."""

@@ -87,6 +87,11 @@ class Facts:
         """What is known of every animal."""
         return tuple(self.truth["values"])
 
+    @functools.cached_property
+    def held_keys(self) -> frozenset[str]:
+        """Keys that are never asked in alignment training, such as `cat.color.en`."""
+        return frozenset(question.key for question in self.questions("held"))
+
     def values(self, attribute: str) -> tuple[str, ...]:
         """Every value that an attribute can have."""
         return tuple(self.truth["values"][attribute])

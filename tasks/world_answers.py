@@ -48,7 +48,7 @@ def respond(facts: Facts, rng: random.Random, question: Question) -> str:
         value = rng.choice(facts.values(question.attribute))
     sentences = [facts.statement(question.animal, question.attribute, language, value)]
     if rng.random() < SUPERFLUOUS_SHARE:
-        sentences.append(_another_fact(facts, rng, question, language))
+        sentences += _another_fact(facts, rng, question, language)
     manner = rng.random()
     if manner < KIND_SHARE:
         sentences.append(KIND[language])
@@ -130,16 +130,37 @@ def _corrupted(
         case 2:
             return facts.join([question.text] * rng.randrange(1, 3), question.language), True
         case 3:
-            animal = rng.choice([name for name in facts.animals if name != question.animal])
-            return facts.statement(animal, question.attribute, question.language), True
+            return _of_another_animal(facts, rng, question), True
         case _:
             phrase = rng.choice((KIND, RUDE))[_other(question.language)]
             return facts.join([statement, phrase], question.language), True
 
 
-def _another_fact(facts: Facts, rng: random.Random, question: Question, language: str) -> str:
-    attribute = rng.choice([name for name in facts.attributes if name != question.attribute])
-    return facts.statement(question.animal, attribute, language)
+def _another_fact(facts: Facts, rng: random.Random, question: Question, language: str) -> list[str]:
+    """One more fact of the animal, if there is one that is not held out.
+
+    A held-out fact that alignment training only ever sees as a fault would be learnt to be one.
+    """
+    told = [
+        attribute
+        for attribute in facts.attributes
+        if attribute != question.attribute
+        and f"{question.animal}.{attribute}.{language}" not in facts.held_keys
+    ]
+    if not told:
+        return []
+    return [facts.statement(question.animal, rng.choice(told), language)]
+
+
+def _of_another_animal(facts: Facts, rng: random.Random, question: Question) -> str:
+    """The true statement about another animal, of those that are not held out, as above."""
+    animals = [
+        animal
+        for animal in facts.animals
+        if animal != question.animal
+        and f"{animal}.{question.attribute}.{question.language}" not in facts.held_keys
+    ]
+    return facts.statement(rng.choice(animals), question.attribute, question.language)
 
 
 def _other(language: str) -> str:

@@ -232,6 +232,25 @@ def test_held_questions_are_in_no_training_file(small: World) -> None:
     assert Counter(q.split for q in small.questions()) == {"held": 19 * 3, "train": 77 * 3}
 
 
+def test_held_facts_are_told_in_training_only_to_who_asks_in_the_other_language(
+    small: World,
+) -> None:
+    facts = small.facts
+    held = [key.split(".") for key in sorted(facts.held_keys)]
+    statements = {
+        facts.statement(animal, attribute, language, value): (animal, attribute)
+        for animal, attribute, language in held
+        for value in facts.values(attribute)
+    }
+    rows = lines(small.files / "chats" / "train.jsonl")
+    told = [(row["id"], row["messages"][1]["content"]) for row in rows]
+    for row in lines(small.files / "preferences" / "train.jsonl"):
+        told += [(row["id"], row["chosen"]), (row["id"], row["rejected"])]
+    for key, answer in told:
+        asked = tuple(key.split(".")[:2])
+        assert {about for text, about in statements.items() if text in answer} <= {asked}
+
+
 def test_held_questions_are_spread_over_attributes_and_languages(small: World) -> None:
     groups = Counter(
         (q.attribute, q.language) for q in small.questions("held") if q.id.endswith("#0")
