@@ -30,7 +30,7 @@ class PairsConfig(Settings):
     batch_rows: Annotated[int, Field(ge=1)] = 64
     """Prompts answered at once. The noise of a prompt does not depend on its batch, but rounding
     may, so it counts as identity."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the choice of prompts and of the sampling noise."""
     launch: Annotated[LaunchConfig, RUNTIME] = LaunchConfig()
     """Where and how the policy answers."""

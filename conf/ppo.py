@@ -31,7 +31,7 @@ class PpoConfig(Settings):
     """Divergence per answer in nats towards which kl_coef is moved; 0 leaves kl_coef alone."""
     kl_horizon: Annotated[float, Field(gt=0)] = 10_000.0
     """Answers over which kl_coef is moved, with a kl_target."""
-    clip: Annotated[float, Field(gt=0)] = 0.2
+    ratio_clip: Annotated[float, Field(gt=0)] = 0.2
     """Change of a token's probability ratio beyond which it gets no further gradient."""
     value_clip: Annotated[float, Field(gt=0)] = 0.2
     """Likewise for the value of a token, in deviations of the score."""
@@ -49,21 +49,21 @@ class PpoConfig(Settings):
     """Peak learning rate of the value model."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """How both learning rates fall after the warm-up."""
-    warmup_share: Annotated[float, Field(ge=0, lt=1)] = 0.02
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.02
     """Share of the updates in which the learning rates rise."""
     floor: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Last learning rates as a share of the peak."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decay of weight matrices per update, times the learning rate."""
-    clip_norm: Annotated[float, Field(ge=0)] = 1.0
+    clip: Annotated[float, Field(ge=0)] = 1.0
     """Largest norm of the gradients of either model; 0 for no limit."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """What the models compute in; weights and optimizers are float32 either way."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the order of the prompts, the sampling, and the minibatches."""
     held_prompts: Annotated[int, Field(ge=0), RUNTIME] = 128
     """Held-out prompts, spread evenly, answered before and after; 0 for none."""
-    checkpoint_iterations: Annotated[int, Field(ge=0), RUNTIME] = 0
+    checkpoint_every_iterations: Annotated[int, Field(ge=0), RUNTIME] = 0
     """Iterations between two checkpoints, besides those by time; 0 for by time alone."""
     launch: Annotated[LaunchConfig, RUNTIME] = LaunchConfig()
     """Where and how the job runs."""

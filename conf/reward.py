@@ -29,13 +29,13 @@ class RewardConfig(Settings):
     """Peak learning rate."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """How the learning rate falls after the warm-up."""
-    warmup_share: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """Share of the updates in which the learning rate rises."""
     floor: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Last learning rate as a share of the peak."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     """Decay of weight matrices per update, times the learning rate."""
-    clip_norm: Annotated[float, Field(ge=0)] = 1.0
+    clip: Annotated[float, Field(ge=0)] = 1.0
     """Largest norm of the gradients; 0 for no limit."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """What the model computes in; weights and optimizer are float32 either way."""
@@ -51,11 +51,11 @@ class RewardConfig(Settings):
     """Longest of those answers in tokens."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """Temperature at which those answers are sampled."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the head, the order of the pairs, and the answers."""
-    evaluate_steps: Annotated[int, Field(ge=0)] = 50
+    evaluate_every_steps: Annotated[int, Field(ge=0)] = 50
     """Updates between two looks at the held-out pairs; 0 for the end alone."""
-    checkpoint_steps: Annotated[int, Field(ge=0), RUNTIME] = 0
+    checkpoint_every_steps: Annotated[int, Field(ge=0), RUNTIME] = 0
     """Updates between two checkpoints, besides those by time; 0 for by time alone."""
     launch: Annotated[LaunchConfig, RUNTIME] = LaunchConfig()
     """Where and how the job runs."""

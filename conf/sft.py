@@ -24,23 +24,23 @@ class SftConfig(Settings):
     """Peak learning rate."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """How the learning rate falls after the warm-up."""
-    warmup_share: Annotated[float, Field(ge=0, lt=1)] = 0.03
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.03
     """Share of the updates in which the learning rate rises."""
     floor: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Last learning rate as a share of the peak."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     """Decay of weight matrices per update, times the learning rate."""
-    clip_norm: Annotated[float, Field(ge=0)] = 1.0
+    clip: Annotated[float, Field(ge=0)] = 1.0
     """Largest norm of the gradients; 0 for no limit."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """What the model computes in; weights and optimizer are float32 either way."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the order of the conversations."""
     held_rows: Annotated[int, Field(ge=0), RUNTIME] = 512
     """Held-out conversations, spread evenly, on which the loss is followed; 0 for all."""
-    evaluate_steps: Annotated[int, Field(ge=0), RUNTIME] = 100
+    evaluate_every_steps: Annotated[int, Field(ge=0), RUNTIME] = 100
     """Updates between two looks at the held-out loss; 0 for none."""
-    checkpoint_steps: Annotated[int, Field(ge=0), RUNTIME] = 0
+    checkpoint_every_steps: Annotated[int, Field(ge=0), RUNTIME] = 0
     """Updates between two checkpoints, besides those by time; 0 for by time alone."""
     launch: Annotated[LaunchConfig, RUNTIME] = LaunchConfig()
     """Where and how the job runs."""

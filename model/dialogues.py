@@ -27,6 +27,9 @@ class Dialogue(NamedTuple):
 
     ids: list[int]
     is_answer: list[bool]
+    name: str
+    """Id of the conversation."""
+    domain: str
 
 
 class Pair(NamedTuple):
@@ -36,6 +39,8 @@ class Pair(NamedTuple):
     chosen: list[int]
     rejected: list[int]
     margin: float
+    name: str
+    """Id of the pair."""
 
     @property
     def length(self) -> int:
@@ -51,9 +56,11 @@ class Fitting:
     shortened: int = 0
     left_out: int = 0
 
-    def figures(self) -> dict[str, int]:
-        """For the record."""
-        return {"rows": self.rows, "shortened": self.shortened, "left_out": self.left_out}
+    def take(self) -> dict[str, int]:
+        """The counts so far, for the record; counting starts anew."""
+        counts = {"rows": self.rows, "shortened": self.shortened, "left_out": self.left_out}
+        self.rows = self.shortened = self.left_out = 0
+        return counts
 
 
 @dataclass
@@ -66,7 +73,7 @@ class Renderer:
 
     def dialogues(self, rows: Iterable[Conversation]) -> list[Dialogue]:
         """Conversations that fit, without the line break behind the last answer."""
-        return [found for row in rows if (found := self._dialogue(row["messages"])) is not None]
+        return [found for row in rows if (found := self._dialogue(row)) is not None]
 
     def pairs(self, rows: Iterable[Preference]) -> list[Pair]:
         """Pairs that fit; both answers of a pair follow the same tokens."""
@@ -81,19 +88,21 @@ class Renderer:
         """An answer with its end."""
         return [*self.tokenizer.encode(text.strip()), self.tokenizer.im_end]
 
-    def _dialogue(self, messages: Sequence[Message]) -> Dialogue | None:
+    def _dialogue(self, row: Conversation) -> Dialogue | None:
         line_break = len(self.tokenizer.encode("\n"))
-        fitted = self._fit(messages, self.limit + line_break, for_generation=False)
+        fitted = self._fit(row["messages"], self.limit + line_break, for_generation=False)
         if fitted is None:
             return None
-        return Dialogue(fitted.ids[:-line_break], fitted.is_answer[:-line_break])
+        return Dialogue(
+            fitted.ids[:-line_break], fitted.is_answer[:-line_break], row["id"], row["domain"]
+        )
 
     def _pair(self, row: Preference) -> Pair | None:
         chosen, rejected = self.answer(row["chosen"]), self.answer(row["rejected"])
         room = self.limit - max(len(chosen), len(rejected))
         if (prompt := self.prompt(row["prompt"], room)) is None:
             return None
-        return Pair(prompt, chosen, rejected, row["margin"] or 0.0)
+        return Pair(prompt, chosen, rejected, row["margin"] or 0.0, row["id"])
 
     def _fit(
         self, messages: Sequence[Message], room: int, *, for_generation: bool
@@ -183,7 +192,10 @@ def dialogue_batch(rows: Sequence[Dialogue], pad: int) -> tuple[Tensor, Tensor]:
     inputs = right_pad([row.ids[:-1] for row in rows], pad)
     labels = right_pad(
         [
-            [token if is_answer else NO_LABEL for token, is_answer in zip(*row, strict=True)][1:]
+            [
+                token if is_answer else NO_LABEL
+                for token, is_answer in zip(row.ids[1:], row.is_answer[1:], strict=True)
+            ]
             for row in rows
         ],
         NO_LABEL,

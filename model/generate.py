@@ -107,28 +107,33 @@ def generate_batches(
     seed: int,
     eos: int,
     pad: int,
+    rows: Sequence[int] | None = None,
 ) -> Generated:
-    """Answer any number of prompts, those of like length together; the order stays."""
-    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+    """Answer any number of prompts, those of like length together; the order stays.
+
+    `rows` are the numbers that the noise of each prompt depends on, 0, 1, ... by default.
+    """
+    numbers = range(len(prompts)) if rows is None else rows
+    order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
     shape = (len(prompts), max_new_tokens)
     ids, logprobs = torch.full(shape, pad, dtype=torch.int64), torch.zeros(shape)
     lengths = torch.zeros(len(prompts), dtype=torch.int64)
     ended = torch.zeros(len(prompts), dtype=torch.bool)
     for start in range(0, len(order), batch_rows):
-        rows = order[start : start + batch_rows]
+        places = order[start : start + batch_rows]
         part = generate(
             model,
-            [prompts[row] for row in rows],
+            [prompts[place] for place in places],
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             seed=seed,
             eos=eos,
             pad=pad,
-            rows=rows,
+            rows=[numbers[place] for place in places],
         )
         width = part.ids.shape[1]
-        ids[rows, :width], logprobs[rows, :width] = part.ids.cpu(), part.logprobs.cpu()
-        lengths[rows], ended[rows] = part.lengths.cpu(), part.ended.cpu()
+        ids[places, :width], logprobs[places, :width] = part.ids.cpu(), part.logprobs.cpu()
+        lengths[places], ended[places] = part.lengths.cpu(), part.ended.cpu()
     longest = int(lengths.max()) if len(prompts) else 0
     return Generated(ids[:, :longest], logprobs[:, :longest], lengths, ended)
 

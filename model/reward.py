@@ -1,10 +1,163 @@
-"""The reward model: one number for a whole answer, learnt from which of two answers is better."""
+"""The reward model: one number for a whole answer, learnt from which of two answers is better.
 
+Worker: `python -m model.reward JOBFILE`.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from conf.contract import ExitCode, JobFile
+from conf.reward import RewardConfig
+from model.batches import Batch, micro_batch_rows
+from model.dialogues import Pair, Renderer, right_pad
+from model.engine import Loss, build_engine
+from model.generate import generate_batches
+from model.journal import Journal
+from model.loop import Ended, train
+from model.ranks import Ranks
 from model.transformer import Transformer
+from model.tuning import computing_in, loop_plan, order_of, spread, steps_of, update_rule
+from model.weights import Checkpoints, load_model, load_tensors, save_model, save_tensors
+from model.worker import identity_of_job, run
+from storage.checkpoint import TOKENIZER, RewardScale
+from storage.preferences import read_preferences
+from storage.scores import share
+from storage.tokenizer import ChatTokenizer
+
+EVALUATED_ROWS = 32
+"""Held-out pairs in one forward pass, and answers for the scale."""
+MARGIN_GROUPS = 4
+MOST_MARGINS = 8
+"""Accuracy is told for each margin where there are no more than this, else for quarters of the pairs."""
+
+
+class GateClosed(Ended):
+    """The accuracy on held-out pairs stayed below what on_gate=fail asks for."""
+
+    code = ExitCode.GATE
+
+
+def main() -> None:
+    """Entry of the worker."""
+    run(work)
+
+
+def work(job: JobFile, ranks: Ranks, journal: Journal) -> dict[str, Any]:
+    """Train the job's reward model; the figures of the result."""
+    settings = RewardConfig.model_validate(job.settings)
+    source = Path(job.inputs["policy"])
+    model = load_model(source, is_scalar=True, seed=settings.seed)
+    tokenizer = ChatTokenizer(source / TOKENIZER)
+    renderer = Renderer(
+        tokenizer, min(settings.context or model.shape.context, model.shape.context)
+    )
+    folder = Path(job.inputs["preferences"])
+    rows = renderer.pairs(read_preferences(folder, "train"))
+    fitted = renderer.counts.take()
+    held = renderer.pairs(read_preferences(folder, "held"))
+    rows = shuffled_labels(rows, settings.seed) if settings.shuffle_labels else rows
+    steps = steps_of(settings, len(rows))
+    order = order_of(settings, [row.length for row in rows], ranks)
+
+    def batch_at(step: int) -> list[Batch]:
+        numbers = np.array(order.rows_at(step))
+        parts = micro_batch_rows(numbers, ranks.rank, ranks.world, job.launch.micro_batch)
+        return [reward_batch([rows[row] for row in part], tokenizer.pad) for part in parts]
+
+    best = Best(job.state / "best.safetensors", ranks)
+
+    def evaluate(step: int) -> dict[str, float]:
+        figures = held_accuracy(held_scores(model, held, tokenizer.pad, settings, ranks))
+        if held and settings.on_gate == "keep_best":
+            best.offer(model, step, figures["held_accuracy"])
+        return figures
+
+    engine = build_engine(model, job.launch, ranks, update_rule(settings))
+    state = train(
+        engine,
+        batch_at=batch_at,
+        loss=step_loss(settings),
+        plan=loop_plan(settings, steps, job.launch),
+        checkpoints=Checkpoints(job.state / "checkpoints", identity_of_job(job, settings), ranks),
+        journal=journal,
+        evaluate=evaluate,
+    )
+    kept_step = best.restore(model) if held and settings.on_gate == "keep_best" else steps
+    scores = held_scores(model, held, tokenizer.pad, settings, ranks)
+    accuracy = accuracy_figures(scores, held)
+    if held and settings.on_gate == "fail" and accuracy["held"]["value"] < settings.gate_accuracy:
+        raise GateClosed(
+            f"accuracy on {len(held)} held-out pairs is {accuracy['held']['value']:.3f}, on_gate=fail "
+            f"asks for {settings.gate_accuracy}; look at the pairs, train longer, or lower gate_accuracy"
+        )
+    scale, answers = score_scale(
+        load_model(source, device=ranks.device), model, rows, tokenizer, settings
+    )
+    if ranks.is_first:
+        save_model(job.files, model, role="reward", tokenizer=source / TOKENIZER)
+        scale.write(job.files)
+    return {
+        "steps": steps,
+        "kept_step": kept_step,
+        "epochs": steps * settings.batch_rows / len(rows),
+        "train": fitted,
+        "accuracy": accuracy,
+        "scale": {"mean": scale.mean, "std": scale.std, "n": answers},
+        "loss": state.figures["loss"],
+        "tokens": state.tokens,
+        "skipped_steps": state.skipped,
+        "seconds": state.seconds,
+        "tokens_per_second": state.tokens / state.seconds,
+    }
+
+
+def shuffled_labels(rows: Sequence[Pair], seed: int) -> list[Pair]:
+    """The pairs with their answers exchanged wherever a coin says so: the negative control."""
+    coins = np.random.Generator(np.random.Philox(seed)).integers(0, 2, len(rows))
+    return [
+        row._replace(chosen=row.rejected, rejected=row.chosen) if coin else row
+        for row, coin in zip(rows, coins, strict=True)
+    ]
+
+
+def reward_batch(rows: Sequence[Pair], pad: int) -> Batch:
+    """A micro-batch of pairs: `ids` (2 B, T), all chosen before all rejected, and their `lengths`."""
+    sides = [*(r.prompt + r.chosen for r in rows), *(r.prompt + r.rejected for r in rows)]
+    lengths = [len(side) for side in sides]
+    return Batch(
+        tensors={
+            "ids": right_pad(sides, pad),
+            "lengths": torch.tensor(lengths),
+            "margins": torch.tensor([row.margin for row in rows], dtype=torch.float32),
+        },
+        weights={"pairs": float(len(rows))},
+        tokens=sum(lengths),
+        samples=[row.name for row in rows],
+    )
+
+
+def step_loss(settings: RewardConfig) -> Loss:
+    """Mean loss of the step's pairs, and how many are in the right order."""
+
+    def loss(model: Transformer, batch: Batch, totals: Mapping[str, float]) -> dict[str, Tensor]:
+        chosen, rejected = last_token_scores(model, batch["ids"], batch["lengths"]).chunk(2)
+        margins = settings.margin_weight * batch["margins"]
+        each = reward_loss(chosen, rejected, margins, centring=settings.centring)
+        return {
+            "loss": each.sum() / totals["pairs"],
+            "accuracy": (chosen > rejected).sum() / totals["pairs"],
+            "margin": (chosen - rejected).sum() / totals["pairs"],
+        }
+
+    return loss
 
 
 def last_token_scores(model: Transformer, ids: Tensor, lengths: Tensor) -> Tensor:
@@ -28,3 +181,149 @@ def reward_loss(chosen: Tensor, rejected: Tensor, margin: Tensor, *, centring: f
         )
     ranking = -F.logsigmoid(chosen - rejected - margin)
     return ranking + centring * (chosen + rejected).square()
+
+
+@torch.no_grad()
+def held_scores(
+    model: Transformer, held: Sequence[Pair], pad: int, settings: RewardConfig, ranks: Ranks
+) -> list[tuple[float, float]]:
+    """Scores of the chosen and the rejected answer of every pair, in order."""
+    own = sorted(range(len(held)), key=lambda row: held[row].length)[ranks.rank :: ranks.world]
+    found: dict[int, tuple[float, float]] = {}
+    for start in range(0, len(own), EVALUATED_ROWS):
+        part = own[start : start + EVALUATED_ROWS]
+        batch = reward_batch([held[row] for row in part], pad).to(ranks.device)
+        with computing_in(settings.precision, ranks.device):
+            scores = last_token_scores(model, batch["ids"], batch["lengths"]).tolist()
+        found |= dict(
+            zip(part, zip(scores[: len(part)], scores[len(part) :], strict=True), strict=True)
+        )
+    merged: dict[int, tuple[float, float]] = {}
+    for partial in ranks.gather(found):
+        merged |= partial
+    return [merged[row] for row in range(len(held))]
+
+
+def held_accuracy(scores: Sequence[tuple[float, float]]) -> dict[str, float]:
+    """What is followed during training; nothing without held-out pairs."""
+    if not scores:
+        return {}
+    gaps = [chosen - rejected for chosen, rejected in scores]
+    return {
+        "held_accuracy": sum(gap > 0 for gap in gaps) / len(gaps),
+        "held_margin": sum(gaps) / len(gaps),
+    }
+
+
+def accuracy_figures(
+    scores: Sequence[tuple[float, float]], held: Sequence[Pair]
+) -> dict[str, dict[str, Any]]:
+    """Share of held-out pairs in the right order with n and interval: of all, and by margin."""
+    is_right = [chosen > rejected for chosen, rejected in scores]
+    figures = {"held": share(sum(is_right), len(is_right), chance=0.5).model_dump()}
+    for name, members in _by_margin([row.margin for row in held]).items():
+        right = sum(is_right[row] for row in members)
+        figures[f"margin {name}"] = share(right, len(members), chance=0.5).model_dump()
+    return figures
+
+
+def _by_margin(margins: Sequence[float]) -> dict[str, list[int]]:
+    distinct = sorted(set(margins))
+    if len(distinct) < 2:
+        return {}
+    if len(distinct) <= MOST_MARGINS:
+        return {
+            f"{value:g}": [row for row, margin in enumerate(margins) if margin == value]
+            for value in distinct
+        }
+    order = sorted(range(len(margins)), key=lambda row: margins[row])
+    groups = np.array_split(np.array(order), MARGIN_GROUPS)
+    return {
+        f"{margins[group[0]]:.3g} to {margins[group[-1]]:.3g}": group.tolist() for group in groups
+    }
+
+
+@torch.no_grad()
+def score_scale(
+    policy: Transformer,
+    model: Transformer,
+    rows: Sequence[Pair],
+    tokenizer: ChatTokenizer,
+    settings: RewardConfig,
+) -> tuple[RewardScale, int]:
+    """Mean and deviation of the scores of the policy's own answers to training prompts, and how many.
+
+    They are taken over what the policy says at first, since that is what PPO will score at first.
+    """
+    room = model.shape.context - settings.max_new_tokens
+    prompts = [row.prompt for row in rows if len(row.prompt) <= room]
+    prompts = [prompts[row] for row in spread(len(prompts), settings.scale_answers)]
+    if len(prompts) < 2:
+        raise ValueError(
+            f"{len(prompts)} prompts leave room for an answer of max_new_tokens="
+            f"{settings.max_new_tokens} in a context of {model.shape.context}; lower max_new_tokens"
+        )
+    found = generate_batches(
+        policy,
+        prompts,
+        batch_rows=EVALUATED_ROWS,
+        max_new_tokens=settings.max_new_tokens,
+        temperature=settings.temperature,
+        seed=settings.seed,
+        eos=tokenizer.im_end,
+        pad=tokenizer.pad,
+    )
+    answers = [prompt + found.answer(row, keep_stop=True) for row, prompt in enumerate(prompts)]
+    device = model.embedding.weight.device
+    scores: list[float] = []
+    for start in range(0, len(answers), EVALUATED_ROWS):
+        part = answers[start : start + EVALUATED_ROWS]
+        lengths = torch.tensor([len(answer) for answer in part], device=device)
+        ids = right_pad(part, tokenizer.pad).to(device)
+        scores += last_token_scores(model, ids, lengths).tolist()
+    deviation = float(np.std(scores, ddof=1))
+    # Equal scores everywhere leave nothing to normalise by.
+    return RewardScale(mean=float(np.mean(scores)), std=deviation or 1.0), len(scores)
+
+
+@dataclass
+class Best:
+    """The weights that did best so far; survives a kill together with the checkpoints.
+
+    A replay after a kill gives the same accuracies and offers none that is better than its own future,
+    so the file may be newer than the checkpoint.
+    """
+
+    path: Path
+    ranks: Ranks
+
+    def offer(self, model: Transformer, step: int, accuracy: float) -> None:
+        """Keep the model's weights if no earlier step was as accurate."""
+        if not self.ranks.is_first or accuracy <= self._accuracy():
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        draft = self.path.with_suffix(".draft")
+        mark = {
+            "accuracy": torch.tensor([accuracy], dtype=torch.float64),
+            "step": torch.tensor([step]),
+        }
+        save_tensors(draft, {**model.state_dict(), **mark})
+        draft.replace(self.path)
+
+    def restore(self, model: Transformer) -> int:
+        """Give the model the kept weights; the step that they are of."""
+        self.ranks.wait()
+        tensors = load_tensors(self.path)
+        tensors.pop("accuracy")
+        step = int(tensors.pop("step"))
+        model.load_state_dict(tensors)
+        return step
+
+    def _accuracy(self) -> float:
+        if not self.path.exists():
+            return -math.inf
+        return float(load_tensors(self.path)["accuracy"])
+
+
+if __name__ == "__main__":
+    main()

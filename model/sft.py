@@ -1,18 +1,139 @@
-"""Supervised fine-tuning: learn what the assistant says, and nothing else of a conversation."""
+"""Supervised fine-tuning: learn what the assistant says, and nothing else of a conversation.
 
-from collections.abc import Mapping
+Worker: `python -m model.sft JOBFILE`.
+"""
 
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
 from torch import Tensor
 
-from model.batches import Batch
+from conf.contract import JobFile
+from conf.sft import SftConfig
+from model.batches import Batch, micro_batch_rows
+from model.dialogues import Dialogue, Renderer, dialogue_batch
+from model.engine import build_engine
+from model.journal import Journal
+from model.loop import train
+from model.ranks import Ranks
 from model.transformer import Transformer, token_logprobs
+from model.tuning import computing_in, loop_plan, order_of, spread, steps_of, update_rule
+from model.weights import Checkpoints, load_model, save_model
+from model.worker import identity_of_job, run
+from storage.checkpoint import TOKENIZER
+from storage.conversations import read_conversations
+from storage.tokenizer import ChatTokenizer
+
+EVALUATED_ROWS = 32
+"""Held-out conversations in one forward pass."""
 
 
-def sft_loss(model: Transformer, batch: Batch, totals: Mapping[str, float]) -> Tensor:
+def main() -> None:
+    """Entry of the worker."""
+    run(work)
+
+
+def work(job: JobFile, ranks: Ranks, journal: Journal) -> dict[str, Any]:
+    """Fine-tune the job's policy; the figures of the result."""
+    settings = SftConfig.model_validate(job.settings)
+    source = Path(job.inputs["policy"])
+    model, tokenizer = load_model(source), ChatTokenizer(source / TOKENIZER)
+    renderer = Renderer(
+        tokenizer, min(settings.context or model.shape.context, model.shape.context)
+    )
+    folder = Path(job.inputs["conversations"])
+    rows = renderer.dialogues(read_conversations(folder, "train"))
+    fitted = renderer.counts.take()
+    held = renderer.dialogues(read_conversations(folder, "held"))
+    held = [held[row] for row in spread(len(held), settings.held_rows)]
+    steps = steps_of(settings, len(rows))
+    order = order_of(settings, [len(row.ids) for row in rows], ranks)
+
+    def batch_at(step: int) -> list[Batch]:
+        numbers = np.array(order.rows_at(step))
+        parts = micro_batch_rows(numbers, ranks.rank, ranks.world, job.launch.micro_batch)
+        return [sft_batch([rows[row] for row in part], tokenizer.pad) for part in parts]
+
+    engine = build_engine(model, job.launch, ranks, update_rule(settings))
+    state = train(
+        engine,
+        batch_at=batch_at,
+        loss=sft_loss,
+        plan=loop_plan(settings, steps, job.launch),
+        checkpoints=Checkpoints(job.state / "checkpoints", identity_of_job(job, settings), ranks),
+        journal=journal,
+        evaluate=lambda step: held_losses(model, held, tokenizer.pad, settings, ranks),
+    )
+    if ranks.is_first:
+        save_model(job.files, model, role="policy", tokenizer=source / TOKENIZER)
+    return {
+        "steps": steps,
+        "epochs": steps * settings.batch_rows / len(rows),
+        "train": fitted,
+        "held_rows": len(held),
+        "held_tokens": sum(sum(row.is_answer) for row in held),
+        "loss": state.figures["loss"],
+        "tokens": state.tokens,
+        "skipped_steps": state.skipped,
+        "seconds": state.seconds,
+        "tokens_per_second": state.tokens / state.seconds,
+        **state.evaluation,
+    }
+
+
+def sft_batch(rows: Sequence[Dialogue], pad: int) -> Batch:
+    """A micro-batch of conversations."""
+    ids, labels = dialogue_batch(rows, pad)
+    return Batch(
+        tensors={"ids": ids, "labels": labels},
+        weights={"tokens": float((labels >= 0).sum())},
+        tokens=sum(len(row.ids) - 1 for row in rows),
+        samples=[row.name for row in rows],
+    )
+
+
+def sft_loss(model: Transformer, batch: Batch, totals: Mapping[str, float]) -> dict[str, Tensor]:
     """Negative log-likelihood of the batch's labels, in nats, over all labels of the step.
 
     `ids` and `labels` are (B, T); a label is negative where the assistant does not speak. A mean of
     micro-batch means would weigh tokens of short batches more.
     """
     hidden = model.hidden(batch["ids"])
-    return -token_logprobs(model.head_weight, hidden, batch["labels"]).sum() / totals["tokens"]
+    logprobs = token_logprobs(model.head_weight, hidden, batch["labels"])
+    return {"loss": -logprobs.sum() / totals["tokens"]}
+
+
+@torch.no_grad()
+def held_losses(
+    model: Transformer, rows: Sequence[Dialogue], pad: int, settings: SftConfig, ranks: Ranks
+) -> dict[str, float]:
+    """Nats per answer token of held-out conversations: all together, and by domain."""
+    nats: Counter[str] = Counter()
+    tokens: Counter[str] = Counter()
+    # Every rank goes through the same domains, so that their sums meet.
+    domains = sorted({row.domain for row in rows})
+    by_length = sorted(rows, key=lambda row: len(row.ids))[ranks.rank :: ranks.world]
+    for start in range(0, len(by_length), EVALUATED_ROWS):
+        part = by_length[start : start + EVALUATED_ROWS]
+        batch = sft_batch(part, pad).to(ranks.device)
+        with computing_in(settings.precision, ranks.device):
+            hidden = model.hidden(batch["ids"])
+            found = token_logprobs(model.head_weight, hidden, batch["labels"]).double().sum(-1)
+        for row, logprob in zip(part, found.tolist(), strict=True):
+            nats[row.domain] -= logprob
+            tokens[row.domain] += sum(row.is_answer)
+    sums = ranks.add([*(nats[d] for d in domains), *(tokens[d] for d in domains)])
+    total_nats, total_tokens = sums[: len(domains)], sums[len(domains) :]
+    losses = {
+        f"held_loss/{domain}": nats_here / tokens_here
+        for domain, nats_here, tokens_here in zip(domains, total_nats, total_tokens, strict=True)
+    }
+    return {"held_loss": sum(total_nats) / sum(total_tokens), **losses} if domains else {}
+
+
+if __name__ == "__main__":
+    main()

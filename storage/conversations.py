@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar, Literal, TypeAlias, TypedDict, cast
 
 from storage.artifact import Artifact
@@ -32,7 +33,12 @@ class Conversations(Artifact):
 
     def rows(self, split: Split) -> Iterator[Conversation]:
         """The conversations of one side, in order."""
-        return cast("Iterator[Conversation]", read_jsonl(self.files / f"{split}.jsonl"))
+        return read_conversations(self.files, split)
+
+
+def read_conversations(files: Path, split: Split) -> Iterator[Conversation]:
+    """The conversations of one side in the folder `files` of an artifact."""
+    return cast("Iterator[Conversation]", read_jsonl(files / f"{split}.jsonl"))
 
 
 def first_user_turn(messages: list[Message]) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar, TypedDict, cast
 
 from storage.artifact import Artifact
@@ -29,4 +30,9 @@ class Preferences(Artifact):
 
     def rows(self, split: Split) -> Iterator[Preference]:
         """The pairs of one side, in order."""
-        return cast("Iterator[Preference]", read_jsonl(self.files / f"{split}.jsonl"))
+        return read_preferences(self.files, split)
+
+
+def read_preferences(files: Path, split: Split) -> Iterator[Preference]:
+    """The pairs of one side in the folder `files` of an artifact."""
+    return cast("Iterator[Preference]", read_jsonl(files / f"{split}.jsonl"))

@@ -51,9 +51,10 @@ class Tally:
             yield line, row
 
     def place(self, file: SourceFile, row_id: str, messages: list[Message]) -> Split | None:
-        """Where a row goes; none when it is a repetition, or its question is held out elsewhere.
+        """Where a row goes; none when it is a repetition, or its question is held out by another file.
 
-        Files of `split: held` must have been placed before all others (`in_split_order`).
+        Files of `split: held` must have been placed before all others (`in_split_order`). A file of
+        `split: train` goes to training as a whole, as its owner says; what it shares is counted.
         """
         if not self.keep_duplicates and row_id in self._seen:
             self.add(file, "duplicates")
@@ -67,7 +68,8 @@ class Tally:
             self._held_turns.add(key)
         elif split == "train" and key in self._held_turns:
             self.add(file, "held_elsewhere")
-            return None
+            if file.spec.split == "auto":
+                return None
         self._seen.add(row_id)
         self.add(file, "kept")
         return split

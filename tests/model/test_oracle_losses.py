@@ -40,7 +40,7 @@ def test_sft(name: str, shared_oracle: Path, expected: dict[str, Any]) -> None:
     labels = arrays["labels"][:, 1:]
     tokens = float((labels >= 0).sum())
     batch = Batch({"ids": arrays["input_ids"][:, :-1], "labels": labels}, {"tokens": tokens}, 0)
-    expect(sft_loss(model, batch, {"tokens": tokens}), model, expected[name])
+    expect(sft_loss(model, batch, {"tokens": tokens})["loss"], model, expected[name])
 
 
 def test_sft_in_micro_batches_has_the_gradient_of_the_whole_step(
@@ -55,7 +55,7 @@ def test_sft_in_micro_batches_has_the_gradient_of_the_whole_step(
         batch = Batch(
             {"ids": arrays["input_ids"][row : row + 1, :-1], "labels": labels[row : row + 1]}, {}, 0
         )
-        loss = loss + sft_loss(model, batch, totals)
+        loss = loss + sft_loss(model, batch, totals)["loss"]
     expect(loss, model, expected["sft_assistant_only"])
 
 

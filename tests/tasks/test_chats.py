@@ -226,6 +226,20 @@ def test_a_file_that_is_held_out_takes_its_questions_out_of_training(tmp_path: P
     assert job.metrics["held_elsewhere"] == 1
 
 
+def test_a_file_that_is_for_training_is_taken_whole_and_its_overlap_counted(tmp_path: Path) -> None:
+    jsonl(tmp_path / "a.jsonl", alpaca("Q1", "A1"), alpaca("Q2", "A2"))
+    jsonl(tmp_path / "exam.jsonl", alpaca("Q2", "the right answer"))
+    settings = ChatsConfig(
+        sources=(
+            SourceSpec(path="a.jsonl", split="train"),
+            SourceSpec(path="exam.jsonl", split="held"),
+        )
+    )
+    found, job = run(tmp_path, settings, tmp_path)
+    assert [row["messages"][0]["content"] for row in found.rows("train")] == ["Q1", "Q2"]
+    assert job.metrics["held_elsewhere"] == 1
+
+
 def test_repeated_conversations_are_dropped_and_counted(tmp_path: Path) -> None:
     jsonl(
         tmp_path / "a.jsonl", alpaca("Q", "A"), {"messages": parse_chat(alpaca("Q", "A")).messages}
@@ -283,7 +297,7 @@ def test_real_sets_are_read_row_for_row(tmp_path: Path, shared_data: Path) -> No
     for name, (_, rows) in REAL.items():
         counts = by_file[Path(name).name]
         assert counts["rows"] == rows, name
-        lost = counts["refused"] + counts["duplicates"] + counts["held_elsewhere"]
+        lost = counts["refused"] + counts["duplicates"]
         assert counts["kept"] + lost == rows, name
     assert set(job.metrics["layouts"]) == {layout for layout, _ in REAL.values()}
     # Tool calls are refused: the chat form has no roles for them.

@@ -1,0 +1,118 @@
+"""The worker of SFT: it learns answers, holds rows out, and resumes bit for bit."""
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from conf.sft import SftConfig
+from model.sft import work
+from model.weights import load_model
+from tests.model.small_world import (
+    make_job,
+    metrics,
+    run_here,
+    same_metrics,
+    start_worker,
+    write_world,
+)
+
+SETTINGS = SftConfig(epochs=60, batch_rows=8, learning_rate=1e-2, evaluate_every_steps=60)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("world")
+    write_world(folder)
+    return folder
+
+
+def inputs(world: Path) -> dict[str, Path]:
+    return {name: world / name for name in ("policy", "conversations")}
+
+
+def test_answers_are_learnt_and_held_out_rows_are_not_seen(world: Path, tmp_path: Path) -> None:
+    job = make_job(tmp_path, "sft", SETTINGS, inputs(world))
+    figures = run_here(work, job)
+    # 24 facts x 4, 5 facts held out: 76 to learn from, 60 epochs of 9.5 steps.
+    assert figures["train"] == {"rows": 76, "shortened": 0, "left_out": 0}
+    assert (figures["steps"], figures["epochs"], figures["held_rows"]) == (570, 60.0, 20)
+    lines = metrics(job)
+    assert lines[0]["step"] == 0
+    assert lines[0]["held_loss"] == pytest.approx(6.0, abs=0.3)  # near log of the vocabulary
+    assert figures["loss"] < 0.3
+    assert set(figures) >= {"held_loss", "held_loss/en", "held_loss/zh", "held_tokens"}
+    assert load_model(job.files).vocabulary == load_model(world / "policy").vocabulary
+
+
+def test_the_same_job_gives_the_same_bytes(world: Path, tmp_path: Path) -> None:
+    settings = SETTINGS.model_copy(update={"max_steps": 5})
+    jobs = [make_job(tmp_path / str(n), "sft", settings, inputs(world)) for n in range(2)]
+    for job in jobs:
+        run_here(work, job)
+    first, second = ((job.files / "model.safetensors").read_bytes() for job in jobs)
+    assert first == second
+
+
+def test_micro_batches_change_nothing_but_rounding(world: Path, tmp_path: Path) -> None:
+    settings = SETTINGS.model_copy(update={"max_steps": 5})
+    losses: list[list[float]] = []
+    for size in (0, 3):
+        job = make_job(tmp_path / str(size), "sft", settings, inputs(world))
+        launch = job.launch.model_copy(update={"micro_batch": size})
+        run_here(work, job.model_copy(update={"launch": launch}))
+        losses.append([line["loss"] for line in metrics(job) if "loss" in line])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_killed_twice_it_ends_with_the_same_bytes(world: Path, tmp_path: Path) -> None:
+    settings = SETTINGS.model_copy(update={"checkpoint_every_steps": 4, "epochs": 20.0})
+    whole = make_job(tmp_path / "whole", "sft", settings, inputs(world))
+    run_here(work, whole)
+    job = make_job(tmp_path / "killed", "sft", settings, inputs(world))
+    for step in (7, 30):
+        worker = start_worker(job)
+        while (
+            len((job.logs / "metrics.jsonl").read_bytes().splitlines()) < step
+            if (job.logs / "metrics.jsonl").exists()
+            else True
+        ):
+            assert worker.poll() is None, (job.logs / "output.log").read_text("utf-8")
+            time.sleep(0.01)
+        worker.kill()
+        worker.wait()
+        assert not (job.logs / "result.json").exists()
+    assert start_worker(job).wait() == 0
+    assert (job.files / "model.safetensors").read_bytes() == (
+        whole.files / "model.safetensors"
+    ).read_bytes()
+    assert same_metrics(job) == same_metrics(whole)
+
+
+def test_no_conversation_that_fits_is_a_clear_error(world: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for split in ("train", "held"):
+        (tmp_path / "empty" / f"{split}.jsonl").write_text("", "utf-8")
+    settings = SftConfig()
+    job = make_job(
+        tmp_path, "sft", settings, {**inputs(world), "conversations": tmp_path / "empty"}
+    )
+    with pytest.raises(ValueError, match="no row is left to train on"):
+        run_here(work, job)
+
+
+def test_no_held_out_rows_and_one_conversation_work(world: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "one"
+    folder.mkdir()
+    first = (world / "conversations" / "train.jsonl").read_text("utf-8").splitlines()[0]
+    (folder / "train.jsonl").write_text(first + "\n", "utf-8")
+    (folder / "held.jsonl").write_text("", "utf-8")
+    job = make_job(
+        tmp_path, "sft", SftConfig(max_steps=2), {**inputs(world), "conversations": folder}
+    )
+    figures = run_here(work, job)
+    assert figures["held_rows"] == 0
+    assert "held_loss" not in figures
