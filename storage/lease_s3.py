@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,11 +146,10 @@ def main() -> None:
 
 def _beat_through_outages(bucket: Bucket, task: dict[str, str], beaten: dict[str, float]) -> bool:
     """Beat; while the server cannot be reached, try again until the lease has run out anyway."""
-    from botocore.exceptions import BotoCoreError
-
     try:
         return _beat(bucket, task, beaten)
-    except (OSError, BotoCoreError):
+    except Exception:  # noqa: BLE001 - an outage has many types; it is told in the keeper's log
+        traceback.print_exc()
         return time.monotonic() - beaten[task["fingerprint"]] < LEASE_SECONDS
 
 

@@ -134,7 +134,7 @@ def _task(job: Job, build: Build, item: PartItem, version: int) -> _Task:
     record = Record(
         fingerprint=fingerprint_of(identity),
         kind="part",
-        stage=job.stage,
+        stage=f"{job.stage}/part",
         digest="",
         identity=identity,
         node=job.node,

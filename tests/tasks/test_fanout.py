@@ -110,7 +110,7 @@ def test_parts_come_in_item_order_and_only_new_ones_are_built(
     assert again.metrics["shards"] == {"built": 2, "reused": 1}
     record = store.record(second[1].fingerprint)
     assert record is not None
-    assert (record.kind, record.stage) == ("part", "made")
+    assert (record.kind, record.stage) == ("part", "made/part")
     assert record.identity["number"] == 3
 
 

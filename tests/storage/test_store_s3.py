@@ -1,0 +1,106 @@
+"""What only a store on S3 has: copies, several machines, leases that run out."""
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from storage import lease as leases
+from storage import lease_s3
+from storage.bucket import Bucket
+from storage.errors import DamagedArtifact
+from storage.store import Store
+from tests.storage.making import claimed, make
+
+
+def test_a_damaged_copy_is_fetched_again(s3_server: str, tmp_path: Path) -> None:
+    store = Store(f"{s3_server}/{tmp_path.name}", cache=tmp_path / "cache")
+    address = make(store, "copy")
+    copy = store.path_of(address) / "files" / "a.txt"
+    copy.write_bytes(b"x" * 11)
+    with pytest.raises(DamagedArtifact):
+        store.verify_input(address)
+    assert store.find(address) is not None
+    assert copy.read_text("utf-8") == "文字 text"
+    copy.unlink()
+    assert store.find(address) is not None
+    assert copy.exists()
+
+
+def test_another_machine_finds_what_was_committed(s3_server: str, tmp_path: Path) -> None:
+    url = f"{s3_server}/{tmp_path.name}"
+    here, there = (Store(url, cache=tmp_path / name) for name in ("here", "there"))
+    part = make(here, "part")
+    whole = make(here, "whole", parts=[part])
+    path = there.find(whole)
+    assert path == tmp_path / "there" / "artifacts" / whole
+    assert (path.parent / part / "files" / "inner" / "b.bin").read_bytes() == bytes(range(256))
+    with claimed(here, "busy"):
+        assert there.claim("busy") is None
+    claimed(there, "busy").release()
+
+
+def test_a_dead_machines_lease_is_taken_over(
+    s3_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"{s3_server}/{tmp_path.name}"
+    here, there = (Store(url, cache=tmp_path / name) for name in ("here", "there"))
+    assert here._remote is not None
+    monkeypatch.setattr(here._remote._desk, "_keep", lambda task: None)  # its keeper died with it
+    lost = claimed(here, "work")
+    assert there.claim("work") is None
+    monkeypatch.setattr(lease_s3, "LEASE_SECONDS", 0.5)
+    time.sleep(2.1)  # the server's clock has whole seconds
+    claim = claimed(there, "work")
+    lost.release()  # a late release does not free the new holder's lease
+    monkeypatch.setattr(lease_s3, "LEASE_SECONDS", 60.0)
+    assert there.is_claimed("work")
+    claim.release()
+
+
+def test_a_lease_on_s3_outlives_the_flow_while_a_child_holds_the_lock(
+    s3_server: str, tmp_path: Path
+) -> None:
+    url = f"{s3_server}/{tmp_path.name}"
+    here, there = (Store(url, cache=tmp_path / name) for name in ("here", "there"))
+    claim = claimed(here, "long-job")
+    assert claim.lease_fd is not None
+    copy = os.dup(claim.lease_fd)
+    claim.release()
+    assert there.claim("long-job") is None
+    os.close(copy)
+    deadline = time.monotonic() + 20
+    while (taken := there.claim("long-job")) is None:
+        assert time.monotonic() < deadline, "the keeper did not free the lease"
+        time.sleep(0.2)
+    taken.release()
+
+
+def test_a_keeper_goes_on_through_an_outage_until_the_lease_has_run_out(
+    s3_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock = tmp_path / "x.lock"
+    lease = leases.acquire(lock)
+    assert lease is not None
+    bucket = Bucket(f"{s3_server}/{tmp_path.name}")
+    etag = bucket.put(lease_s3.key_of("x"), b'{"holder": "h"}', if_absent=True)
+    task = {"fingerprint": "x", "lock": str(lock), "etag": etag or ""}
+    long_ago = time.monotonic() - lease_s3.BEAT_SECONDS - 1
+    beaten = {"x": long_ago}
+
+    def cut_off(key: str) -> None:
+        raise ConnectionError(key)
+
+    with monkeypatch.context() as outage:
+        outage.setattr(bucket, "get", cut_off)
+        assert lease_s3._beat_through_outages(bucket, task, beaten)
+        assert beaten == {"x": long_ago}
+        expired = {"x": long_ago - lease_s3.LEASE_SECONDS}
+        assert not lease_s3._beat_through_outages(bucket, task, expired)
+    assert lease_s3._beat_through_outages(bucket, task, beaten)
+    assert task["etag"] != etag  # rewritten, so that its age is young again
+    assert beaten["x"] > long_ago
+    lease.release()
+    assert not lease_s3._beat_through_outages(bucket, task, beaten)
+    assert bucket.get(lease_s3.key_of("x")) is None
