@@ -82,7 +82,7 @@ def write_hf(files: Path, model: Transformer, tokenizer: Path, *, precision: str
     state = {name: weight.to(kind) for name, weight in to_hf(model.state_dict()).items()}
     save_tensors(files / WEIGHTS, state, metadata={"format": "pt"})
     meta = read_meta(tokenizer)
-    _write(files / CONFIG, hf_config(model.shape, meta, precision))
+    _write(files / CONFIG, hf_config(model, meta, precision))
     _write(files / "generation_config.json", _generation_config(meta))
     _write(files / "tokenizer_config.json", _tokenizer_config(model.shape))
     (files / "chat_template.jinja").write_text(CHAT_TEMPLATE, "utf-8")
@@ -128,14 +128,15 @@ def compare(one: Transformer, other: Transformer) -> float:
     return float(logits.abs().max())
 
 
-def hf_config(shape: ShapeConfig, meta: TokenizerMeta, precision: str) -> dict[str, Any]:
+def hf_config(model: Transformer, meta: TokenizerMeta, precision: str) -> dict[str, Any]:
     """`config.json`: transformers 4 reads `rope_theta`, transformers 5 `rope_parameters`."""
+    shape = model.shape
     kind = _model_type(shape)
     dtype = {"fp32": "float32", "bf16": "bfloat16"}[precision]
     return {
         "architectures": [ARCHITECTURES[kind]],
         "model_type": kind,
-        "vocab_size": meta.vocabulary,
+        "vocab_size": model.vocabulary,
         "hidden_size": shape.dim,
         "intermediate_size": shape.ffn_width,
         "num_hidden_layers": shape.layers,
