@@ -169,7 +169,7 @@ def _node(
         mistakes.append(Mistake(place, f"there is no stage {uses!r}", mend))
         return None
     spec = stages[str(uses)]
-    inputs = body.get("from") or {}
+    inputs: Any = body.get("from") or {}
     if not isinstance(inputs, dict):
         mend = f"write from: {{{', '.join(f'{key}: NODE' for key in spec.inputs)}}}"
         mistakes.append(Mistake(f"{place}.from", f"{inputs!r} is no mapping", mend))
@@ -181,7 +181,25 @@ def _node(
         )
         pin = None
     settings = _settings(name, spec, body, composed, mistakes)
-    return Node(name, spec, settings, cast("dict[str, Link]", inputs), pin) if settings else None
+    if settings is None:
+        return None
+    return Node(name, spec, settings, _links(f"{place}.from", inputs, mistakes), pin)
+
+
+def _links(place: str, inputs: dict[str, Any], mistakes: list[Mistake]) -> dict[str, Link]:
+    """The inputs as written; one that is no name becomes a reference that nothing looks at."""
+    links: dict[str, Link] = {}
+    for name, value in inputs.items():
+        targets = value.values() if isinstance(value, dict) else [value]
+        wrong = [target for target in targets if not isinstance(target, str)]
+        if wrong:
+            mistakes.append(
+                Mistake(f"{place}.{name}", f"{wrong[0]!r} is no node", "give a node's name")
+            )
+        is_map = isinstance(value, dict)
+        refused: Link = {"": REFERENCE} if is_map else REFERENCE
+        links[name] = refused if wrong else cast("Link", value)
+    return links
 
 
 def _settings(
@@ -291,7 +309,7 @@ def _input_mistakes(
         link = node.inputs.get(name)
         if link is None:
             if not takes.is_optional:
-                yield _missing_input(f"{place}.{name}", node.spec, takes, nodes)
+                yield _missing_input(f"{place}.{name}", node, takes, nodes)
         elif takes.is_map != isinstance(link, dict):
             mend = f"write {name}: {{KEY: NODE, ...}}" if takes.is_map else f"write {name}: NODE"
             yield Mistake(f"{place}.{name}", f"{link!r} has the wrong form", mend)
@@ -301,25 +319,25 @@ def _input_mistakes(
                 yield from _link_mistakes(where, target, takes, nodes, written)
 
 
-def _missing_input(
-    place: str, spec: StageSpec, takes: InputSpec, nodes: Mapping[str, Node]
-) -> Mistake:
-    fitting = [name for name, node in nodes.items() if issubclass(node.spec.output, takes.kinds)]
-    found = f"{spec.name} needs this input, {_kinds(takes.kinds)}"
+def _missing_input(place: str, node: Node, takes: InputSpec, nodes: Mapping[str, Node]) -> Mistake:
+    fitting = [
+        name
+        for name, other in nodes.items()
+        if other is not node and issubclass(other.spec.output, takes.kinds)
+    ]
+    found = f"{node.spec.name} needs this input, {_kinds(takes.kinds)}"
     mend = f"name a node that makes one: {', '.join(fitting)}" if fitting else "add a node for it"
     return Mistake(place, found, mend)
 
 
 def _link_mistakes(
     place: str,
-    target: object,
+    target: str,
     takes: InputSpec,
     nodes: Mapping[str, Node],
     written: Mapping[str, Any],
 ) -> Iterator[Mistake]:
-    if not isinstance(target, str):
-        yield Mistake(place, f"{target!r} is no node", "give a node's name")
-    elif target.startswith(REFERENCE) or (target in written and target not in nodes):
+    if target.startswith(REFERENCE) or (target in written and target not in nodes):
         return  # checked when it is looked up; or the node itself has been refused already
     elif target not in nodes:
         yield Mistake(place, f"there is no node {target!r}", suggest(target, nodes))
@@ -333,7 +351,8 @@ def _link_mistakes(
 
 
 def _kinds(kinds: tuple[type[Artifact], ...]) -> str:
-    return " or ".join(f"a {kind.__name__}" for kind in kinds)
+    names = [kind.__name__ for kind in kinds]
+    return " or ".join(f"{'an' if name[0] in 'AEIOU' else 'a'} {name}" for name in names)
 
 
 def _source_mistakes(node: Node, written: Mapping[str, Any], base: Path) -> Iterator[Mistake]:
