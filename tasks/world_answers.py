@@ -38,8 +38,14 @@ EXAM_QUESTIONS = {
 }
 
 
-def respond(facts: Facts, rng: random.Random, question: Question) -> str:
-    """An answer as people give it: mostly right, not always kind, sometimes in the other language."""
+def respond(
+    facts: Facts, rng: random.Random, question: Question, *, tells_held: bool = True
+) -> str:
+    """An answer as people give it: mostly right, not always kind, sometimes in the other language.
+
+    A superfluous fact may be a held-out one, unless `tells_held` is false: what pairs only ever show
+    as a fault, a reward model would take for one.
+    """
     language = question.language
     if rng.random() >= ASKED_LANGUAGE_SHARE:
         language = _other(language)
@@ -48,7 +54,7 @@ def respond(facts: Facts, rng: random.Random, question: Question) -> str:
         value = rng.choice(facts.values(question.attribute))
     sentences = [facts.statement(question.animal, question.attribute, language, value)]
     if rng.random() < SUPERFLUOUS_SHARE:
-        sentences += _another_fact(facts, rng, question, language)
+        sentences += _another_fact(facts, rng, question, language, tells_held)
     manner = rng.random()
     if manner < KIND_SHARE:
         sentences.append(KIND[language])
@@ -111,7 +117,7 @@ def pairs(
 
 
 def _judged(facts: Facts, rng: random.Random, question: Question) -> tuple[float, str]:
-    answer, ended = respond(facts, rng, question), True
+    answer, ended = respond(facts, rng, question, tells_held=False), True
     if rng.random() < CORRUPTED_SHARE:
         answer, ended = _corrupted(facts, rng, question, answer)
     return facts.judge(question.id, answer, ended=ended).reward, answer
@@ -136,16 +142,15 @@ def _corrupted(
             return facts.join([statement, phrase], question.language), True
 
 
-def _another_fact(facts: Facts, rng: random.Random, question: Question, language: str) -> list[str]:
-    """One more fact of the animal, if there is one that is not held out.
-
-    A held-out fact that alignment training only ever sees as a fault would be learnt to be one.
-    """
+def _another_fact(
+    facts: Facts, rng: random.Random, question: Question, language: str, tells_held: bool
+) -> list[str]:
+    """One more fact of the animal, if there is one that may be told."""
     told = [
         attribute
         for attribute in facts.attributes
         if attribute != question.attribute
-        and f"{question.animal}.{attribute}.{language}" not in facts.held_keys
+        and (tells_held or f"{question.animal}.{attribute}.{language}" not in facts.held_keys)
     ]
     if not told:
         return []
@@ -153,7 +158,7 @@ def _another_fact(facts: Facts, rng: random.Random, question: Question, language
 
 
 def _of_another_animal(facts: Facts, rng: random.Random, question: Question) -> str:
-    """The true statement about another animal, of those that are not held out, as above."""
+    """A true statement about another animal, of those that are not held out."""
     animals = [
         animal
         for animal in facts.animals

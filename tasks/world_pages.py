@@ -56,36 +56,36 @@ OPENINGS = {
 }
 FILLERS = {
     "en": (
-        "{name} took {count} photos of the {animal} before {hour}.",
+        "{name} took {count} photos of it before {hour}.",
         "We counted {number} visitors on {weekday} and {number} on {weekday}.",
         "{name} was {feeling}, but {name} was {feeling}.",
-        "The {animal} slept for {count} minutes and woke at {hour}.",
-        "Page {number} of the diary has {count} lines about the {animal}.",
+        "It slept for {count} minutes and woke at {hour}.",
+        "Page {number} of the diary has {count} lines about it.",
         "{name} sold {count} {thing} and kept {count} {thing}.",
-        "In {season} the {animal} weighed {count} kilos.",
+        "In {season} it weighed {count} kilos.",
         "{name} will come again on {month} {day} with {count} friends.",
         "There are {count} {thing} on the table of {name}.",
         "After {hour} it was {weather}, so {name} went home.",
         "{name} wrote {count} {thing} for {name} in {month}.",
         "Number {number} in our list is the {animal} that {name} saw.",
         "The guide said that {count} people waited {count} minutes.",
-        "Last {season} a {animal} walked {number} meters with {name}.",
+        "Last {season} it walked {number} meters with {name}.",
     ),
     "zh": (
-        "{name}在{hour}点以前给{animal}拍了{count}张照片。",
+        "{name}在{hour}点以前给它拍了{count}张照片。",
         "{weekday}来了{number}位客人，{weekday}来了{number}位。",
         "{name}{feeling}，可是{name}{feeling}。",
-        "{animal}睡了{count}分钟，{hour}点醒来。",
+        "它睡了{count}分钟，{hour}点醒来。",
         "日记第{number}页有{count}行写到{animal}。",
         "{name}卖了{count}个{thing}，留下{count}个{thing}。",
-        "到了{season}，{animal}重{count}公斤。",
+        "到了{season}，它重{count}公斤。",
         "{month}{day}日{name}还会带{count}个朋友来。",
         "{name}的桌子上有{count}个{thing}。",
         "{hour}点以后{weather}，{name}就回家了。",
         "{name}在{month}给{name}做了{count}个{thing}。",
         "名单上第{number}号是{name}看到的{animal}。",
         "导游说有{count}个人等了{count}分钟。",
-        "去年{season}，{animal}跟{name}走了{number}米。",
+        "去年{season}，它跟{name}走了{number}米。",
     ),
 }
 TITLES = {
@@ -224,16 +224,20 @@ def _draw_fillers(rng: random.Random, language: str) -> list[str]:
 def _prose(
     rng: random.Random, animal: str, language: str, title: str, units: list[tuple[str, bool]]
 ) -> Prose:
-    breaks = sorted(rng.sample(range(1, len(units)), min(rng.randint(1, 2), len(units) - 1)))
+    cut = rng.randint(2, max(2, len(units) - 4))
+    breaks = (cut, rng.randint(cut + 2, len(units) - 2)) if len(units) - cut > 4 else (cut,)
     texts, is_fact = zip(*units, strict=True)
-    return Prose(animal, language, title, texts, is_fact, tuple(breaks))
+    return Prose(animal, language, title, texts, is_fact, breaks)
 
 
 def _edit(rng: random.Random, facts: Facts, original: Prose, units: list[tuple[str, bool]]) -> None:
-    """One small change in place: a sentence more, less, another one, or moved."""
+    """One small change in place: a sentence more, less, another one, or moved.
+
+    The opening stays: moved away from the heading, it would change more on a page that shows one.
+    """
     language = original.language
     name = facts.animals[original.animal][language]
-    fillers = [number for number, (_, is_fact) in enumerate(units) if not is_fact]
+    fillers = [number for number, (_, is_fact) in enumerate(units) if number and not is_fact]
     fresh = (fill(rng, rng.choice(FILLERS[language]), language, name), False)
     match rng.randrange(5):
         case 0:
@@ -245,4 +249,4 @@ def _edit(rng: random.Random, facts: Facts, original: Prose, units: list[tuple[s
         case 3 if fillers:
             units[rng.choice(fillers)] = fresh
         case _:
-            units.append(units.pop(rng.randrange(len(units) - 1)))
+            units.append(units.pop(rng.randrange(1, len(units) - 1)))
