@@ -18,9 +18,10 @@ class TokenizerConfig(Settings):
     vocabulary: int = 32_000
     """Number of tokens, the 256 bytes and 4 special tokens included; 260 to 65,536."""
     splits_digits: bool = True
-    """Whether every digit is a token of its own."""
-    max_token_bytes: Annotated[int, Field(ge=4)] = 32
-    """Longest token; keeps sentences that many pages share from becoming one token."""
+    """Whether every digit is a token of its own (the split pattern of Qwen2); else that of GPT-2."""
+    max_token_bytes: Annotated[int, Field(ge=4)] = 16
+    """Longest token, about 5 Han characters; without a limit, clauses that many pages share become one
+    token each, and a model cannot learn what they say."""
     min_frequency: Annotated[int, Field(ge=1)] = 2
     """How often a pair must occur to become a token."""
     sample_bytes: Annotated[int, Field(ge=1)] = 32_000_000

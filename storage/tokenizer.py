@@ -31,6 +31,9 @@ SPECIAL_TOKENS = {
 MAX_VOCABULARY = 65_536
 """Largest vocabulary whose ids fit the uint16 of the token files."""
 
+Pretokenizer = Literal["gpt-2", "qwen2"]
+"""How text is cut before merging, by the name that llama.cpp has for the pattern."""
+
 ROLES = ("system", "user", "assistant")
 
 # The content is trimmed because white space that meets the header's line break would be cut into
@@ -54,9 +57,7 @@ class TokenizerMeta(BaseModel):
     special: dict[str, int]
     digest: str
     """sha256 of `tokenizer.json`; token files and checkpoints name it."""
-    pretokenizer: Literal["gpt-2", "smollm"] = "gpt-2"
-    """How text is cut before merging, by the name llama.cpp has for it: GPT-2's pattern, or the same
-    after every digit was cut off alone (`smollm`)."""
+    pretokenizer: Pretokenizer = "gpt-2"
 
 
 @dataclass(frozen=True)
@@ -191,7 +192,7 @@ def read_meta(folder: Path) -> TokenizerMeta:
 
 
 def write_tokenizer(
-    folder: Path, model: tokenizers.Tokenizer, pretokenizer: Literal["gpt-2", "smollm"]
+    folder: Path, model: tokenizers.Tokenizer, pretokenizer: Pretokenizer
 ) -> TokenizerMeta:
     """Write a trained tokenizer and what it is.
 

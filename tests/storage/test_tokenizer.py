@@ -42,7 +42,7 @@ def dialogues(content: st.SearchStrategy[str]) -> st.SearchStrategy[list[dict[st
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("tokenizer")
-    write_tokenizer(path, train(TEXTS, TokenizerConfig(vocabulary=400)), "smollm")
+    write_tokenizer(path, train(TEXTS, TokenizerConfig(vocabulary=400)), "qwen2")
     return path
 
 

@@ -38,7 +38,7 @@ DOCUMENTS = [
 @pytest.fixture(scope="module")
 def bpe(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     path = tmp_path_factory.mktemp("bpe")
-    write_tokenizer(path / "files", train(LEARNT, TokenizerConfig(vocabulary=400)), "smollm")
+    write_tokenizer(path / "files", train(LEARNT, TokenizerConfig(vocabulary=400)), "qwen2")
     return Tokenizer(path)
 
 

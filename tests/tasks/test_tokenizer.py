@@ -58,12 +58,18 @@ def test_it_has_the_size_the_bytes_and_the_digits(tmp_path: Path) -> None:
     found = tokenizer(job, bilingual(tmp_path), TokenizerConfig(vocabulary=330))
     chat = found.chat
     assert chat.vocabulary == job.metrics["vocabulary"] == 330
-    assert found.meta.pretokenizer == "smollm"
+    assert found.meta.pretokenizer == "qwen2"
     assert [chat.decode([i]) for i in chat.encode("1234")] == ["1", "2", "3", "4"]
     assert chat.decode(chat.encode("日本語 ümlaut 🙂")) == "日本語 ümlaut 🙂"
     assert len(chat.encode("狐狸跳过了懒狗")) < 21  # 7 characters of 3 bytes
     assert set(job.metrics["compression"]) == {"en", "zh"}
     assert all(value > 1 for value in job.metrics["compression"].values())
+
+
+def test_a_sentence_that_many_share_is_not_one_token(tmp_path: Path) -> None:
+    corpus = corpus_of(tmp_path, [["牛是什么颜色的动物"] * 200])
+    chat = tokenizer(job_at(tmp_path, "t"), corpus, TokenizerConfig(vocabulary=400)).chat
+    assert 2 <= len(chat.encode("牛是什么颜色的动物")) <= 4  # 27 bytes, at most 16 a token
 
 
 def test_digits_may_merge(tmp_path: Path) -> None:
@@ -168,7 +174,7 @@ def test_poisoned_text_does_not_stop_it(tmp_path: Path) -> None:
     corpus = corpus_of(tmp_path, [texts])
     chat = tokenizer(job_at(tmp_path, "t"), corpus, TokenizerConfig(vocabulary=300)).chat
     assert all(chat.decode(chat.encode(text)) == text for text in texts)
-    assert max(len(chat.decode([i])) for i in range(4, chat.vocabulary)) <= 32
+    assert max(len(chat.decode([i])) for i in range(4, chat.vocabulary)) <= 16
 
 
 @pytest.mark.parametrize("shards", [[], [[]], [[""]]])
