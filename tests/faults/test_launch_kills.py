@@ -86,7 +86,7 @@ def kill_flow(flow: "subprocess.Popen[bytes]") -> None:
 def test_a_killed_flow_leaves_its_job_running_and_the_next_flow_joins_it(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    flow, attempt = start_flow(tmp_path / "store", 100)
+    flow, attempt = start_flow(tmp_path / "store", 200)
     kill_flow(flow)
     workers = (attempt / "logs/started.0").read_text().split()
     assert is_alive(int(workers[0]))
@@ -94,14 +94,14 @@ def test_a_killed_flow_leaves_its_job_running_and_the_next_flow_joins_it(
     with caplog.at_level("INFO", "bessemer.counter"):
         outcome = build(
             tmp_path / "store",
-            steps=100,
+            steps=200,
             report_progress=lambda done, total, unit: seen.append(done),
         )
-    assert outcome.record.metrics["count"] == 100
+    assert outcome.record.metrics["count"] == 200
     assert (outcome.artifact.logs / "started.0").read_text().split() == workers
     assert "already being built by another process; following it" in caplog.messages
     assert seen
-    assert 0 < seen[0] < 100
+    assert 0 < seen[0] < 200
 
 
 def test_a_job_that_ended_alone_is_not_run_again(tmp_path: Path) -> None:
@@ -140,18 +140,18 @@ def test_a_flow_that_joined_stops_the_job_when_it_is_stopped(tmp_path: Path) -> 
     joined.start()
     wait_for(lambda: len(list((attempt / "state" / FOLLOWERS).iterdir())) == 2)
     assert stop_jobs() == 1
-    joined.join(20)
+    joined.join(60)
     assert caught
     wait_for(lambda: not processes_of(attempt))
 
 
 def test_a_follower_that_leaves_does_not_stop_the_job_of_another(tmp_path: Path) -> None:
-    flow, attempt = start_flow(tmp_path / "store", 100)
+    flow, attempt = start_flow(tmp_path / "store", 200)
     caught: list[JobStopped] = []
 
     def follow() -> None:
         try:
-            build(tmp_path / "store", steps=100)
+            build(tmp_path / "store", steps=200)
         except JobStopped as error:
             caught.append(error)
 
@@ -159,7 +159,7 @@ def test_a_follower_that_leaves_does_not_stop_the_job_of_another(tmp_path: Path)
     joined.start()
     wait_for(lambda: len(list((attempt / "state" / FOLLOWERS).iterdir())) == 2)
     assert stop_jobs() == 1
-    joined.join(20)
+    joined.join(60)
     assert "goes on for those who still follow it" in str(caught[0])
     assert flow.wait(30) == 0
 
@@ -185,7 +185,7 @@ def test_no_rank_outlives_its_supervisor(tmp_path: Path, victim: str, processes:
         victim, [guardian, supervisor]
     ):
         os.kill(pid, signal.SIGKILL)
-    follower.join(20)
+    follower.join(60)
     wait_for(lambda: not processes_of(job.path))
     assert not any(is_alive(pid) for rank in range(processes) for pid in starts(job, rank))
     assert {

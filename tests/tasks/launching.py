@@ -75,7 +75,7 @@ def count(job: Job, rank: int = 0) -> int:
     return int(path.read_text()) if path.exists() else 0
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 20.0) -> None:
+def wait_for(condition: Callable[[], Any], seconds: float = 60.0) -> None:
     """Wait until something holds. Raises AssertionError when it does not in time."""
     end = time.monotonic() + seconds
     while not condition():
