@@ -166,8 +166,9 @@ def open_home() -> Home:
 
 
 def new_run_id() -> str:
-    """An id that sorts by time: `20260131-235959-3fa9`."""
-    return f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+    """An id that sorts by time, to the millisecond: `20260131-235959-1233f`."""
+    now = datetime.now(UTC)
+    return f"{now:%Y%m%d-%H%M%S}-{now.microsecond // 1000:03d}{secrets.token_hex(1)}"
 
 
 def is_alive(pid: int, started: float) -> bool:
