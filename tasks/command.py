@@ -95,7 +95,9 @@ def environment(launch: LaunchConfig, placement: Placement) -> dict[str, str]:
         wanted["CUDA_VISIBLE_DEVICES"] = ""
         wanted["DS_ACCELERATOR"] = "cpu"
         wanted["GLOO_SOCKET_IFNAME"] = "lo"
-    elif launch.launcher == "torchrun":
+    elif launch.launcher == "deepspeed":
+        wanted.pop("CUDA_VISIBLE_DEVICES", None)
+    else:
         wanted["CUDA_VISIBLE_DEVICES"] = ",".join(placement.devices)
     if home := os.environ.get("BESSEMER_HOME"):
         wanted.setdefault("TORCH_EXTENSIONS_DIR", str(Path(home).absolute() / "torch_extensions"))
