@@ -83,6 +83,13 @@ class Shard:
         """Boolean per row, cumulative; None when every row is kept."""
         return None if self.keep_path is None else self.decisions()["keep"]
 
+    @property
+    def has_cuts(self) -> bool:
+        """Whether spans were taken out of its texts."""
+        import polars as pl
+
+        return self.keep_path is not None and "cuts" in pl.read_parquet_schema(self.keep_path)
+
     def decisions(self) -> "pl.DataFrame":
         """The keep file: `keep`, `reason` and, where there are some, `cuts`; all kept without one."""
         import polars as pl
@@ -126,6 +133,21 @@ class Shard:
             ]
             frame = frame.with_columns(pl.Series("text", texts, dtype=pl.String))
         return frame.filter(decisions["keep"]) if kept_only else frame
+
+    def uncut_spans(self, row: int, spans: Sequence[Mapping[str, int]]) -> list[dict[str, int]]:
+        """Spans of a row's cut text as spans of the shard's own text.
+
+        One that reaches over an earlier cut covers it; one beyond the end of the text ends there.
+        """
+        length = int(self.read(["n_chars"], kept_only=False)["n_chars"][row])
+        before = self.decisions()["cuts"][row].to_list() if self.has_cuts else []
+        return [
+            {
+                "start": _uncut(span["start"], before),
+                "end": min(_uncut(span["end"] - 1, before) + 1, length),
+            }
+            for span in spans
+        ]
 
 
 @dataclass(frozen=True)
@@ -353,6 +375,13 @@ def joined_spans(spans: Iterable[Mapping[str, int]]) -> list[dict[str, int]]:
         elif span["start"] < span["end"]:
             joined.append({"start": span["start"], "end": span["end"]})
     return joined
+
+
+def _uncut(position: int, cuts: Sequence[Mapping[str, int]]) -> int:
+    for cut in cuts:
+        if cut["start"] <= position:
+            position += cut["end"] - cut["start"]
+    return position
 
 
 def _cumulative(shard: Shard, keep: "pl.DataFrame") -> "pl.DataFrame":

@@ -62,7 +62,7 @@ def _items(
 ) -> list[PartItem]:
     listed = job.sources.get("bad_words", Source())
     words = _bad_words(listed) if settings.bad_words else []
-    has_cuts = any(s.keep_path is not None and "cuts" in s.decisions().columns for s in shards)
+    has_cuts = any(shard.has_cuts for shard in shards)
     return [
         PartItem(
             identity={

@@ -60,7 +60,7 @@ def build_statistics(files: Path, shard: Shard, bad_words: Sequence[str]) -> dic
 
     files.mkdir(parents=True, exist_ok=True)
     writer: pq.ParquetWriter | None = None
-    for text, language in _batches(shard):
+    for text, language in batches(shard):
         table = pa.table(_columns(text, language, bad_words))
         if writer is None:
             writer = pq.ParquetWriter(files / STATISTICS, table.schema, compression="zstd")
@@ -103,7 +103,7 @@ def read_statistics(files: Path) -> "pl.DataFrame":
     return counts.with_columns(**{name: share.fill_nan(None) for name, share in shares.items()})
 
 
-def _batches(shard: Shard) -> Iterator[tuple[Any, list[str]]]:
+def batches(shard: Shard) -> Iterator[tuple[Any, list[str]]]:
     """Text (an Arrow large_string array) and languages of all rows, a batch at a time.
 
     Where an earlier stage has cut spans, the text is the cut one.
@@ -111,7 +111,7 @@ def _batches(shard: Shard) -> Iterator[tuple[Any, list[str]]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    if shard.keep_path is not None and "cuts" in shard.decisions().columns:
+    if shard.has_cuts:
         frame = shard.read(["text", "language"], kept_only=False)
         for piece in frame.iter_slices(BATCH_ROWS):
             text = pa.array(piece["text"].to_list(), pa.large_string())
