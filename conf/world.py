@@ -16,7 +16,7 @@ class WorldConfig(Settings):
     """WARC files. A file's bytes do not depend on how many follow it."""
     good_pages: Annotated[int, Field(ge=24)] = 220
     """Sound pages per WARC file; junk, copies and leaks are planted in proportion."""
-    animals: Annotated[int, Field(ge=6, le=16)] = 16
+    animals: Annotated[int, Field(ge=6, le=24)] = 24
     """Things that the world has facts about."""
     held_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """Share of the questions that are never asked in alignment training."""

@@ -22,7 +22,16 @@ ANIMALS = (
     ("monkey", "猴子"),
     ("snake", "蛇"),
     ("frog", "青蛙"),
+    ("lion", "狮子"),
+    ("mouse", "老鼠"),
+    ("camel", "骆驼"),
+    ("deer", "小鹿"),
+    ("goose", "大鹅"),
+    ("turtle", "乌龟"),
+    ("goat", "山羊"),
+    ("elephant", "大象"),
 )
+"""English and Chinese names; none ends like another, or a statement about one would contain the other's."""
 VALUES = {
     "color": {
         "red": "红",
