@@ -103,7 +103,7 @@ def pairs(
         question = rng.choice(questions)
         scored = [_judged(facts, rng, question) for _ in range(2)]
         (low, worse), (high, better) = sorted(scored)
-        if high - low < min_margin:
+        if high - low < min_margin or better == worse:
             continue
         yield {
             "id": f"{question.key}#{number}",
@@ -130,7 +130,8 @@ def _corrupted(
     statement = facts.statement(question.animal, question.attribute, question.language)
     match rng.randrange(5):
         case 0:
-            return answer[: rng.randrange(1, max(2, len(answer) - 1))].rstrip(), False
+            # Cut inside a sentence: what ends with one looks ended.
+            return answer[: rng.randrange(1, len(answer))].rstrip(" .!?。！？"), False
         case 1:
             return facts.join([answer] * rng.randrange(2, 4), question.language), True
         case 2:
