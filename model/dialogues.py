@@ -149,7 +149,8 @@ class BucketedOrder:
     """Which rows each step sees: every row once per epoch, rows of like length together.
 
     The epochs' permutations follow each other in one endless list; each pool of it is sorted by
-    length, cut into batches, and its batches are shuffled. Nothing but seed and step decides.
+    length, cut into batches, and its batches are shuffled. Nothing but seed and step decides. The pool
+    at the seam of two epochs mixes the end of one with the beginning of the next.
     """
 
     lengths: Sequence[int]

@@ -93,6 +93,8 @@ def work(job: JobFile, ranks: Ranks, journal: Journal) -> dict[str, Any]:
     kept_step = best.restore(model) if held and settings.on_gate == "keep_best" else steps
     scores = held_scores(model, held, tokenizer.pad, settings, ranks)
     accuracy = accuracy_figures(scores, held)
+    if settings.shuffle_labels:
+        accuracy["held_shuffled"] = shuffled_accuracy(scores, settings.seed)
     if held and settings.on_gate == "fail" and accuracy["held"]["value"] < settings.gate_accuracy:
         raise GateClosed(
             f"accuracy on {len(held)} held-out pairs is {accuracy['held']['value']:.3f}, on_gate=fail "
@@ -121,11 +123,30 @@ def work(job: JobFile, ranks: Ranks, journal: Journal) -> dict[str, Any]:
 
 def shuffled_labels(rows: Sequence[Pair], seed: int) -> list[Pair]:
     """The pairs with their answers exchanged wherever a coin says so: the negative control."""
-    coins = np.random.Generator(np.random.Philox(seed)).integers(0, 2, len(rows))
+    coins = _coins(len(rows), seed, 0)
     return [
         row._replace(chosen=row.rejected, rejected=row.chosen) if coin else row
         for row, coin in zip(rows, coins, strict=True)
     ]
+
+
+def shuffled_accuracy(scores: Sequence[tuple[float, float]], seed: int) -> dict[str, Any]:
+    """Accuracy on held-out pairs with labels by other coins: 1/2 unless training saw them.
+
+    Against the true labels a model of shuffled ones may well be right or wrong throughout: chance
+    decides the sign of what it takes for quality, once for all pairs.
+    """
+    coins = _coins(len(scores), seed, 1)
+    right = [
+        (rejected > chosen) if coin else (chosen > rejected)
+        for (chosen, rejected), coin in zip(scores, coins, strict=True)
+    ]
+    return share(sum(right), len(right), chance=0.5).model_dump()
+
+
+def _coins(count: int, seed: int, side: int) -> np.ndarray:
+    key = np.random.SeedSequence((seed, 4, side))
+    return np.random.Generator(np.random.Philox(key)).integers(0, 2, count)
 
 
 def reward_batch(rows: Sequence[Pair], pad: int) -> Batch:

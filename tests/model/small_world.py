@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +154,18 @@ def start_worker(job: JobFile) -> "subprocess.Popen[bytes]":
             stderr=output,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
+
+
+def kill_at(job: JobFile, lines: int) -> None:
+    """Start the job and kill it with SIGKILL once it has written so many lines of metrics."""
+    worker = start_worker(job)
+    path = job.logs / "metrics.jsonl"
+    while not path.exists() or path.read_bytes().count(b"\n") < lines:
+        assert worker.poll() is None, (job.logs / "output.log").read_text("utf-8")[-2000:]
+        time.sleep(0.005)
+    worker.kill()
+    worker.wait()
+    assert not (job.logs / "result.json").exists(), "it ended before it was killed"
 
 
 def metrics(job: JobFile) -> list[dict[str, float]]:

@@ -83,7 +83,8 @@ def test_sampling_follows_the_distribution(model: Transformer) -> None:
 
 def test_noise_is_uniform_and_a_function_of_seed_row_and_step() -> None:
     noise = uniform_noise(11, range(200), 50)
-    assert 0.0 < float(noise.min()) and float(noise.max()) < 1.0
+    assert float(noise.min()) > 0.0
+    assert float(noise.max()) < 1.0
     assert float(noise.mean()) == pytest.approx(0.5, abs=4 * (1 / 12) ** 0.5 / 100)
     assert uniform_noise(11, [199], 10)[0].tolist() == noise[199, :10].tolist()
     assert (
@@ -98,7 +99,8 @@ def test_noise_is_uniform_and_a_function_of_seed_row_and_step() -> None:
 def test_padding_is_at_the_left_and_absent_where_rows_are_equal() -> None:
     ids, padding = left_pad([[1, 2, 3], [4]], PAD)
     assert ids.tolist() == [[1, 2, 3], [PAD, PAD, 4]]
-    assert padding is not None and padding.tolist() == [0, 2]
+    assert padding is not None
+    assert padding.tolist() == [0, 2]
     assert left_pad([[1, 2], [3, 4]], PAD)[1] is None
 
 

@@ -1,0 +1,252 @@
+"""The PPO worker: advantages by hand, what it learns, padding, and resume bit for bit."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conf.launch import LaunchConfig
+from conf.ppo import PpoConfig
+from conf.reward import RewardConfig
+from conf.sft import SftConfig
+from model import ppo, reward, sft
+from model.advantages import generalised_advantages, policy_loss, token_rewards, value_loss, whiten
+from model.ppo import adapted_kl_coef, assert_first_ratio, noise_seed
+from model.ranks import Ranks
+from model.rollouts import Models, answer_logprobs, answer_values, kl_of, roll_out
+from model.weights import load_model, load_tensors
+from storage.checkpoint import RewardScale
+from storage.tokenizer import ChatTokenizer
+from tests.model.small_world import (
+    kill_at,
+    make_job,
+    metrics,
+    run_here,
+    same_metrics,
+    start_worker,
+    write_world,
+)
+
+SETTINGS = PpoConfig(
+    iterations=6,
+    rollout_rows=16,
+    minibatch_rows=8,
+    max_new_tokens=16,
+    learning_rate=1e-3,
+    value_learning_rate=5e-3,
+    held_prompts=8,
+)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A world with an SFT policy and a reward model, trained for a second each."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("world")
+    write_world(folder)
+    tuned = make_job(
+        folder / "sft",
+        "sft",
+        SftConfig(epochs=20, batch_rows=16, learning_rate=1e-2, evaluate_every_steps=0),
+        {name: folder / name for name in ("policy", "conversations")},
+    )
+    run_here(sft.work, tuned)
+    judge = make_job(
+        folder / "reward",
+        "reward",
+        RewardConfig(
+            epochs=4, batch_rows=16, learning_rate=1e-2, scale_answers=32, max_new_tokens=16
+        ),
+        {"policy": tuned.files, "preferences": folder / "preferences"},
+    )
+    run_here(reward.work, judge)
+    return folder
+
+
+def inputs(world: Path) -> dict[str, Path]:
+    return {
+        "policy": world / "sft" / "files",
+        "reward": world / "reward" / "files",
+        "conversations": world / "conversations",
+    }
+
+
+def changed(**changes: Any) -> PpoConfig:
+    return SETTINGS.model_copy(update=changes)
+
+
+def test_advantages_by_hand() -> None:
+    # Two tokens, gamma 1, lambda 0.5, rewards 0 and 2, values 1 and 0.5:
+    # token 1: 2 - 0.5 = 1.5;  token 0: (0 + 0.5 - 1) + 0.5 * 1.5 = 0.25
+    advantages, returns = generalised_advantages(
+        torch.tensor([[0.0, 2.0]]), torch.tensor([[1.0, 0.5]]), gamma=1.0, lam=0.5
+    )
+    assert advantages.tolist() == [[0.25, 1.5]]
+    assert returns.tolist() == [[1.25, 2.0]]
+
+
+def test_the_score_is_paid_at_the_last_token_and_divergence_where_it_arises() -> None:
+    kl = torch.tensor([[1.0, 2.0, 0.0], [4.0, 0.0, 0.0]])
+    rewards = token_rewards(kl, torch.tensor([3.0, -1.0]), torch.tensor([1, 0]), kl_coef=0.5)
+    assert rewards.tolist() == [[-0.5, 2.0, 0.0], [-3.0, 0.0, 0.0]]
+
+
+def test_whitening_leaves_padding_out() -> None:
+    values, mask = torch.tensor([[1.0, 3.0, 99.0]]), torch.tensor([[1.0, 1.0, 0.0]])
+    # mean 2, unbiased variance 2
+    white = whiten(values, mask)
+    assert white.tolist()[0] == pytest.approx([-(0.5**0.5), 0.5**0.5, 0.0])
+
+
+def test_policy_loss_by_hand() -> None:
+    # ratios 1.5 and 0.5 at clip 0.2. Gain 1: min(1.5, 1.2) = 1.2; gain -1: max(0.5, 0.8) = 0.8.
+    ratio = torch.tensor([[1.5, 0.5]]).log()
+    loss, is_clipped = policy_loss(ratio, torch.zeros(1, 2), torch.tensor([[1.0, -1.0]]), clip=0.2)
+    assert loss.tolist()[0] == pytest.approx([-1.2, 0.8])
+    assert is_clipped.tolist() == [[1.0, 1.0]]
+
+
+def test_value_loss_by_hand() -> None:
+    # From 0 to 1 with clip 0.2 and return 2: the clipped prediction 0.2 errs more, 0.5 * 1.8^2.
+    loss = value_loss(torch.tensor([1.0]), torch.zeros(1), torch.tensor([2.0]), clip=0.2)
+    assert loss.item() == pytest.approx(0.5 * 1.8**2)
+
+
+def test_the_coefficient_moves_towards_the_target_as_the_peers_do(shared_oracle: Path) -> None:
+    numbers = json.loads((shared_oracle / "peers_expected.json").read_text("utf-8"))["adaptive_kl"]
+    settings = PpoConfig(kl_target=numbers["target"], kl_horizon=numbers["horizon"])
+    coefficient = numbers["init"]
+    for kl, expected in zip(numbers["kls"], numbers["values"], strict=True):
+        coefficient = adapted_kl_coef(settings, coefficient, kl, numbers["n_steps"])
+        assert coefficient == pytest.approx(expected, rel=1e-9)
+    assert adapted_kl_coef(PpoConfig(), 0.05, 100.0, 64) == 0.05
+
+
+def test_old_log_probabilities_that_are_wrong_stop_the_job() -> None:
+    assert_first_ratio(1e-5, PpoConfig())
+    with pytest.raises(AssertionError, match="off 1 by"):
+        assert_first_ratio(0.02, PpoConfig())
+
+
+def test_noise_differs_by_seed_and_iteration() -> None:
+    seeds = {noise_seed(seed, iteration) for seed in range(10) for iteration in range(100)}
+    assert len(seeds) == 1000
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def models_of(world: Path) -> tuple[Models, ChatTokenizer]:
+    files = inputs(world)
+    load = {
+        "policy": load_model(files["policy"]),
+        "reference": load_model(files["policy"]),
+        "value": load_model(files["reward"]),
+        "reward": load_model(files["reward"]),
+    }
+    models = Models(**load, scale=RewardScale.read(files["reward"]))
+    return models, ChatTokenizer(files["policy"] / "tokenizer")
+
+
+def test_a_rollout_says_what_full_forward_passes_say(world: Path) -> None:
+    models, tokenizer = models_of(world)
+    prompts = [
+        tokenizer.render([{"role": "user", "content": text}], for_generation=True).ids
+        for text in ("猫吃什么？", "Tell me the food of the bear.", "狗的食物？")
+    ]
+    settings = changed(temperature=0.7)
+    whole = roll_out(models, prompts, tokenizer, settings, seed=1, ranks=Ranks(), micro_batch=0)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            answer_logprobs(models.policy, whole, 0.7), whole.logprobs, rtol=1e-4, atol=1e-5
+        )
+        # The policy is still its reference.
+        torch.testing.assert_close(kl_of(whole), torch.zeros(3), rtol=0, atol=1e-4)
+        for row, prompt in enumerate(prompts):
+            length = int(whole.mask[row].sum())
+            answer = whole.answers[row, :length].tolist()
+            assert bool(whole.ended[row]) == (answer[-1] == tokenizer.im_end)
+            ids = torch.tensor([prompt + answer])
+            score = models.reward.score(models.reward.hidden(ids)[0, -1]).item()
+            expected = min(max((score - models.scale.mean) / models.scale.std, -5.0), 5.0)
+            expected -= 0.0 if whole.ended[row] else 1.0
+            assert whole.scores[row].item() == pytest.approx(expected, abs=1e-4)
+        values = answer_values(models.value, whole, models.scale)
+        torch.testing.assert_close(values, whole.values)
+    apart = roll_out(models, prompts, tokenizer, settings, seed=1, ranks=Ranks(), micro_batch=1)
+    assert [apart.answers[row][apart.mask[row] > 0].tolist() for row in range(3)] == [
+        whole.answers[row][whole.mask[row] > 0].tolist() for row in range(3)
+    ]
+    torch.testing.assert_close(apart.scores, whole.scores, rtol=1e-4, atol=1e-5)
+
+
+def test_the_reward_rises(world: Path, tmp_path: Path) -> None:
+    settings = changed(iterations=30, held_prompts=20)
+    job = make_job(tmp_path, "ppo", settings, inputs(world))
+    figures = run_here(ppo.work, job)
+    before, after = figures["held_before"], figures["held_after"]
+    assert before["reward"]["n"] == after["reward"]["n"] == 20
+    assert before["kl"]["value"] == pytest.approx(0.0, abs=1e-4)
+    assert after["reward"]["value"] > before["reward"]["value"] + 0.2
+    lines = metrics(job)
+    assert [line["step"] for line in lines] == list(range(1, 31))
+    assert {
+        "reward",
+        "kl",
+        "loss",
+        "value_loss",
+        "clip_fraction",
+        "answer_tokens",
+        "ended_share",
+    } <= set(lines[0])
+
+
+def test_the_same_job_gives_the_same_bytes(world: Path, tmp_path: Path) -> None:
+    settings = changed(iterations=2)
+    jobs = [make_job(tmp_path / str(n), "ppo", settings, inputs(world)) for n in range(2)]
+    for job in jobs:
+        run_here(ppo.work, job)
+    first, second = ((job.files / "model.safetensors").read_bytes() for job in jobs)
+    assert first == second
+
+
+def test_prompts_that_leave_no_room_are_a_clear_error(world: Path, tmp_path: Path) -> None:
+    job = make_job(tmp_path, "ppo", changed(max_new_tokens=95), inputs(world))
+    with pytest.raises(ValueError, match="leaves room for max_new_tokens=95"):
+        run_here(ppo.work, job)
+
+
+def test_minibatches_must_divide_the_rollout() -> None:
+    with pytest.raises(ValueError, match="not a multiple of minibatch_rows=48"):
+        PpoConfig(rollout_rows=64, minibatch_rows=48)
+
+
+@pytest.mark.slow
+def test_killed_it_ends_with_the_same_bytes(world: Path, tmp_path: Path) -> None:
+    settings = changed(iterations=24, checkpoint_every_iterations=3, kl_target=0.5)
+    whole = make_job(tmp_path / "whole", "ppo", settings, inputs(world))
+    run_here(ppo.work, whole)
+    job = make_job(tmp_path / "killed", "ppo", settings, inputs(world))
+    kill_at(job, 13)
+    run_here(ppo.work, job)
+    assert (job.files / "model.safetensors").read_bytes() == (
+        whole.files / "model.safetensors"
+    ).read_bytes()
+    assert same_metrics(job) == same_metrics(whole)
+
+
+@pytest.mark.slow
+def test_two_processes_learn_the_same(world: Path, tmp_path: Path) -> None:
+    settings = changed(iterations=2)
+    alone = make_job(tmp_path / "alone", "ppo", settings, inputs(world))
+    run_here(ppo.work, alone)
+    launch = LaunchConfig(engine="ddp", processes=2, threads=1, device="cpu")
+    both = make_job(tmp_path / "both", "ppo", settings, inputs(world), launch)
+    assert start_worker(both).wait() == 0, (both.logs / "output.log").read_text("utf-8")[-3000:]
+    for one, two in zip(metrics(alone), metrics(both), strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], abs=1e-5)
+        assert two["value_loss"] == pytest.approx(one["value_loss"], rel=1e-4)
+        assert two["reward"] == pytest.approx(one["reward"], abs=1e-5)
+    found, expected = (load_tensors(job.files / "model.safetensors") for job in (both, alone))
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-4)

@@ -1,0 +1,157 @@
+"""The reward worker: loss by hand, what it learns, the gate, the negative control, resume."""
+
+from math import exp, log
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conf.contract import ExitCode
+from conf.reward import RewardConfig
+from model.dialogues import Pair
+from model.reward import (
+    GateClosed,
+    accuracy_figures,
+    last_token_scores,
+    reward_loss,
+    shuffled_labels,
+    work,
+)
+from model.transformer import Transformer
+from model.weights import load_model
+from storage.checkpoint import ModelCard, RewardScale
+from tests.model.small_world import (
+    SHAPE,
+    kill_at,
+    make_job,
+    metrics,
+    run_here,
+    same_metrics,
+    write_world,
+)
+
+SETTINGS = RewardConfig(
+    epochs=6,
+    batch_rows=8,
+    learning_rate=1e-2,
+    evaluate_every_steps=20,
+    scale_answers=16,
+    max_new_tokens=16,
+)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("world")
+    write_world(folder)
+    return folder
+
+
+def inputs(world: Path) -> dict[str, Path]:
+    return {name: world / name for name in ("policy", "preferences")}
+
+
+def changed(**changes: Any) -> RewardConfig:
+    return SETTINGS.model_copy(update=changes)
+
+
+def test_one_pair_by_hand() -> None:
+    # scores 2 and -1, margin 1: log(1 + e^-(2 - -1 - 1)) + 0.01 (2 - 1)^2
+    loss = reward_loss(*(torch.tensor([v]) for v in (2.0, -1.0, 1.0)), centring=0.01)
+    assert loss.item() == pytest.approx(log(1 + exp(-2)) + 0.01)
+
+
+def test_scores_of_different_shapes_are_refused() -> None:
+    with pytest.raises(ValueError, match="one shape"):
+        reward_loss(torch.zeros(2), torch.zeros(2), torch.zeros(1), centring=0)
+
+
+def test_the_score_is_read_at_the_last_token_and_not_in_the_padding() -> None:
+    model = Transformer(SHAPE, 40, is_scalar=True, seed=2).requires_grad_(False)
+    rows = torch.tensor([[5, 6, 7, 8], [9, 10, 0, 0]])
+    scores = last_token_scores(model, rows, torch.tensor([4, 2]))
+    alone = last_token_scores(model, torch.tensor([[9, 10]]), torch.tensor([2]))
+    assert scores[1].item() == pytest.approx(alone.item(), abs=1e-6)
+
+
+def test_it_learns_to_rank_and_says_how_well(world: Path, tmp_path: Path) -> None:
+    job = make_job(tmp_path, "reward", SETTINGS, inputs(world))
+    figures = run_here(work, job)
+    held = figures["accuracy"]["held"]
+    assert held["n"] == 20
+    assert held["value"] >= 0.9
+    assert held["low"] < held["value"] <= held["high"]
+    assert {name for name in figures["accuracy"] if name != "held"} == {"margin 0.5", "margin 1.5"}
+    assert sum(f["n"] for name, f in figures["accuracy"].items() if name != "held") == 20
+    scale = RewardScale.read(job.files)
+    assert (scale.mean, scale.std) == (figures["scale"]["mean"], figures["scale"]["std"])
+    assert figures["scale"]["n"] == 16
+    assert ModelCard.read(job.files).role == "reward"
+    assert load_model(job.files).is_scalar
+    assert [line["step"] for line in metrics(job) if "held_accuracy" in line] == [0, 20, 40, 57]
+
+
+def test_shuffled_labels_teach_nothing(world: Path, tmp_path: Path) -> None:
+    rows = [Pair([1], [number], [5000 + number], 0.0, str(number)) for number in range(1000)]
+    swapped = sum(row.chosen[0] >= 5000 for row in shuffled_labels(rows, 5))
+    assert 430 <= swapped <= 570  # 500 expected, more than 4 standard deviations
+    assert shuffled_labels(rows, 5) == shuffled_labels(rows, 5)
+    job = make_job(tmp_path, "reward", changed(shuffle_labels=True, epochs=1), inputs(world))
+    accuracy = run_here(work, job)["accuracy"]
+    # Held-out labels shuffled by other coins: right by chance, whatever was learnt.
+    assert accuracy["held_shuffled"]["n"] == accuracy["held"]["n"] == 20
+    assert accuracy["held_shuffled"]["low"] <= 0.5 <= accuracy["held_shuffled"]["high"]
+
+
+@pytest.mark.parametrize("is_met", [True, False])
+def test_a_gate_that_fails_ends_the_stage(is_met: bool, world: Path, tmp_path: Path) -> None:
+    settings = changed(on_gate="fail", gate_accuracy=0.0 if is_met else 1.0, max_steps=1)
+    job = make_job(tmp_path, "reward", settings, inputs(world))
+    if is_met:
+        run_here(work, job)
+        assert (job.files / "reward.json").exists()
+        return
+    with pytest.raises(GateClosed, match="accuracy on 20 held-out pairs"):
+        run_here(work, job)
+    assert not (job.files / "model.safetensors").exists()
+    assert GateClosed.code == ExitCode.GATE
+
+
+def test_keep_best_keeps_the_weights_of_the_best_look(world: Path, tmp_path: Path) -> None:
+    settings = changed(on_gate="keep_best", evaluate_every_steps=5, learning_rate=5e-2)
+    job = make_job(tmp_path, "reward", settings, inputs(world))
+    figures = run_here(work, job)
+    looks = {
+        line["step"]: line["held_accuracy"] for line in metrics(job) if "held_accuracy" in line
+    }
+    best = max(looks.values())
+    first = min(step for step, accuracy in looks.items() if accuracy == best)
+    assert figures["kept_step"] == first
+    assert figures["accuracy"]["held"]["value"] == best
+
+
+@pytest.mark.slow
+def test_killed_with_keep_best_it_ends_with_the_same_bytes(world: Path, tmp_path: Path) -> None:
+    settings = changed(
+        on_gate="keep_best", evaluate_every_steps=10, checkpoint_every_steps=7, epochs=12
+    )
+    whole = make_job(tmp_path / "whole", "reward", settings, inputs(world))
+    run_here(work, whole)
+    job = make_job(tmp_path / "killed", "reward", settings, inputs(world))
+    kill_at(job, 26)
+    run_here(work, job)
+    for name in ("model.safetensors", "reward.json", "config.json"):
+        assert (job.files / name).read_bytes() == (whole.files / name).read_bytes()
+    assert same_metrics(job) == same_metrics(whole)
+
+
+def test_margins_of_many_values_are_told_in_quarters() -> None:
+    held = [Pair([1], [2], [3], float(margin), "") for margin in range(40)]
+    # Right where the margin is 10 or more.
+    scores = [(1.0, 0.0 if pair.margin >= 10 else 2.0) for pair in held]
+    figures = accuracy_figures(scores, held)
+    assert figures["held"]["value"] == 0.75
+    assert [figures[name]["value"] for name in figures if name != "held"] == [0.0, 1.0, 1.0, 1.0]
+    assert list(figures)[1] == "margin 0 to 9"
