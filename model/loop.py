@@ -82,6 +82,7 @@ def train(
     """
     state = _resume(engine, checkpoints, journal)
     run = _Run(engine, loss, plan, checkpoints, journal, evaluate, state)
+    journal.progress(state.step, plan.steps, state.figures, is_due=True)
     if state.step == 0:
         run.look_before()
     while state.step < plan.steps:

@@ -153,6 +153,14 @@ def test_a_worker_imports_nothing_of_the_orchestration() -> None:
     assert ended.stdout.strip() == "[]"
 
 
+def test_a_learning_rate_that_explodes_ends_as_diverged(tmp_path: Path, tokens: Path) -> None:
+    wild = {"learning_rate": 1e38, "schedule": "constant", "warmup": 0.0, "evaluate_every_steps": 0}
+    ranks = begin(tmp_path, tokens, "plain", SETTINGS.model_copy(update=wild))
+    output = finish(ranks, code=ExitCode.DIVERGED)
+    assert "of 5 such steps in a row; its samples were" in output
+    assert not (tmp_path / "logs" / "result.json").exists()
+
+
 def test_empty_data_is_refused_in_words(tmp_path: Path) -> None:
     empty = {domain: {"train": [], "held": []} for domain in ("en", "zh")}
     tokens = write_small_tokens(tmp_path / "tokens", empty)
