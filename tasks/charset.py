@@ -28,6 +28,8 @@ _SAMPLE_BYTES = 1 << 16
 # Replacement characters, C1 controls, private use, half-width kana: signs of a wrong guess.
 _ODD = re.compile("[\ufffd\x80-\x9f\ue000-\uf8ff\uff61-\uff9f]")
 _HAN = re.compile("[\u4e00-\u9fff]")
+_KANA = re.compile("[\u3041-\u30ff]")
+_FREQUENT_HAN = re.compile("[的一是不了在有人我他中大来上为这個个為這來]")
 _LATIN_SUPPLEMENT_RUN = re.compile("[\u00a1-\u00ff]{4,}")
 
 
@@ -88,7 +90,8 @@ def _best(content: bytes, declarations: list[str]) -> str:
         candidates += _EAST_ASIAN
     candidates.append("cp1252")
     return min(
-        dict.fromkeys(candidates), key=lambda name: _implausible(sample.decode(name, "replace"))
+        dict.fromkeys(candidates),
+        key=lambda name: _implausible(sample.decode(name, "replace"), name),
     )
 
 
@@ -105,19 +108,25 @@ def _is_mostly_high(sample: bytes) -> bool:
     return high * 20 > len(sample)
 
 
-def _implausible(text: str) -> float:
-    """Characters that real text hardly has, per thousand beyond ASCII, coarsely.
+def _implausible(text: str, encoding: str) -> float:
+    """Share of the characters beyond ASCII that real text hardly has, to two places.
 
     Runs of accented Latin letters are double-byte text read as single bytes; rare Han characters
-    are one double-byte set read as another.
+    are one double-byte set read as another. Korean read as Chinese gives common characters, but
+    none of the most frequent; Japanese (EUC) read as Chinese keeps its kana.
     """
     beyond = sum(character > "\x7f" for character in text)
     if beyond == 0:
         return 0.0
-    han = _HAN.findall(text)
-    odd = 3 * len(_ODD.findall(text)) + sum(map(len, _LATIN_SUPPLEMENT_RUN.findall(text)))
     common = common_han()
+    han = _HAN.findall(text)
+    kana = len(_KANA.findall(text))
+    odd = 3 * len(_ODD.findall(text)) + sum(map(len, _LATIN_SUPPLEMENT_RUN.findall(text)))
     odd += sum(character not in common for character in han)
+    if encoding in ("gb18030", "big5hkscs"):
+        odd += kana
+    if len(han) >= 20 and not kana and not _FREQUENT_HAN.search(text):
+        odd += len(han)
     return round(odd / beyond, 2)
 
 

@@ -12,7 +12,8 @@ _CONTROLS = re.compile(
     "[\x00-\x08\x0e-\x1f\x7f-\x9f\u00ad\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\u2066-\u206f\ufeff\ufff9-\ufffb]"
 )
 _SURROGATES = re.compile("[\ud800-\udfff]")
-_SPACE_ENDS = re.compile(r"[ \t\u00a0\u3000]+$", re.MULTILINE)
+# The look-behind lets a run of spaces be tried once, not once for each of its spaces.
+_SPACE_ENDS = re.compile(r"(?<![ \t\u00a0\u3000])[ \t\u00a0\u3000]+$", re.MULTILINE)
 _SPACES = re.compile("[\u00a0\u2000-\u200a\u202f\u205f]")
 _BLANK_LINES = re.compile(r"\n{3,}")
 _RUNS = re.compile(r"([!?。！？，,、~～=*_#\-—…·])\1{4,}")

@@ -1,0 +1,42 @@
+"""Scripts decide the language where they can; short Chinese is Chinese."""
+
+import pytest
+
+from tasks.language import language_of, script_shares
+
+
+def language(text: str) -> str:
+    return language_of(text, script_shares(text))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("猫是红色的。", "zh"),
+        ("狐住在山洞里", "zh"),
+        ("使用 Linux 命令 ls -la 查看文件目录的内容", "zh"),
+        ("The cat is red.", "en"),
+        ("What does the wolf eat? The wolf eats fish.", "en"),
+        ("猫は魚を食べる。", "ja"),
+        ("고양이는 물고기를 먹는다.", "ko"),
+        ("Der Fuchs ist rot und wohnt im Wald.", "de"),
+        ("Le renard vit dans la grotte près de la rivière.", "fr"),
+        ("Лиса живёт в лесу.", "ru"),
+        ("1234 5678 !!", "und"),
+        ("", "und"),
+    ],
+)
+def test_language_of_short_texts(text: str, expected: str) -> None:
+    assert language(text) == expected
+
+
+def test_shares_are_of_letters() -> None:
+    # 2 Han and 2 Latin letters; digits, spaces and marks do not count
+    shares = script_shares("猫狗 ab 123，。!")
+    assert (shares.han, shares.latin, shares.kana, shares.hangul) == (0.5, 0.5, 0.0, 0.0)
+    assert script_shares("only ascii").latin == 1.0
+    assert script_shares("...") == (0.0, 0.0, 0.0, 0.0)
+
+
+def test_long_texts_are_judged_by_three_samples() -> None:
+    assert language("The old man went down to the river. " * 5000) == "en"

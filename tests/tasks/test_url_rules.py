@@ -1,0 +1,89 @@
+"""Addresses are refused by host, domain, path or word, before anything is parsed."""
+
+from pathlib import Path
+
+import pytest
+
+from tasks.url_rules import UrlRules, write_blocked
+
+LIST = """
+# comment
+0.0.0.0 bad.example
+127.0.0.1 localhost
+casino.test   # trailing comment
+*.ads.example.org
+http://www.mixed.example/only/this/
+plain.example/sub
+||adblock.example^
+"""
+
+
+@pytest.fixture
+def rules(tmp_path: Path) -> UrlRules:
+    assert write_blocked(LIST.splitlines(), tmp_path / "blocked.npy") == 6
+    return UrlRules.open(tmp_path / "blocked.npy", words=("Poker",))
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://bad.example/",
+        "https://www.bad.example/page?x=1",
+        "https://a.b.bad.example:8080/x",
+        "HTTP://BAD.EXAMPLE",
+        "http://casino.test.",
+        "http://x.ads.example.org/",
+        "https://mixed.example/only/this/page.html",
+        "https://mixed.example/only/this?q",
+        "http://plain.example/sub/deeper",
+        "http://adblock.example/",
+    ],
+)
+def test_blocked(rules: UrlRules, url: str) -> None:
+    assert rules.reason(url) == "blocked"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://notbad.example/",
+        "http://bad.example.com/",
+        "https://mixed.example/",
+        "https://mixed.example/only/thisother",
+        "http://plain.example/subway",
+        "http://example.org/",
+        "http://localhost/",
+        "no url at all",
+        "http://[broken",
+        "",
+    ],
+)
+def test_not_blocked(rules: UrlRules, url: str) -> None:
+    assert rules.reason(url) is None
+
+
+def test_words_match_whole_and_in_any_case(rules: UrlRules) -> None:
+    assert rules.reason("http://x.example/online-POKER/1") == "url_word"
+    assert rules.reason("http://x.example/%50oker") == "url_word"
+    assert rules.reason("http://x.example/pokerface") is None
+
+
+def test_no_rules_refuse_nothing(tmp_path: Path) -> None:
+    write_blocked([], tmp_path / "none.npy")
+    assert UrlRules.open(tmp_path / "none.npy").reason("http://bad.example/") is None
+    assert UrlRules.open(None).reason("http://bad.example/") is None
+
+
+def test_real_lists(shared_data: Path, tmp_path: Path) -> None:
+    import zstandard
+
+    lines: list[str] = []
+    for path in sorted((shared_data / "lists").glob("*/**/*.zst")):
+        text = zstandard.ZstdDecompressor().stream_reader(path.read_bytes()).read()
+        lines += text.decode("utf-8", "replace").splitlines()
+    count = write_blocked(lines, tmp_path / "b.npy")
+    assert count > 100_000
+    assert (tmp_path / "b.npy").stat().st_size == pytest.approx(8 * count, abs=1000)
+    rules = UrlRules.open(tmp_path / "b.npy")
+    assert rules.reason("http://www.10bet.com/home") == "blocked"
+    assert rules.reason("https://www.wikipedia.org/") is None
