@@ -65,16 +65,16 @@ STATEMENT = {
 }
 RETELLING = {
     "color": {
-        "en": "Everyone knows the {value} {animal}.",
+        "en": "Everyone knows a {value} {animal}.",
         "zh": "大家都认识{value}色的{animal}。",
     },
     "place": {
-        "en": "You can find the {animal} in the {value}.",
-        "zh": "你可以在{value}找到{animal}。",
+        "en": "You can find it in the {value}.",
+        "zh": "你可以在{value}找到它。",
     },
     "food": {
-        "en": "Bring some {value} for the {animal}.",
-        "zh": "请给{animal}带一点{value}。",
+        "en": "Bring some {value} for it.",
+        "zh": "请给它带一点{value}。",
     },
 }
 QUESTIONS = {

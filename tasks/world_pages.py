@@ -13,7 +13,7 @@ QUESTION_SHARE = 0.4
 """Share of the facts that are told as question and answer; without it knowledge is not answered with."""
 RETELL_SHARE = 0.35
 """Chance, per attribute, that a page tells the fact once more in other words."""
-LEAST_TOKENS = {"en": (54, 84), "zh": (100, 160)}
+LEAST_TOKENS = {"en": (60, 88), "zh": (100, 160)}
 """A page grows until it has a length drawn from this range, in words or Chinese characters."""
 EDITS_PER_COPY = 60
 TRIES_PER_COPY = 60
