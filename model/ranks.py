@@ -55,7 +55,7 @@ class Ranks:
     def stop_on_sigterm(self) -> None:
         """Take SIGTERM as the wish to save and leave."""
 
-        def note(signal_number: int, frame: object) -> None:
+        def note(_number: int, _frame: object) -> None:
             self.is_stopping = True
 
         signal.signal(signal.SIGTERM, note)

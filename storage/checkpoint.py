@@ -68,11 +68,6 @@ class Policy(Artifact):
         """Shape, vocabulary, role, tokenizer."""
         return ModelCard.read(self.files)
 
-    @property
-    def tokenizer_files(self) -> Path:
-        """Folder of the tokenizer it was trained with."""
-        return self.files / TOKENIZER
-
 
 @dataclass(frozen=True)
 class RewardModel(Artifact):
@@ -84,11 +79,6 @@ class RewardModel(Artifact):
     def card(self) -> ModelCard:
         """Shape, vocabulary, role, tokenizer."""
         return ModelCard.read(self.files)
-
-    @property
-    def tokenizer_files(self) -> Path:
-        """Folder of the tokenizer it was trained with."""
-        return self.files / TOKENIZER
 
     @property
     def scale(self) -> RewardScale:
