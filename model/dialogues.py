@@ -71,6 +71,11 @@ class Renderer:
     limit: int
     counts: Fitting = field(default_factory=Fitting)
 
+    @classmethod
+    def within(cls, tokenizer: ChatTokenizer, wanted: int, context: int) -> "Renderer":
+        """A renderer into `wanted` tokens, or a model's whole context for 0 or more than it has."""
+        return cls(tokenizer, min(wanted or context, context))
+
     def dialogues(self, rows: Iterable[Conversation]) -> list[Dialogue]:
         """Conversations that fit, without the line break behind the last answer."""
         return [found for row in rows if (found := self._dialogue(row)) is not None]

@@ -7,14 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from conf.contract import ExitCode, JobFile
 from conf.dpo import DpoConfig
-from model.batches import Batch, micro_batch_rows
+from model.batches import Batch
 from model.dialogues import Pair, Renderer, pair_batch
 from model.engine import Loss as StepLoss
 from model.engine import build_engine
@@ -22,7 +21,14 @@ from model.journal import Journal
 from model.loop import Ended, train
 from model.ranks import Ranks
 from model.transformer import Transformer, token_logprobs
-from model.tuning import computing_in, loop_plan, order_of, steps_of, update_rule
+from model.tuning import (
+    batches_of,
+    computing_in,
+    loop_plan,
+    steps_of,
+    training_figures,
+    update_rule,
+)
 from model.weights import Checkpoints, load_model, load_tensors, save_model, save_tensors
 from model.worker import identity_of_job, run
 from storage.checkpoint import TOKENIZER
@@ -52,15 +58,12 @@ def work(job: JobFile, ranks: Ranks, journal: Journal) -> dict[str, Any]:
     settings = DpoConfig.model_validate(job.settings)
     source = Path(job.inputs["policy"])
     model, tokenizer = load_model(source), ChatTokenizer(source / TOKENIZER)
-    renderer = Renderer(
-        tokenizer, min(settings.context or model.shape.context, model.shape.context)
-    )
+    renderer = Renderer.within(tokenizer, settings.context, model.shape.context)
     folder = Path(job.inputs["preferences"])
     rows = renderer.pairs(read_preferences(folder, "train"))
     fitted = renderer.counts.take()
     held = renderer.pairs(read_preferences(folder, "held"))
     steps = steps_of(settings, len(rows))
-    order = order_of(settings, [row.length for row in rows], ranks)
     engine = build_engine(model, job.launch, ranks, update_rule(settings))
     # The policy is its own reference as long as it has not learnt; this is before a checkpoint is read.
     scorer = Scorer(model, tokenizer.pad, settings, ranks)
@@ -69,13 +72,13 @@ def work(job: JobFile, ranks: Ranks, journal: Journal) -> dict[str, Any]:
     def held_rewards() -> Tensor:
         return settings.beta * (scorer.logprobs(held) - reference[len(rows) :])
 
-    def batch_at(step: int) -> list[Batch]:
-        numbers = np.array(order.rows_at(step))
-        parts = micro_batch_rows(numbers, ranks.rank, ranks.world, job.launch.micro_batch)
-        return [
-            dpo_batch([rows[row] for row in part], reference[part], tokenizer.pad) for part in parts
-        ]
-
+    batch_at = batches_of(
+        settings,
+        [row.length for row in rows],
+        lambda part: dpo_batch([rows[row] for row in part], reference[part], tokenizer.pad),
+        job.launch,
+        ranks,
+    )
     state = train(
         engine,
         batch_at=batch_at,
@@ -85,27 +88,13 @@ def work(job: JobFile, ranks: Ranks, journal: Journal) -> dict[str, Any]:
         journal=journal,
         evaluate=lambda step: held_figures(held_rewards()),
     )
-    rewards = held_rewards()
-    chosen_reward = float(rewards[:, 0].mean()) if held else 0.0
-    if settings.on_gate == "fail" and held and chosen_reward < settings.gate_chosen_reward:
-        raise GateClosed(
-            f"the mean reward of {len(held)} held-out chosen answers is {chosen_reward:.2f}, on_gate="
-            f"fail asks for {settings.gate_chosen_reward} or more: chosen answers became unlikely; "
-            f"raise rpo_alpha or beta, or lower the learning rate"
-        )
+    accuracy = final_accuracy(held_rewards(), settings)
     if ranks.is_first:
         save_model(job.files, model, role="policy", tokenizer=source / TOKENIZER)
-    right = int((rewards[:, 0] > rewards[:, 1]).sum())
     return {
-        "steps": steps,
-        "epochs": steps * settings.batch_rows / len(rows),
+        **training_figures(settings, steps, len(rows), state),
         "train": fitted,
-        "accuracy": share(right, len(held), chance=0.5).model_dump(),
-        "loss": state.figures["loss"],
-        "tokens": state.tokens,
-        "skipped_steps": state.skipped,
-        "seconds": state.seconds,
-        "tokens_per_second": state.tokens / state.seconds,
+        "accuracy": accuracy,
         **state.evaluation,
     }
 
@@ -251,6 +240,22 @@ def cached_reference(path: Path, scorer: Scorer, rows: Sequence[Pair]) -> Tensor
         save_tensors(draft, {"logprobs": logprobs})
         draft.replace(path)
     return logprobs
+
+
+def final_accuracy(rewards: Tensor, settings: DpoConfig) -> dict[str, Any]:
+    """Share of held-out pairs (rows, 2) in the right order, with n and interval.
+
+    Raises GateClosed when on_gate=fail and the chosen answers became unlikely.
+    """
+    chosen_reward = float(rewards[:, 0].double().mean()) if len(rewards) else 0.0
+    if settings.on_gate == "fail" and chosen_reward < settings.gate_chosen_reward:
+        raise GateClosed(
+            f"the mean reward of {len(rewards)} held-out chosen answers is {chosen_reward:.2f}, "
+            f"on_gate=fail asks for {settings.gate_chosen_reward} or more: chosen answers became "
+            f"unlikely; raise rpo_alpha or beta, or lower the learning rate"
+        )
+    right = int((rewards[:, 0] > rewards[:, 1]).sum())
+    return share(right, len(rewards), chance=0.5).model_dump()
 
 
 def held_figures(rewards: Tensor) -> dict[str, float]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from conf.contract import ExitCode, JobFile
 from conf.reward import RewardConfig
-from model.batches import Batch, micro_batch_rows
+from model.batches import Batch
 from model.dialogues import Pair, Renderer, right_pad
 from model.engine import Loss, build_engine
 from model.generate import generate_batches
@@ -24,7 +24,15 @@ from model.journal import Journal
 from model.loop import Ended, train
 from model.ranks import Ranks
 from model.transformer import Transformer
-from model.tuning import computing_in, loop_plan, order_of, spread, steps_of, update_rule
+from model.tuning import (
+    batches_of,
+    computing_in,
+    loop_plan,
+    spread,
+    steps_of,
+    training_figures,
+    update_rule,
+)
 from model.weights import Checkpoints, load_model, load_tensors, save_model, save_tensors
 from model.worker import identity_of_job, run
 from storage.checkpoint import TOKENIZER, RewardScale
@@ -56,22 +64,20 @@ def work(job: JobFile, ranks: Ranks, journal: Journal) -> dict[str, Any]:
     source = Path(job.inputs["policy"])
     model = load_model(source, is_scalar=True, seed=settings.seed)
     tokenizer = ChatTokenizer(source / TOKENIZER)
-    renderer = Renderer(
-        tokenizer, min(settings.context or model.shape.context, model.shape.context)
-    )
+    renderer = Renderer.within(tokenizer, settings.context, model.shape.context)
     folder = Path(job.inputs["preferences"])
     rows = renderer.pairs(read_preferences(folder, "train"))
     fitted = renderer.counts.take()
     held = renderer.pairs(read_preferences(folder, "held"))
     rows = shuffled_labels(rows, settings.seed) if settings.shuffle_labels else rows
     steps = steps_of(settings, len(rows))
-    order = order_of(settings, [row.length for row in rows], ranks)
-
-    def batch_at(step: int) -> list[Batch]:
-        numbers = np.array(order.rows_at(step))
-        parts = micro_batch_rows(numbers, ranks.rank, ranks.world, job.launch.micro_batch)
-        return [reward_batch([rows[row] for row in part], tokenizer.pad) for part in parts]
-
+    batch_at = batches_of(
+        settings,
+        [row.length for row in rows],
+        lambda numbers: reward_batch([rows[row] for row in numbers], tokenizer.pad),
+        job.launch,
+        ranks,
+    )
     best = Best(job.state / "best.safetensors", ranks)
 
     def evaluate(step: int) -> dict[str, float]:
@@ -91,33 +97,20 @@ def work(job: JobFile, ranks: Ranks, journal: Journal) -> dict[str, Any]:
         evaluate=evaluate,
     )
     kept_step = best.restore(model) if held and settings.on_gate == "keep_best" else steps
-    scores = held_scores(model, held, tokenizer.pad, settings, ranks)
-    accuracy = accuracy_figures(scores, held)
-    if settings.shuffle_labels:
-        accuracy["held_shuffled"] = shuffled_accuracy(scores, settings.seed)
-    if held and settings.on_gate == "fail" and accuracy["held"]["value"] < settings.gate_accuracy:
-        raise GateClosed(
-            f"accuracy on {len(held)} held-out pairs is {accuracy['held']['value']:.3f}, on_gate=fail "
-            f"asks for {settings.gate_accuracy}; look at the pairs, train longer, or lower gate_accuracy"
-        )
-    scale, answers = score_scale(
-        load_model(source, device=ranks.device), model, rows, tokenizer, settings
+    accuracy = final_accuracy(
+        held_scores(model, held, tokenizer.pad, settings, ranks), held, settings
     )
+    policy = load_model(source, device=ranks.device)
+    scale, answers = score_scale(policy, model, rows, tokenizer, settings)
     if ranks.is_first:
         save_model(job.files, model, role="reward", tokenizer=source / TOKENIZER)
         scale.write(job.files)
     return {
-        "steps": steps,
+        **training_figures(settings, steps, len(rows), state),
         "kept_step": kept_step,
-        "epochs": steps * settings.batch_rows / len(rows),
         "train": fitted,
         "accuracy": accuracy,
         "scale": {"mean": scale.mean, "std": scale.std, "n": answers},
-        "loss": state.figures["loss"],
-        "tokens": state.tokens,
-        "skipped_steps": state.skipped,
-        "seconds": state.seconds,
-        "tokens_per_second": state.tokens / state.seconds,
     }
 
 
@@ -234,6 +227,22 @@ def held_accuracy(scores: Sequence[tuple[float, float]]) -> dict[str, float]:
         "held_accuracy": sum(gap > 0 for gap in gaps) / len(gaps),
         "held_margin": sum(gaps) / len(gaps),
     }
+
+
+def final_accuracy(
+    scores: Sequence[tuple[float, float]], held: Sequence[Pair], settings: RewardConfig
+) -> dict[str, dict[str, Any]]:
+    """The accuracies of the result. Raises GateClosed when on_gate=fail asks for more."""
+    accuracy = accuracy_figures(scores, held)
+    if settings.shuffle_labels:
+        accuracy["held_shuffled"] = shuffled_accuracy(scores, settings.seed)
+    found = accuracy["held"]["value"]
+    if held and settings.on_gate == "fail" and found < settings.gate_accuracy:
+        raise GateClosed(
+            f"accuracy on {len(held)} held-out pairs is {found:.3f}, on_gate=fail asks for "
+            f"{settings.gate_accuracy}; look at the pairs, train longer, or lower gate_accuracy"
+        )
+    return accuracy
 
 
 def accuracy_figures(

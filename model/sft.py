@@ -8,20 +8,27 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from conf.contract import JobFile
 from conf.sft import SftConfig
-from model.batches import Batch, micro_batch_rows
+from model.batches import Batch
 from model.dialogues import Dialogue, Renderer, dialogue_batch
 from model.engine import build_engine
 from model.journal import Journal
 from model.loop import train
 from model.ranks import Ranks
 from model.transformer import Transformer, token_logprobs
-from model.tuning import computing_in, loop_plan, order_of, spread, steps_of, update_rule
+from model.tuning import (
+    batches_of,
+    computing_in,
+    loop_plan,
+    spread,
+    steps_of,
+    training_figures,
+    update_rule,
+)
 from model.weights import Checkpoints, load_model, save_model
 from model.worker import identity_of_job, run
 from storage.checkpoint import TOKENIZER
@@ -42,22 +49,20 @@ def work(job: JobFile, ranks: Ranks, journal: Journal) -> dict[str, Any]:
     settings = SftConfig.model_validate(job.settings)
     source = Path(job.inputs["policy"])
     model, tokenizer = load_model(source), ChatTokenizer(source / TOKENIZER)
-    renderer = Renderer(
-        tokenizer, min(settings.context or model.shape.context, model.shape.context)
-    )
+    renderer = Renderer.within(tokenizer, settings.context, model.shape.context)
     folder = Path(job.inputs["conversations"])
     rows = renderer.dialogues(read_conversations(folder, "train"))
     fitted = renderer.counts.take()
     held = renderer.dialogues(read_conversations(folder, "held"))
     held = [held[row] for row in spread(len(held), settings.held_rows)]
     steps = steps_of(settings, len(rows))
-    order = order_of(settings, [len(row.ids) for row in rows], ranks)
-
-    def batch_at(step: int) -> list[Batch]:
-        numbers = np.array(order.rows_at(step))
-        parts = micro_batch_rows(numbers, ranks.rank, ranks.world, job.launch.micro_batch)
-        return [sft_batch([rows[row] for row in part], tokenizer.pad) for part in parts]
-
+    batch_at = batches_of(
+        settings,
+        [len(row.ids) for row in rows],
+        lambda numbers: sft_batch([rows[row] for row in numbers], tokenizer.pad),
+        job.launch,
+        ranks,
+    )
     engine = build_engine(model, job.launch, ranks, update_rule(settings))
     state = train(
         engine,
@@ -71,16 +76,10 @@ def work(job: JobFile, ranks: Ranks, journal: Journal) -> dict[str, Any]:
     if ranks.is_first:
         save_model(job.files, model, role="policy", tokenizer=source / TOKENIZER)
     return {
-        "steps": steps,
-        "epochs": steps * settings.batch_rows / len(rows),
+        **training_figures(settings, steps, len(rows), state),
         "train": fitted,
         "held_rows": len(held),
         "held_tokens": sum(sum(row.is_answer) for row in held),
-        "loss": state.figures["loss"],
-        "tokens": state.tokens,
-        "skipped_steps": state.skipped,
-        "seconds": state.seconds,
-        "tokens_per_second": state.tokens / state.seconds,
         **state.evaluation,
     }
 

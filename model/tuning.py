@@ -1,15 +1,16 @@
 """What SFT, reward and DPO share: epochs to steps, settings to an update rule and a course."""
 
 import math
-from collections.abc import Sequence
-from typing import Literal, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 
 from conf.launch import LaunchConfig
+from model.batches import Batch, micro_batch_rows
 from model.dialogues import BucketedOrder
-from model.loop import LoopPlan
+from model.loop import LoopPlan, LoopState
 from model.optimizer import UpdateRule, learning_rate
 from model.ranks import Ranks
 
@@ -91,14 +92,43 @@ def loop_plan(settings: Epochs, steps: int, launch: LaunchConfig) -> LoopPlan:
     )
 
 
-def order_of(settings: Epochs, lengths: Sequence[int], ranks: Ranks) -> BucketedOrder:
-    """Which rows each step sees. Raises ValueError when ranks would get unequal shares."""
+def batches_of(
+    settings: Epochs,
+    lengths: Sequence[int],
+    make: Callable[[list[int]], Batch],
+    launch: LaunchConfig,
+    ranks: Ranks,
+) -> Callable[[int], list[Batch]]:
+    """Step -> this rank's micro-batches, each made from the numbers of its rows.
+
+    Raises ValueError when ranks would get unequal shares.
+    """
     if settings.batch_rows % ranks.world:
         raise ValueError(
             f"batch_rows={settings.batch_rows} cannot be split evenly over {ranks.world} processes; "
             f"use a multiple, or other launch.processes"
         )
-    return BucketedOrder(lengths, settings.batch_rows, settings.seed)
+    order = BucketedOrder(lengths, settings.batch_rows, settings.seed)
+
+    def batches(step: int) -> list[Batch]:
+        rows = np.array(order.rows_at(step))
+        parts = micro_batch_rows(rows, ranks.rank, ranks.world, launch.micro_batch)
+        return [make(part.tolist()) for part in parts]
+
+    return batches
+
+
+def training_figures(settings: Epochs, steps: int, rows: int, state: LoopState) -> dict[str, Any]:
+    """What every result says of the training itself."""
+    return {
+        "steps": steps,
+        "epochs": steps * settings.batch_rows / rows,
+        "loss": state.figures["loss"],
+        "tokens": state.tokens,
+        "skipped_steps": state.skipped,
+        "seconds": state.seconds,
+        "tokens_per_second": state.tokens / state.seconds,
+    }
 
 
 def spread(count: int, wanted: int) -> list[int]:
