@@ -22,7 +22,7 @@ from flows.evaluation import evaluation
 from flows.execution import Execution, Listener
 from flows.part import active, verdict
 from flows.pretraining import pretraining
-from flows.runs import StageRecord
+from flows.runs import RunRecord, StageRecord
 from tasks.stage import Job
 from tasks.tracking import Tracking
 
@@ -125,6 +125,11 @@ def _tracked(state: str) -> Any:
 
 
 def _write_report(execution: Execution, say: Say) -> Path | None:
+    """The page of the run; the one that another run wrote of the very same artifacts is taken again."""
+    if path := _earlier_report(execution):
+        execution.record.report = str(path)
+        execution.record.write(execution.folder)
+        return path
     from flows.report import write_report
 
     try:
@@ -135,3 +140,20 @@ def _write_report(execution: Execution, say: Say) -> Path | None:
     execution.record.report = str(path)
     execution.record.write(execution.folder)
     return path
+
+
+def _earlier_report(execution: Execution) -> Path | None:
+    """Where nothing was built there is nothing new to draw, and drawing costs seconds."""
+    ours = _results(execution.record)
+    if any(status != "hit" for status, _ in ours.values()):
+        return None
+    for record in execution.home.records():
+        theirs = {name: fingerprint for name, (_, fingerprint) in _results(record).items()}
+        is_same = theirs == {name: fingerprint for name, (_, fingerprint) in ours.items()}
+        if is_same and record.status == "done" and record.report and Path(record.report).is_file():
+            return Path(record.report)
+    return None
+
+
+def _results(record: RunRecord) -> dict[str, tuple[str, str | None]]:
+    return {name: (stage.status, stage.fingerprint) for name, stage in record.stages.items()}

@@ -1,0 +1,292 @@
+"""The command line against a real embedded Prefect server, in processes of its own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.request import Request, urlopen
+
+import psutil
+import pytest
+
+from flows.runs import Home, RunRecord
+from flows.services import read_service
+from tests.flows.conftest import RECIPE
+from tests.flows.tiny_stages import LOG
+
+pytestmark = pytest.mark.e2e
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass
+class Command:
+    """A working folder and the command line in it."""
+
+    folder: Path
+    home: Home
+
+    def environment(self, **extra: str) -> dict[str, str]:
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "BESSEMER_"))}
+        return {
+            **kept,
+            "BESSEMER_HOME": str(self.home.path),
+            "BESSEMER_WORKERS": "1",
+            "PYTHONPATH": str(ROOT),
+            "COLUMNS": "200",
+            LOG: str(self.folder / "log.txt"),
+            **extra,
+        }
+
+    def start(self, *arguments: str, **extra: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "tests.e2e.app", *arguments],
+            cwd=self.folder,
+            env=self.environment(**extra),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def __call__(self, *arguments: str, expect: int = 0, **extra: str) -> str:
+        process = self.start(*arguments, **extra)
+        out, err = process.communicate(timeout=180)
+        assert process.returncode == expect, out + err
+        return out if expect in (0, 1) else err
+
+    def json(self, *arguments: str, expect: int = 0) -> Any:
+        return json.loads(self(*arguments, "--json", expect=expect).splitlines()[-1])
+
+    def ran(self) -> list[str]:
+        log = self.folder / "log.txt"
+        lines = log.read_text("utf-8").split() if log.exists() else []
+        log.unlink(missing_ok=True)
+        return sorted(lines)
+
+    def ask(self, path: str, body: dict[str, Any]) -> Any:
+        """Ask the home's Prefect server."""
+        service = read_service(self.home, "prefect")
+        assert service
+        request = Request(
+            f"{service.url}/api/{path}",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urlopen(request, timeout=20) as answer:
+            return json.load(answer)
+
+
+@pytest.fixture(scope="module")
+def bessemer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
+    folder = tmp_path_factory.mktemp("work")
+    (folder / "raw").mkdir()
+    for name in ("one", "two"):
+        text = "".join(f"{name} {line} 钢\n" for line in range(4))
+        (folder / "raw" / f"{name}.txt").write_text(text, "utf-8")
+    (folder / "tiny.yaml").write_text(RECIPE, "utf-8")
+    command = Command(folder, Home(folder / "home"))
+    yield command
+    command("down")
+
+
+def of_home(home: Home) -> list[psutil.Process]:
+    """Processes that were started for a home."""
+    found: list[psutil.Process] = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("BESSEMER_HOME") == str(home.path):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def test_a_wrong_recipe_is_refused_quickly_and_starts_nothing(bessemer: Command) -> None:
+    started = time.monotonic()
+    process = bessemer.start("run", "tiny.yaml", "coarse.haet=0.1")
+    _, err = process.communicate(timeout=60)
+    usage = time.monotonic() - started
+    assert process.returncode == 2
+    assert "stages.coarse.haet: unknown key; did you mean 'heat'?" in err
+    assert "nothing was started" in err
+    assert not bessemer.home.path.exists()
+    assert usage < 20  # of a busy machine; its own time is measured below
+
+
+def test_a_wrong_recipe_costs_less_than_two_seconds_of_its_own(bessemer: Command) -> None:
+    code = (
+        "import resource, subprocess, sys;"
+        "subprocess.run([sys.executable, '-m', 'flows.cli_main', 'run', 'dmeo'], stderr=-3);"
+        "u = resource.getrusage(resource.RUSAGE_CHILDREN); print(u.ru_utime + u.ru_stime)"
+    ).replace("'-m', 'flows.cli_main'", "'-c', 'from flows.cli import main; main()'")
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=bessemer.environment(),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    assert float(done.stdout) < 2.0
+
+
+def test_a_wrong_recipe_never_imports_prefect(bessemer: Command) -> None:
+    code = (
+        "import sys; from flows.cli import main; sys.argv[1:] = ['run', 'dmeo']\n"
+        "try: main()\n"
+        "except SystemExit as end: assert end.code == 2\n"
+        "heavy = {'prefect', 'torch', 'mlflow', 'polars', 'pyarrow'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], env=bessemer.environment(), cwd=ROOT, check=True)
+
+
+def test_a_run_builds_then_everything_is_cached(bessemer: Command) -> None:
+    first = bessemer.json("run", "tiny.yaml")
+    assert {stage["status"] for stage in first["stages"].values()} == {"built"}
+    assert bessemer.ran() == ["blend", "coarse", "fine", "mine", "other"]
+    service = read_service(bessemer.home, "prefect")
+    second = bessemer.json("run", "tiny.yaml")
+    assert {stage["status"] for stage in second["stages"].values()} == {"hit"}
+    assert bessemer.ran() == []
+    assert second["report"] == first["report"]  # of the same artifacts, so it is not drawn again
+    assert read_service(bessemer.home, "prefect") == service  # no second server
+
+    runs = bessemer.ask("flow_runs/filter", {"sort": "EXPECTED_START_TIME_DESC"})
+    ours = next(run for run in runs if run["name"] == f"tiny {second['run_id']}")
+    assert ours["state_type"] == "COMPLETED"
+    time.sleep(3)  # task runs reach the database by events
+    tasks = bessemer.ask("task_runs/filter", {"limit": 200})
+    prints = {name: stage["fingerprint"][:8] for name, stage in second["stages"].items()}
+    cached = {task["name"] for task in tasks if task["state_name"] == "Cached"}
+    assert {f"{name} {digits}" for name, digits in prints.items()} <= cached
+    artifacts = bessemer.ask("artifacts/filter", {"limit": 200})
+    assert {"mine", "mine-files", "blend"} <= {artifact["key"] for artifact in artifacts}
+
+
+def test_what_looks_at_results(bessemer: Command) -> None:
+    run = bessemer.json("run", "tiny.yaml")
+    plan = bessemer.json("plan", "tiny.yaml", "coarse.heat=0.25")
+    assert plan["stages"]["mine"]["status"] == "hit"
+    assert plan["stages"]["coarse"]["why"] == "settings.heat: 0.5 -> 0.25"
+    assert bessemer.json("status")["run"] == run
+    assert bessemer.json("status")["services"].keys() == {"prefect"}
+    assert bessemer.json("runs")[0]["run_id"] == run["run_id"]
+    assert json.loads(bessemer("show", "blend"))["kind"] == "steel"
+    lineage = bessemer.json("lineage", "blend")
+    assert lineage["inputs"]["ores.a"]["inputs"]["ore"]["node"] == "coarse"
+    assert "ores.b" in bessemer("lineage", "blend")
+    assert '"file": "a.txt"' in bessemer("cat", "blend")
+    assert "name a node such as" in bessemer("cat", "blend", "--dropped", expect=2)
+    assert "see `bessemer runs`" in bessemer("show", "blnd", expect=2)
+    assert bessemer.json("verify", "--full") == {"checked": 7, "damaged": []}
+
+
+def test_a_failed_stage_is_status_1_and_can_be_run_again(bessemer: Command) -> None:
+    fault = bessemer.folder / "fault"
+    fault.touch()
+    told = bessemer.json("run", "tiny.yaml", "other.heat=0.9", f"other.fails={fault}", expect=1)
+    statuses = {name: stage["status"] for name, stage in told["stages"].items()}
+    assert statuses["other"] == "failed"
+    assert statuses["blend"] == "skipped"
+    assert statuses["fine"] == "hit"
+    assert "the furnace is cold" in told["stages"]["other"]["error"]
+    fault.unlink()
+    bessemer("run", "tiny.yaml", "other.heat=0.9", f"other.fails={fault}")
+
+
+def test_flipped_and_missing_files_are_named_and_only_they_are_rebuilt(bessemer: Command) -> None:
+    run = bessemer.json("run", "tiny.yaml")
+    bessemer.ran()
+    flipped = Path(run["stages"]["coarse"]["path"]) / "files" / "ore.txt"
+    flipped.write_bytes(b"X" + flipped.read_bytes()[1:])
+    (Path(run["stages"]["blend"]["path"]) / "files" / "a.txt").unlink()
+    told = bessemer.json("verify", "--full", expect=1)
+    assert {item["node"] for item in told["damaged"]} == {"coarse", "blend"}
+    again = bessemer.json("run", "tiny.yaml")
+    assert bessemer.ran() == ["blend", "coarse"]
+    digests = [{n: s["digest"] for n, s in told["stages"].items()} for told in (run, again)]
+    assert digests[0] == digests[1]
+
+
+def test_ctrl_c_is_130_and_the_next_run_goes_on(bessemer: Command) -> None:
+    arguments = ("run", "tiny.yaml", "coarse.heat=0.75", "coarse.seconds=60")
+    process = bessemer.start(*arguments)
+    wait_for(lambda: "coarse" in bessemer.ran())
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, out + err
+    newest = next(bessemer.home.records())
+    assert newest.status == "cancelled"
+    assert newest.stages["coarse"].status == "failed"
+    assert newest.stages["fine"].status == "skipped"
+    done = bessemer.json("run", "tiny.yaml", "coarse.heat=0.75", "coarse.seconds=0")
+    assert done["stages"]["coarse"]["status"] == "built"
+
+
+def test_a_killed_run_is_told_as_died_and_can_be_run_again(bessemer: Command) -> None:
+    arguments = ("run", "tiny.yaml", "fine.heat=0.75", "fine.seconds=60")
+    process = bessemer.start(*arguments)
+    bessemer.ran()
+    wait_for(lambda: "fine" in bessemer.ran())
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate(timeout=30)
+    assert bessemer.json("status")["state"] == "died"
+    bessemer.ran()
+    bessemer("run", "tiny.yaml", "fine.heat=0.75", "fine.seconds=0")
+    assert bessemer.ran() == ["blend", "fine"]
+
+
+def test_gc_keeps_what_the_newest_runs_made(bessemer: Command) -> None:
+    bessemer("run", "tiny.yaml", "coarse.heat=0.3")
+    bessemer("run", "tiny.yaml")
+    bessemer.ran()
+    trial = bessemer.json("gc", "--keep-runs", "1", "--dry-run")
+    removed = bessemer.json("gc", "--keep-runs", "1")
+    assert len(removed["removed"]) == len(trial["removed"]) > 0
+    bessemer("run", "tiny.yaml")
+    assert bessemer.ran() == []
+
+
+def test_init_makes_a_project_whose_recipe_is_sound_but_for_its_data(bessemer: Command) -> None:
+    bessemer("init", "project")
+    folder = bessemer.folder / "project"
+    assert (folder / "data" / "raw").is_dir()
+    err = bessemer("init", "project", expect=2)
+    assert "exists" in err
+
+
+def test_the_record_of_every_run_can_be_read(bessemer: Command) -> None:
+    records = list(bessemer.home.records())
+    assert len(records) > 5
+    assert all(isinstance(record, RunRecord) for record in records)
+    assert [r.run_id for r in records] == sorted((r.run_id for r in records), reverse=True)
+
+
+def test_down_leaves_no_process(bessemer: Command) -> None:
+    bessemer("run", "tiny.yaml")
+    assert of_home(bessemer.home)
+    assert "prefect" in bessemer("down")
+    wait_for(lambda: not of_home(bessemer.home), seconds=40)
+
+
+def test_an_idle_server_ends_by_itself(bessemer: Command) -> None:
+    bessemer("run", "tiny.yaml", BESSEMER_IDLE_SECONDS="2")
+    service = read_service(bessemer.home, "prefect")
+    assert service
+    wait_for(lambda: not service.is_running, seconds=40)
+    wait_for(lambda: not of_home(bessemer.home), seconds=40)
+
+
+def wait_for(condition: Any, seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
