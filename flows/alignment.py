@@ -9,6 +9,6 @@ from flows.part import run_part, threads
 
 
 @flow(task_runner=threads(), persist_result=False)
-def alignment(run_id: str) -> State[Any]:
+def alignment() -> State[Any]:
     """From conversations and preferences to an aligned model: chats, sft, pairs, reward, dpo, ppo."""
-    return run_part(run_id, "alignment")
+    return run_part("alignment")

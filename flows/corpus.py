@@ -9,6 +9,6 @@ from flows.part import run_part, threads
 
 
 @flow(task_runner=threads(), persist_result=False)
-def corpus(run_id: str) -> State[Any]:
+def corpus() -> State[Any]:
     """From raw files to token files: world, extract, filter, dedup, decontaminate, tokenizer, tokenize."""
-    return run_part(run_id, "corpus")
+    return run_part("corpus")

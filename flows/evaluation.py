@@ -9,6 +9,6 @@ from flows.part import run_part, threads
 
 
 @flow(task_runner=threads(), persist_result=False)
-def evaluation(run_id: str) -> State[Any]:
+def evaluation() -> State[Any]:
     """What the models can do, what the data stages did, and the export."""
-    return run_part(run_id, "evaluation")
+    return run_part("evaluation")

@@ -20,7 +20,7 @@ from flows.alignment import alignment
 from flows.corpus import corpus
 from flows.evaluation import evaluation
 from flows.execution import Execution, Listener
-from flows.part import active, verdict
+from flows.part import current, verdict
 from flows.pretraining import pretraining
 from flows.runs import RunRecord, StageRecord
 from tasks.stage import Job
@@ -44,18 +44,17 @@ def run_pipeline(execution: Execution, *, say: Say = lambda text: None) -> bool:
     execution.listeners.append(_tracker(execution, tracking))
     execution.start()
     tracking.start(execution.graph.recipe, execution.record.composed)
-    active[execution.record.run_id] = execution
+    token = current.set(execution)
     started = time.monotonic()
     try:
         # A flow waits up to a second for its heart-beat thread when it ends; the run's record has
         # the process's id and start time instead.
         with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
-            pipeline.with_options(
-                flow_run_name=f"{execution.graph.recipe} {execution.record.run_id}"
-            )(execution.record.run_id, return_state=True)
+            name = f"{execution.graph.recipe} {execution.record.run_id}"
+            pipeline.with_options(flow_run_name=name)(return_state=True)
     finally:
         execution.finish(time.monotonic() - started)
-        active.pop(execution.record.run_id, None)
+        current.reset(token)
         report = _write_report(execution, say)
         state = execution.record.status
         tracking.end("finished" if state == "done" else _tracked(state), report)
@@ -63,11 +62,11 @@ def run_pipeline(execution: Execution, *, say: Say = lambda text: None) -> bool:
 
 
 @flow(persist_result=False)
-def pipeline(run_id: str) -> State[Any]:
+def pipeline() -> State[Any]:
     """A recipe from raw files to an aligned, evaluated model."""
-    execution = active[run_id]
+    execution = current.get()
     used = {execution.graph.nodes[name].flow for name in execution.selected}
-    threads = [_start(part, run_id) for part in PARTS if part.name in used]
+    threads = [_start(part) for part in PARTS if part.name in used]
     try:
         while any(thread.is_alive() for thread in threads):
             for thread in threads:
@@ -79,11 +78,11 @@ def pipeline(run_id: str) -> State[Any]:
     return verdict(execution)
 
 
-def _start(part: Any, run_id: str) -> threading.Thread:
+def _start(part: Any) -> threading.Thread:
     """Run a flow in a thread that knows which flow run it belongs to."""
     context = contextvars.copy_context()
     thread = threading.Thread(
-        target=context.run, args=(lambda: part(run_id, return_state=True),), daemon=True
+        target=context.run, args=(lambda: part(return_state=True),), daemon=True
     )
     thread.start()
     return thread

@@ -9,6 +9,6 @@ from flows.part import run_part, threads
 
 
 @flow(task_runner=threads(), persist_result=False)
-def pretraining(run_id: str) -> State[Any]:
+def pretraining() -> State[Any]:
     """From token files to a pretrained model."""
-    return run_part(run_id, "pretraining")
+    return run_part("pretraining")
