@@ -1,0 +1,98 @@
+"""What can be told of services without starting them; tests/e2e starts them."""
+
+import asyncio
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from flows.runs import FileLock, Home, is_alive
+from flows.services import (
+    Activity,
+    Service,
+    down,
+    ensure_prefect,
+    prefect_environment,
+    read_service,
+    running,
+)
+
+
+def test_the_server_that_the_environment_names_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:1/api")
+    assert ensure_prefect(Home(tmp_path)) == "http://127.0.0.1:1/api"
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_was_never_started_is_not_running(tmp_path: Path) -> None:
+    home = Home(tmp_path)
+    assert running(home) == []
+    assert down(home) == []
+
+
+def test_a_number_that_another_process_got_is_not_the_service(tmp_path: Path) -> None:
+    home = Home(tmp_path)
+    (tmp_path / "services").mkdir()
+    # Our own process, but as if the service had been started an hour earlier.
+    started = psutil.Process().create_time() - 3600
+    service = Service(name="prefect", pid=os.getpid(), started=started, url="http://127.0.0.1:1")
+    (tmp_path / "services" / "prefect.json").write_text(service.model_dump_json(), "utf-8")
+    assert read_service(home, "prefect") == service
+    assert running(home) == []
+    assert down(home) == []  # and we are not killed
+    assert is_alive(os.getpid(), psutil.Process().create_time())
+
+
+def test_everything_of_prefect_is_kept_in_the_home_and_telemetry_is_off(tmp_path: Path) -> None:
+    environment = prefect_environment(Home(tmp_path), "http://127.0.0.1:1/api")
+    assert environment["PREFECT_HOME"].startswith(str(tmp_path))
+    assert environment["DO_NOT_TRACK"] == "1"
+    assert environment["PREFECT_SERVER_ANALYTICS_ENABLED"] == "false"
+    assert environment["MLFLOW_DISABLE_TELEMETRY"] == "true"
+    assert Path(environment["PREFECT_LOGGING_SETTINGS_PATH"]).is_file()
+
+
+def test_an_open_request_is_activity_and_idleness_is_counted_from_its_end() -> None:
+    asked = asyncio.Event()
+    finish = asyncio.Event()
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        asked.set()
+        await finish.wait()
+
+    async def scenario() -> tuple[float, float]:
+        activity = Activity(application)
+        request = asyncio.create_task(activity({"type": "http"}, None, None))  # type: ignore[arg-type]
+        await asked.wait()
+        await asyncio.sleep(0.05)
+        while_open = activity.idle_seconds
+        finish.set()
+        await request
+        await asyncio.sleep(0.05)
+        return while_open, activity.idle_seconds
+
+    while_open, after = asyncio.run(scenario())
+    assert while_open == 0.0
+    assert 0.04 < after < 5.0
+
+
+def test_a_file_lock_keeps_a_second_holder_out(tmp_path: Path) -> None:
+    order: list[str] = []
+
+    def second() -> None:
+        with FileLock(tmp_path / "lock"):
+            order.append("second")
+
+    with FileLock(tmp_path / "lock"):
+        thread = threading.Thread(target=second)
+        thread.start()
+        time.sleep(0.1)
+        order.append("first")
+    thread.join(5)
+    assert order == ["first", "second"]
