@@ -51,6 +51,8 @@ _POLICY = re.compile(
 )
 WRAPPED_SHARE = 0.35
 """Share of lines that break off at 50 to 110 characters, from which a text is hard-wrapped."""
+WRAPPED_MIN_LINES = 5
+"""Such lines that it must have: two lines of a menu wrap nothing."""
 
 
 def build_statistics(files: Path, shard: Shard, bad_words: Sequence[str]) -> dict[str, Any]:
@@ -95,7 +97,10 @@ def read_statistics(files: Path) -> "pl.DataFrame":
         "repeated_line_char_share": pl.col("repeated_line_chars") / pl.col("chars"),
         "policy_line_share": pl.col("policy_lines") / pl.col("lines"),
         "newlines_per_word": pl.col("newlines") / pl.col("words"),
-        "is_unwrapped": (pl.col("wrapped_lines") < WRAPPED_SHARE * pl.col("lines")).cast(pl.Int8),
+        "is_unwrapped": (
+            (pl.col("wrapped_lines") < WRAPPED_SHARE * pl.col("lines"))
+            | (pl.col("wrapped_lines") < WRAPPED_MIN_LINES)
+        ).cast(pl.Int8),
         **{f"top_{n}gram_share": pl.col(f"gram_{n}_chars") / solid for n in GRAM_WORDS[:3]},
         **{f"repeated_{n}gram_share": pl.col(f"gram_{n}_chars") / solid for n in GRAM_WORDS[3:]},
     }
