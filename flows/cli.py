@@ -208,7 +208,7 @@ def status(
 def show(artifact: ArtifactName) -> None:
     """Print the record of an artifact: what it is, what it was made from, and its figures."""
     home = open_home()
-    record = find_artifact(artifact, home, home.store())
+    record = find_artifact(artifact, home, home.used_store())
     print(record.model_dump_json(indent=1))
 
 
@@ -218,7 +218,7 @@ def lineage(artifact: ArtifactName, is_json: Json = False) -> None:
     from flows.lineage import ancestry, tree
 
     home = open_home()
-    store = home.store()
+    store = home.used_store()
     record = find_artifact(artifact, home, store)
     if is_json:
         print(json.dumps(ancestry(record, store), ensure_ascii=False))
@@ -240,7 +240,7 @@ def cat(
     from flows.contents import lines
 
     home = open_home()
-    store = home.store()
+    store = home.used_store()
     record = find_artifact(artifact, home, store)
     path = store.find(record.fingerprint)
     if path is None:
@@ -266,7 +266,7 @@ def verify(
     from flows.upkeep import check
 
     home = open_home()
-    store = home.store()
+    store = home.used_store()
     names = [find_artifact(artifact, home, store).fingerprint] if artifact else None
     checked, damaged = check(store, names, is_full=is_full)
     if is_json:
@@ -289,7 +289,7 @@ def gc(
     from flows.upkeep import roots
 
     home = open_home()
-    removed = home.store().gc(roots(home, keep_runs), dry_run=is_trial)
+    removed = home.used_store().gc(roots(home, keep_runs), dry_run=is_trial)
     size = sum(item.size for item in removed)
     if is_json:
         print(json.dumps({"bytes": size, "removed": [vars(item) for item in removed]}))
@@ -341,7 +341,7 @@ def export(
     from flows.upkeep import copy_out
 
     home = open_home()
-    store = home.store()
+    store = home.used_store()
     copy_out(find_artifact(artifact, home, store), store, to)
     console().print(f"wrote {to}", soft_wrap=True)
 

@@ -144,6 +144,11 @@ class Home:
             return open_store(str(self.path / "store"))
         return open_store(str(url), cache=self.path / "cache")
 
+    def used_store(self) -> Store:
+        """The store of the newest run, for whoever looks at results."""
+        newest = self.newest()
+        return self.store(newest.composed if newest else None)
+
     def records(self) -> Iterator[RunRecord]:
         """Every run, newest first."""
         if not self.runs.is_dir():

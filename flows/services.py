@@ -1,4 +1,4 @@
-"""Local services: Prefect's server, started once and kept for later commands, and MLflow's pages.
+"""Local services: Prefect's server, kept for later commands, a worker for its page, MLflow's pages.
 
 All of a home's services live under `HOME/services`: for each a file with pid, start time and address,
 and its output. They listen on loopback, on ports chosen free, each in a session of its own. The
@@ -35,6 +35,8 @@ WATCH_SECONDS = 5.0
 HEALTH_SECONDS = 5.0
 IDLE_SECONDS = 900.0
 LOG_TAIL_LINES = 15
+NAMES = ("worker", "mlflow", "prefect")
+"""In the order in which they are ended: the worker still has to tell the server."""
 QUIET = {
     "DO_NOT_TRACK": "1",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -96,8 +98,11 @@ def up(home: Home) -> list[Service]:
     folder = _folder(home)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "keep").touch()
-    ensure_prefect(home)
+    api = ensure_prefect(home)
     with FileLock(folder / "start.lock"):
+        worker = read_service(home, "worker")
+        if worker is None or not worker.is_running:
+            _start_worker(home, api)
         mlflow = read_service(home, "mlflow")
         if mlflow is None or not mlflow.is_running:
             _start_mlflow(home)
@@ -117,7 +122,7 @@ def down(home: Home) -> list[Service]:
 
 def running(home: Home) -> list[Service]:
     """Services of the home whose process is there."""
-    services = [read_service(home, name) for name in ("prefect", "mlflow")]
+    services = [read_service(home, name) for name in NAMES]
     return [service for service in services if service and service.is_running]
 
 
@@ -175,6 +180,16 @@ def _start_prefect(home: Home) -> Service:
     raise RuntimeError(f"the Prefect server did not start; {output} ends with:\n{_tail(output)}")
 
 
+def _start_worker(home: Home, api: str) -> None:
+    """The process that runs what is started from the Prefect page, in the working directory."""
+    environment = prefect_environment(home, api)
+    command = [sys.executable, "-m", "flows.deployments"]
+    process, _ = _spawn(home, "worker", command, environment, folder=Path.cwd())
+    started = psutil.Process(process.pid).create_time()
+    page = f"{api.removesuffix('/api')}/deployments"
+    _note(home, Service(name="worker", pid=process.pid, started=started, url=page))
+
+
 def _start_mlflow(home: Home) -> Service:
     with socket.socket() as free:
         free.bind((HOST, 0))
@@ -204,19 +219,22 @@ def _start_mlflow(home: Home) -> Service:
 
 
 def _spawn(
-    home: Home, name: str, command: list[str], environment: dict[str, str]
+    home: Home,
+    name: str,
+    command: list[str],
+    environment: dict[str, str],
+    *,
+    folder: Path | None = None,
 ) -> tuple[subprocess.Popen[bytes], Path]:
     """A process of its own session whose output goes to a file, so that it outlives the command."""
-    folder = _folder(home)
-    folder.mkdir(parents=True, exist_ok=True)
-    output = folder / f"{name}.log"
-    # The working directory may be removed while the server lives on; the home holds its files.
+    _folder(home).mkdir(parents=True, exist_ok=True)
+    output = _folder(home) / f"{name}.log"
     root = Path(__file__).resolve().parents[1]
     paths = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
     with output.open("wb") as stream:
         process = subprocess.Popen(
             command,
-            cwd=home.path,
+            cwd=folder or home.path,
             env={
                 **os.environ,
                 **environment,

@@ -30,11 +30,13 @@ COLOURS = {
     "miss": "yellow",
 }
 SHORT = 12
+PIPE_COLUMNS = 160
 
 
 def console() -> Console:
-    """Standard output."""
-    return Console(soft_wrap=False)
+    """Standard output; a file or a pipe is given room for whole lines."""
+    screen = Console()
+    return screen if screen.is_terminal else Console(width=PIPE_COLUMNS)
 
 
 def error_console() -> Console:

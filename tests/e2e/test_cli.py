@@ -270,10 +270,17 @@ def test_the_record_of_every_run_can_be_read(bessemer: Command) -> None:
     assert [r.run_id for r in records] == sorted((r.run_id for r in records), reverse=True)
 
 
-def test_down_leaves_no_process(bessemer: Command) -> None:
-    bessemer("run", "tiny.yaml")
-    assert of_home(bessemer.home)
-    assert "prefect" in bessemer("down")
+@pytest.mark.slow
+def test_up_opens_the_pages_and_down_leaves_no_process(bessemer: Command) -> None:
+    told = dict(line.split() for line in bessemer("up").splitlines())
+    assert told.keys() == {"prefect", "worker", "mlflow"}
+    for name in ("prefect", "mlflow"):
+        with urlopen(told[name], timeout=20) as page:
+            assert b"<html" in page.read().lower()
+    wait_for(lambda: bessemer.ask("deployments/filter", {}) != [])
+    names = {deployment["name"] for deployment in bessemer.ask("deployments/filter", {})}
+    assert "demo" in names
+    assert "worker, mlflow, prefect" in bessemer("down")
     wait_for(lambda: not of_home(bessemer.home), seconds=40)
 
 
