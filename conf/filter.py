@@ -81,8 +81,10 @@ def _grams(
 ANY_LANGUAGE = (
     # Gopher's 100,000 words are for web pages; books go beyond.
     _of("too_long", "words", OWN, maximum=1_000_000),
+    _of("letters", "letter_share", OWN, minimum=0.4),
     _of("odd_characters", "odd_share", OWN, maximum=0.005),
     _of("mojibake", "supplement_share", OWN, maximum=0.12),
+    _of("rare_han", "rare_han_share", OWN, maximum=0.15, languages=ZH, needs=HAN),
     _of("signs", "sign_share", OWN, maximum=0.2, needs=SENTENCE),
     _of("digits", "digit_share", MAP_NEO, maximum=0.3, needs=SENTENCE),
     _of("symbols", "symbols_per_word", GOPHER, maximum=0.1, needs=SENTENCE),
@@ -116,7 +118,6 @@ ENGLISH = (
 CHINESE = (
     _of("word_length", "mean_word_chars", FINEWEB2, maximum=5, languages=ZH, needs=SENTENCE),
     _of("letter_words", "letter_word_share", FINEWEB2, minimum=0.265, languages=ZH, needs=SENTENCE),
-    _of("rare_han", "rare_han_share", OWN, maximum=0.15, languages=ZH, needs=HAN),
     _of("stop_words", "stop_words", OWN + "; Gopher's rule on function characters",
         minimum=2, languages=ZH, needs=PAGE),
     _of("any_stop_word", "stop_words", OWN, minimum=1, languages=ZH, needs=PASSAGE),

@@ -20,7 +20,7 @@ EXAMPLES = "examples.json"
 """In `logs/`: dropped and borderline documents of every rule."""
 EXCERPT_CHARS = 400
 OUTLIER = "length_outlier"
-STATISTICS_VERSION = 1
+STATISTICS_VERSION = 2
 MAD_TO_SIGMA = 1.4826
 """Median absolute deviation to standard deviation, of a normal distribution."""
 TOKENS_PER_HAN = 0.7

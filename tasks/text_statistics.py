@@ -89,7 +89,11 @@ def read_statistics(files: Path) -> "pl.DataFrame":
         "letter_word_share": pl.col("letter_words") / pl.col("words"),
         "rare_han_share": pl.col("rare_han") / pl.col("han"),
         "unique_word_share": pl.col("head_unique") / pl.col("head_words"),
-        "ended_line_share": pl.col("ended_lines") / pl.col("lines"),
+        # One paragraph of sentences is no menu, whatever it ends with.
+        "ended_line_share": pl.when((pl.col("lines") == 1) & (pl.col("sentence_marks") > 0))
+        .then(1.0)
+        .otherwise(pl.col("ended_lines") / pl.col("lines")),
+        "letter_share": pl.col("letters") / solid,
         "short_line_share": pl.col("short_lines") / pl.col("lines"),
         "bullet_line_share": pl.col("bullet_lines") / pl.col("lines"),
         "ellipsis_line_share": pl.col("ellipsis_lines") / pl.col("lines"),

@@ -23,7 +23,7 @@ COUNTS = (
     "chars", "bytes", "letters", "digits", "spaces", "signs", "braces", "odd", "supplement",
     "han", "rare_han", "hashes", "ellipses", "words", "word_chars", "letter_words", "head_words",
     "head_unique", "stop_words", "newlines", "lines", "ended_lines", "short_lines", "bullet_lines",
-    "ellipsis_lines", "wrapped_lines", "repeated_lines", "repeated_line_chars",
+    "ellipsis_lines", "wrapped_lines", "repeated_lines", "repeated_line_chars", "sentence_marks",
 )  # fmt: skip
 """Columns of the counts, in order; `head` is the first HEAD_WORDS words."""
 HEAD_WORDS = 1000
@@ -38,8 +38,8 @@ GRAMS = 9
     CHARS, BYTES, LETTERS, DIGITS, SPACES, SIGNS, BRACES, ODD, SUPPLEMENT,
     HAN, RARE_HAN, HASHES, ELLIPSES, WORDS, WORD_CHARS, LETTER_WORDS, HEAD_COUNT,
     HEAD_UNIQUE, STOP_WORDS, NEWLINES, LINES, ENDED_LINES, SHORT_LINES, BULLET_LINES,
-    ELLIPSIS_LINES, WRAPPED_LINES, REPEATED_LINES, REPEATED_LINE_CHARS,
-) = range(28)  # fmt: skip
+    ELLIPSIS_LINES, WRAPPED_LINES, REPEATED_LINES, REPEATED_LINE_CHARS, SENTENCE_MARKS,
+) = range(29)  # fmt: skip
 
 
 @nb.njit(inline="always")
@@ -298,6 +298,8 @@ def _char_counts(text, start, end, common, out):
             out[NEWLINES] += 1
         elif kind == SIGN:
             out[SIGNS] += 1
+        # . ! ? and their wide forms
+        out[SENTENCE_MARKS] += cp in (33, 46, 63, 0x3002, 0xFF01, 0xFF0E, 0xFF1F)
         out[BRACES] += cp == 123 or cp == 125
         out[HASHES] += cp == 35
         out[ELLIPSES] += cp == 0x2026 or dots == 3
@@ -348,7 +350,7 @@ def measure(
 
     `widths` (rows, 9): words in the grams of the columns, top ones first. `stops`: at most 64 word
     hashes. `common`: for each character of U+4E00..U+9FFF whether it is common. The outputs are
-    (rows, 28), (rows, 9) and (rows,), zeroed.
+    (rows, 29), (rows, 9) and (rows,), zeroed.
     """
     room = 1024
     hashes, lengths = np.empty(room, np.uint64), np.empty(room, np.int64)

@@ -191,7 +191,10 @@ def test_the_source_decides_domain_language_split_and_template(tmp_path: Path) -
         "a.jsonl", domain="books", language="zh", split="held", text="{title}\n{body} {title}"
     )
     both = run(tmp_path, sources=(source, spec("a.jsonl", domain="books"))).artifact.documents()
-    assert [(d["text"], d["source"]) for d in both] == [("狐\nx = {y} 狐", "books"), (EN, "books-2")]
+    assert [(d["text"], d["source"]) for d in both] == [
+        ("狐\nx = {y} 狐", "books"),
+        (EN, "books-2"),
+    ]
     documents = list(run(tmp_path, sources=(source,), held_share=0.0).artifact.documents())
     assert [
         (d["text"], d["domain"], d["language"], d["split"], d["source"]) for d in documents

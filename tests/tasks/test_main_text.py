@@ -41,7 +41,11 @@ def test_short_pages_keep_their_text_and_lose_their_frame(language: str) -> None
 
 def test_gates_say_why() -> None:
     config = PageConfig()
-    links = b"<html><body>" + b'<p><a href="/a">a link and nothing else</a></p>' * 30 + b"</body></html>"
+    links = (
+        b"<html><body>"
+        + b'<p><a href="/a">a link and nothing else</a></p>' * 30
+        + b"</body></html>"
+    )
     german = page("Der Fuchs ist rot und wohnt im Wald. " * 5)
     assert main_text(b"<html><body>Hi</body></html>", None, config, LANGUAGES).reason == "short"
     assert main_text(b"", None, config, LANGUAGES).reason == "short"

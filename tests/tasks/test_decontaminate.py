@@ -1,0 +1,137 @@
+"""Decontaminate: planted leaks go, texts that merely speak of the same things stay."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conf.decontaminate import DecontaminateConfig
+from conf.extract import ExtractConfig
+from tasks.decontaminate import decontaminate
+from tasks.extract import extract
+from tests.tasks.corpus_runs import reasons, run_stage, spec, texts
+
+QUESTION = {
+    "en": "Which of the following animals is known to live in the cold cave behind the old mill?",
+    "zh": "在下列动物当中，哪一种住在老磨坊后面的寒冷山洞里？",
+}
+SHORT = {"en": "Who painted the northern lights first?", "zh": "是谁最先画下了北方的极光？"}
+OPTIONS = {"A": "fox", "B": "狼", "C": "duck", "D": "马"}
+SOUND = [
+    "The animals in the cave behind the mill are known to us: the fox lives there in the cold.",
+    "老磨坊后面有一个山洞，狐狸住在里面。冬天很冷，动物都不出来。",
+    "Who painted the house first? The northern lights were green.",
+    "下列说法正确的是：狐狸住在山洞里。",
+]
+
+
+def exams(root: Path) -> tuple[Any, ...]:
+    rows = [f"{n},{q},{','.join(OPTIONS.values())},A" for n, q in enumerate(QUESTION.values())]
+    generic = [f"{n},下列说法正确的是____。,甲{n},乙,丙,丁,A" for n in (7, 8)]
+    (root / "cave_val.csv").write_text(
+        "\n".join(["id,question,A,B,C,D,answer", *rows, *generic]), "utf-8"
+    )
+    (root / "short.jsonl").write_text(
+        "".join(json.dumps({"question": q}) + "\n" for q in SHORT.values()), "utf-8"
+    )
+    return spec("cave_val.csv"), spec("short.jsonl")
+
+
+def run(root: Path, documents: list[str], **fields: Any) -> Any:
+    (root / "docs.jsonl").write_text(
+        "".join(json.dumps({"text": d}) + "\n" for d in documents), "utf-8"
+    )
+    corpus = run_stage(
+        extract, ExtractConfig(sources=(spec("docs.jsonl"),), languages=()), {}, root
+    )
+    settings = DecontaminateConfig(**{"exams": exams(root), **fields})
+    return run_stage(decontaminate, settings, {"corpus": corpus.artifact}, root)
+
+
+def test_leaks_go_and_neighbours_stay(tmp_path: Path) -> None:
+    leaks = [
+        f"Some notes. {QUESTION['en']} I do not know.",
+        f"{QUESTION['zh']}\nA. fox\nB. 狼\nC. duck\nD. 马\n答案：A",
+        f"有人问：{QUESTION['zh']}",
+        QUESTION["en"].upper().replace(" ", "\n"),
+        f"Quiz: {SHORT['en']} Nobody knows.",
+        f"问题：{SHORT['zh']}没有人知道。",
+    ]
+    outcome = run(tmp_path, [*SOUND, *leaks])
+    assert texts(outcome.artifact) == SOUND
+    dropped = dict(reasons(outcome.artifact))
+    assert dropped[leaks[0]] == dropped[leaks[1]] == "exam:cave_val.csv"
+    assert dropped[leaks[4]] == dropped[leaks[5]] == "exam:short.jsonl"
+    metrics = outcome.record.metrics
+    assert (metrics["documents"], metrics["overlapping"]) == (10, 6)
+    assert metrics["exams"]["cave_val.csv"]["documents"] == 4
+    assert metrics["exams"]["short.jsonl"] == {
+        "questions": 2, "ngrams": 0, "whole": 2, "ignored": 0, "documents": 2,
+    }  # fmt: skip
+
+
+def test_thirteen_words_in_a_row_are_a_leak_and_twelve_are_none(tmp_path: Path) -> None:
+    words = QUESTION["en"].split()
+    outcome = run(tmp_path, [" ".join(words[2:14]) + " stop", " ".join(words[2:15]) + " stop"])
+    assert [text for text, _ in reasons(outcome.artifact)] == [" ".join(words[2:15]) + " stop"]
+    han = QUESTION["zh"].replace("，", "")
+    outcome = run(tmp_path, [han[3:15] + "。我知道。", han[3:16] + "。我知道。"])
+    assert [text for text, _ in reasons(outcome.artifact)] == [han[3:16] + "。我知道。"]
+
+
+def test_everyday_phrases_are_no_leak_by_themselves(tmp_path: Path) -> None:
+    (tmp_path / "e.jsonl").write_text(
+        '{"question": "What is it?"}\n{"question": "下列说法正确的是"}\n', "utf-8"
+    )
+    outcome = run(tmp_path, ["What is it? 下列说法正确的是甲。"], exams=(spec("e.jsonl"),))
+    assert len(texts(outcome.artifact)) == 1
+    assert outcome.record.metrics["ignored_questions"] == 2
+
+
+def test_cut_takes_the_passage_and_its_margin_only(tmp_path: Path) -> None:
+    for language, filler in (("en", "Nothing here. " * 40), ("zh", "这里什么也没有。" * 60)):
+        text = f"{filler}{QUESTION[language]}{filler}".strip()
+        outcome = run(tmp_path, [text, SOUND[0]], action="cut", cut_margin_chars=20)
+        [cut, sound] = texts(outcome.artifact)
+        assert sound == SOUND[0]
+        start = text.index(QUESTION[language])
+        assert cut.startswith(text[: start - 25])
+        assert QUESTION[language][:10] not in cut
+        assert len(text) - len(cut) <= len(QUESTION[language]) + 45
+
+
+def test_no_exams_no_documents_and_poison(tmp_path: Path) -> None:
+    assert texts(run(tmp_path, SOUND, exams=()).artifact) == SOUND
+    assert texts(run(tmp_path, []).artifact) == []
+    poison = ["猫" * 100_000, "\n".join("-" * 50), "a " * 50_000]
+    assert texts(run(tmp_path, poison).artifact) == [text.strip() for text in poison]
+
+
+def test_a_bad_exam_row_is_an_error_that_names_the_place(tmp_path: Path) -> None:
+    (tmp_path / "e.jsonl").write_text('{"question": "x"}\n{broken\n', "utf-8")
+    with pytest.raises(ValueError, match=r"e\.jsonl:2"):
+        run(tmp_path, SOUND, exams=(spec("e.jsonl"),))
+
+
+def test_twice_gives_the_same_bytes_and_new_exams_look_again(tmp_path: Path) -> None:
+    first = run(tmp_path, SOUND)
+    assert run(tmp_path, SOUND).status == "hit"
+    other = run(tmp_path, SOUND, exams=exams(tmp_path)[:1])
+    assert other.record.metrics["shards"] == {"built": 1, "reused": 0}
+    assert other.record.digest == first.record.digest
+
+
+def test_real_exams_have_few_hits_in_real_text(shared_data: Path, tmp_path: Path) -> None:
+    corpus = run_stage(
+        extract,
+        ExtractConfig(sources=(spec(shared_data / "pretrain/zh_csl_abstracts/*.zst"),)),
+        {},
+        tmp_path,
+    )
+    settings = DecontaminateConfig(exams=(spec(shared_data / "eval/ceval/*/*.csv"),))
+    outcome = run_stage(decontaminate, settings, {"corpus": corpus.artifact}, tmp_path)
+    metrics = outcome.record.metrics
+    assert metrics["questions"] > 10_000
+    # Of 3,987 abstracts; the 8 found quote the same official names and slogans.
+    assert metrics["overlapping"] <= 10
