@@ -30,6 +30,7 @@ ALIGNMENT_CURVES = {
     ),
 }
 MAX_POINTS = 400
+LONG_TABLE_ROWS = 14
 CORPUS_STAGES = ("extract", "filter", "dedup", "decontaminate")
 
 
@@ -41,6 +42,11 @@ class Table:
     columns: Sequence[str]
     rows: Sequence[Sequence[Any]]
     is_samples: bool = False
+
+    @property
+    def is_long(self) -> bool:
+        """Whether it is folded until asked for."""
+        return bool(self.title) and len(self.rows) > LONG_TABLE_ROWS
 
 
 @dataclass
@@ -78,8 +84,8 @@ def write_report(run_dir: Path, store: Store) -> Path:
         _corpus(run),
         _tokens(run),
         *_training(run, paths),
-        _language_model(run, scores),
-        _exams(run, scores),
+        _language_model(scores),
+        _exams(scores),
         _samples(run, paths),
         _costs(run),
         _errors(run),
@@ -250,9 +256,21 @@ def _tokens(run: RunRecord) -> Section:
     for stage in run.stages.values():
         if stage.stage in ("tokenizer", "tokenize"):
             section.tables += _stage_tables(stage)
-            rows = [(name, _blank(value)) for name, value in stage.metrics.items()]
-            section.tables.append(Table(f"{stage.node}: figures", ("figure", "value"), rows))
+            section.tables.append(_figures(stage))
     return section
+
+
+def _figures(stage: StageRecord) -> Table:
+    """All figures of a stage, nested ones by their path."""
+    return Table(f"{stage.node}: figures", ("figure", "value"), list(_flat(stage.metrics)))
+
+
+def _flat(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for name, item in value.items():
+            yield from _flat(item, f"{place} {name}".strip())
+    else:
+        yield place, _blank(value)
 
 
 def _training(run: RunRecord, paths: Mapping[str, Path]) -> Iterator[Section]:
@@ -277,9 +295,7 @@ def _training(run: RunRecord, paths: Mapping[str, Path]) -> Iterator[Section]:
             section.charts.append(
                 charts.lines(frontier, title="reward against KL", across="KL, nats", up="reward")
             )
-        for node in nodes:
-            rows = [(name, _blank(value)) for name, value in run.stages[node].metrics.items()]
-            section.tables.append(Table(f"{node}: figures", ("figure", "value"), rows))
+        section.tables = [_figures(run.stages[node]) for node in nodes]
         yield section
 
 
@@ -321,7 +337,7 @@ def _frontier(curves: Mapping[str, list[dict[str, Any]]]) -> charts.Series:
     return {node: points for node, points in series.items() if points[0]}
 
 
-def _language_model(run: RunRecord, scores: Mapping[str, Mapping[str, Figure]]) -> Section:
+def _language_model(scores: Mapping[str, Mapping[str, Figure]]) -> Section:
     section = Section(
         "bits",
         "Held-out documents",
@@ -344,7 +360,7 @@ def _language_model(run: RunRecord, scores: Mapping[str, Mapping[str, Figure]]) 
     return section
 
 
-def _exams(run: RunRecord, scores: Mapping[str, Mapping[str, Figure]]) -> Section:
+def _exams(scores: Mapping[str, Mapping[str, Figure]]) -> Section:
     section = Section("exams", "Exams and minimal pairs", "The mark across is chance.")
     names = dict.fromkeys(
         name for figures in scores.values() for name in figures if name.endswith("/accuracy")
