@@ -5,11 +5,12 @@ conversations, an evaluation of what alignment made); order comes from the graph
 """
 
 import contextvars
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from prefect import flow
 from prefect.client.schemas.objects import State
@@ -32,6 +33,12 @@ CANCEL_SECONDS = 45.0
 JOIN_SECONDS = 0.5
 
 Say = Callable[[str], None]
+_TRACKED: dict[str, Literal["finished", "failed", "cancelled"]] = {
+    "done": "finished",
+    "failed": "failed",
+    "running": "failed",
+    "cancelled": "cancelled",
+}
 
 
 def run_pipeline(execution: Execution, *, say: Say = lambda text: None) -> bool:
@@ -40,10 +47,8 @@ def run_pipeline(execution: Execution, *, say: Say = lambda text: None) -> bool:
     The run's record says what became of each node. False only after a cancel that a stage did not
     follow in time: the process has to be ended then.
     """
-    tracking = Tracking(execution.folder, execution.home.tracking_uri)
-    execution.listeners.append(_tracker(execution, tracking))
+    tracking = _tracking(execution)
     execution.start()
-    tracking.start(execution.graph.recipe, execution.record.composed)
     token = current.set(execution)
     started = time.monotonic()
     try:
@@ -56,8 +61,8 @@ def run_pipeline(execution: Execution, *, say: Say = lambda text: None) -> bool:
         execution.finish(time.monotonic() - started)
         current.reset(token)
         report = _write_report(execution, say)
-        state = execution.record.status
-        tracking.end("finished" if state == "done" else _tracked(state), report)
+        if tracking:
+            tracking.end(_TRACKED[execution.record.status], report)
     return not execution.is_busy
 
 
@@ -86,6 +91,16 @@ def _start(part: Any) -> threading.Thread:
     )
     thread.start()
     return thread
+
+
+def _tracking(execution: Execution) -> Tracking | None:
+    """Begin the run in MLflow; None where `$BESSEMER_TRACKING` is `off`."""
+    if os.environ.get("BESSEMER_TRACKING") == "off":
+        return None
+    tracking = Tracking(execution.folder, execution.home.tracking_uri)
+    execution.listeners.append(_tracker(execution, tracking))
+    tracking.start(execution.graph.recipe, execution.record.composed)
+    return tracking
 
 
 def _tracker(execution: Execution, tracking: Tracking) -> Listener:
@@ -117,10 +132,6 @@ def _tracker(execution: Execution, tracking: Tracking) -> Listener:
         )
 
     return Listener(on_node=on_node, on_job=on_job)
-
-
-def _tracked(state: str) -> Any:
-    return "cancelled" if state == "cancelled" else "failed"
 
 
 def _write_report(execution: Execution, say: Say) -> Path | None:

@@ -3,10 +3,12 @@
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,7 @@ class Command:
             **kept,
             "BESSEMER_HOME": str(self.home.path),
             "BESSEMER_WORKERS": "1",
+            "BESSEMER_TRACKING": "off",  # one test has it on: it costs seconds of processor time
             "PYTHONPATH": str(ROOT),
             "COLUMNS": "200",
             LOG: str(self.folder / "log.txt"),
@@ -107,6 +110,15 @@ def of_home(home: Home) -> list[psutil.Process]:
     return found
 
 
+def logged_stages(home: Home) -> set[str]:
+    """Names of the finished runs in the home's MLflow."""
+    with closing(sqlite3.connect(home.path / "mlflow.db")) as connection:
+        if not connection.execute("select 1 from sqlite_master where name = 'runs'").fetchall():
+            return set()
+        rows = connection.execute("select name from runs where status = 'FINISHED'").fetchall()
+    return {name for (name,) in rows}
+
+
 def test_a_wrong_recipe_is_refused_quickly_and_starts_nothing(bessemer: Command) -> None:
     started = time.monotonic()
     process = bessemer.start("run", "tiny.yaml", "coarse.haet=0.1")
@@ -149,7 +161,8 @@ def test_a_wrong_recipe_never_imports_prefect(bessemer: Command) -> None:
 
 
 def test_a_run_builds_then_everything_is_cached(bessemer: Command) -> None:
-    first = bessemer.json("run", "tiny.yaml")
+    first = json.loads(bessemer("run", "tiny.yaml", "--json", BESSEMER_TRACKING="on"))
+    wait_for(lambda: logged_stages(bessemer.home) == {first["run_id"], *first["stages"]})
     assert {stage["status"] for stage in first["stages"].values()} == {"built"}
     assert bessemer.ran() == ["blend", "coarse", "fine", "mine", "other"]
     service = read_service(bessemer.home, "prefect")
