@@ -62,6 +62,9 @@ class ExtractConfig(Settings):
     """How the main text of a web page is found."""
     max_record_chars: Annotated[int, Field(ge=1)] = 200_000_000
     """A record with a longer text is refused as `large`."""
+    max_document_chars: Annotated[int, Field(ge=0)] = 0
+    """A longer text (a book) is cut, at the ends of paragraphs, into documents of at most this many
+    characters, each with its own split; 0 leaves every text whole."""
     bucket_bytes: Annotated[int, Field(ge=1)] = 16 << 20
     """Files below a quarter of this are read together, in shards of about this size."""
     page_wall_seconds: Annotated[float, RUNTIME, Field(gt=0)] = 300.0

@@ -47,7 +47,8 @@ class SourceSpec(Settings):
     node: Annotated[str | None, RUNTIME] = None
     """Name of the node whose artifact holds the files; none for the file system."""
     domain: str = "default"
-    """What the documents are: `web`, `books`, ... Mixtures and figures are per domain."""
+    """What the documents are: `web`, `books`, ... Mixtures and figures are per domain. `{folder}` is the
+    name of the folder that a file lies in."""
     format: Literal[
         "auto", "warc", "html", "jsonl", "json", "parquet", "csv", "text", "markdown"
     ] = "auto"

@@ -33,6 +33,7 @@ FORMATS = {
 }  # fmt: skip
 COMPRESSIONS = ("gz", "zst", "xz", "bz2")
 LEDGER_WAIT_SECONDS = 60.0
+FOLDER_DOMAIN = "{folder}"
 SETTLED_NS = 2_000_000_000
 """A file changed less than this before it was hashed may change again within its time stamp."""
 HASH_THREADS = 4
@@ -60,13 +61,17 @@ class SourceFile:
     format: str
     """Layout, never `auto`."""
     spec: SourceSpec
+    """How to read it; a domain that was `{folder}` is the name of the file's folder here."""
     spec_index: int
     """Place of `spec` among the source's specs."""
+    has_folder_domain: bool = False
+    """Whether the domain comes from the folder, and so is not told by the settings."""
 
     @property
     def key(self) -> Key:
         """What of the file enters identity."""
-        return self.digest, self.format, self.spec_index
+        format_ = f"{self.format}@{self.spec.domain}" if self.has_folder_domain else self.format
+        return self.digest, format_, self.spec_index
 
 
 @dataclass(frozen=True)
@@ -293,6 +298,7 @@ def _files_of(
             f"source {spec.path}: no file found {where}, at least one expected; correct the path, "
             "or set is_optional: true"
         )
+    by_folder = spec.domain == FOLDER_DOMAIN
     unknown = [path for path in paths if str(path) not in known]
     known |= {str(p): found for p, found in zip(unknown, hashes.digests(unknown), strict=True)}
     return [
@@ -302,8 +308,9 @@ def _files_of(
             size=known[str(path)][0],
             digest=known[str(path)][1],
             format=format_of(name, spec.format),
-            spec=spec,
+            spec=spec.model_copy(update={"domain": path.parent.name}) if by_folder else spec,
             spec_index=index,
+            has_folder_domain=by_folder,
         )
         for path in paths
     ]

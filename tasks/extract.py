@@ -70,25 +70,26 @@ def _shards(source: Source, settings: ExtractConfig) -> list[ShardPlan]:
     """A shard per file; small files of one spec and landing share shards, by a hash of the content."""
     plans: list[ShardPlan] = []
     for number, landing in enumerate(source.landings):
-        groups: dict[tuple[int, int], list[SourceFile]] = {}
+        groups: dict[tuple[int, str, int], list[SourceFile]] = {}
         for position, file in enumerate(landing.files):
             groups.setdefault(_bucket(file, position, landing.files, settings), []).append(file)
-        for (spec_index, _), files in groups.items():
-            plans.append(ShardPlan(number, tuple(files), source_name(settings, spec_index)))
+        for files in groups.values():
+            plans.append(ShardPlan(number, tuple(files), source_name(settings, files[0])))
     return plans
 
 
 def _bucket(
     file: SourceFile, position: int, files: Sequence[SourceFile], settings: ExtractConfig
-) -> tuple[int, int]:
+) -> tuple[int, str, int]:
+    kin = (file.spec_index, file.spec.domain)
     if not _is_small(file, settings):
-        return file.spec_index, -1 - position
+        return *kin, -1 - position
     total = sum(
         other.size
         for other in files
-        if other.spec_index == file.spec_index and _is_small(other, settings)
+        if (other.spec_index, other.spec.domain) == kin and _is_small(other, settings)
     )
-    return file.spec_index, int(file.digest, 16) % (1 + total // settings.bucket_bytes)
+    return *kin, int(file.digest, 16) % (1 + total // settings.bucket_bytes)
 
 
 def _is_small(file: SourceFile, settings: ExtractConfig) -> bool:
@@ -97,17 +98,17 @@ def _is_small(file: SourceFile, settings: ExtractConfig) -> bool:
     return is_single and file.size < settings.bucket_bytes // 4
 
 
-def source_name(settings: ExtractConfig, spec_index: int) -> str:
-    """Name of a spec in the column `source`: its domain, numbered where it is not the domain's first."""
-    domain = settings.sources[spec_index].domain
-    before = sum(spec.domain == domain for spec in settings.sources[:spec_index])
+def source_name(settings: ExtractConfig, file: SourceFile) -> str:
+    """Name of a file's spec in the column `source`: its domain, numbered where it is not the first."""
+    domain = file.spec.domain
+    before = sum(spec.domain == domain for spec in settings.sources[: file.spec_index])
     return domain if before == 0 else f"{domain}-{before + 1}"
 
 
 def _item(plan: ShardPlan, settings: ExtractConfig, job: Job, blocked: Path | None) -> PartItem:
     listed = {"sources", "block_lists"}
     identity = {
-        "files": [[file.digest, file.format] for file in plan.files],
+        "files": [list(file.key[:2]) for file in plan.files],
         "spec": plan.files[0].spec.identity(),
         "source": plan.source,
         "settings": {k: v for k, v in settings.identity().items() if k not in listed},
@@ -153,16 +154,23 @@ def build_shard(
         for file in plan.files:
             for record in _records(file, settings, rules):
                 counts.records += 1
-                document = (
+                text = (
                     record
                     if isinstance(record, Refusal)
-                    else _document(record, file, plan.source, settings, reader, counts)
+                    else _text_of(record, settings, reader, counts)
                 )
-                if isinstance(document, Refusal):
-                    refused.append(document)
-                    continue
-                writer.append(document)
-                counts.add(document)
+                pieces = [text] if isinstance(text, Refusal) else pieces_of(text, settings)
+                for number, piece in enumerate(pieces):
+                    document = (
+                        piece
+                        if isinstance(piece, Refusal)
+                        else _document(piece, number, record.url, file, plan.source, settings)
+                    )
+                    if isinstance(document, Refusal):
+                        refused.append(document)
+                    else:
+                        writer.append(document)
+                        counts.add(document)
     _write_refused(files / REFUSED, refused)
     return counts.figures(refused, sum(file.size for file in plan.files))
 
@@ -212,14 +220,10 @@ def _records(
     )
 
 
-def _document(
-    record: RawRecord,
-    file: SourceFile,
-    source: str,
-    settings: ExtractConfig,
-    reader: PageReader,
-    counts: Counts,
-) -> dict[str, Any] | Refusal:
+def _text_of(
+    record: RawRecord, settings: ExtractConfig, reader: PageReader, counts: Counts
+) -> str | Refusal:
+    """The normalised text of a record; of a page, its main text."""
     if record.page is not None:
         page = reader.read(record.page, record.charset)
         if page.text is None:
@@ -230,18 +234,45 @@ def _document(
         text = record.text or ""
     if len(text) > settings.max_record_chars:
         return Refusal(record.url, "large")
-    text = normalise(text, settings.normalise)
+    return normalise(text, settings.normalise) or Refusal(record.url, "empty")
+
+
+def pieces_of(text: str, settings: ExtractConfig) -> Iterator[str]:
+    """The text whole, or cut into pieces of at most `max_document_chars`.
+
+    A piece ends with a paragraph where its second half has such an end, else with a line, else anywhere.
+    """
+    limit = settings.max_document_chars or len(text)
+    start = 0
+    while len(text) - start > limit:
+        ends = (text.rfind(mark, start + limit // 2, start + limit) for mark in ("\n\n", "\n"))
+        end = next((found for found in ends if found > 0), start + limit)
+        yield text[start:end].strip()
+        start = end
+    yield text[start:].strip()
+
+
+def _document(
+    text: str,
+    number: int,
+    url: str,
+    file: SourceFile,
+    source: str,
+    settings: ExtractConfig,
+) -> dict[str, Any] | Refusal:
+    """Row of one piece of a record; pieces after the first carry their number in the address."""
+    url = f"{url}#piece-{number + 1}" if number else url
     if not text:
-        return Refusal(record.url, "empty")
+        return Refusal(url, "empty")
     shares = script_shares(text)
     language = file.spec.language or language_of(text, shares)
     if settings.languages and language not in settings.languages:
-        return Refusal(record.url, f"language:{language}")
+        return Refusal(url, f"language:{language}")
     return document_of(
         text,
         source=source,
         domain=file.spec.domain,
-        url=normalise(record.url, settings.normalise),
+        url=normalise(url, settings.normalise),
         language=language,
         han_share=shares.han,
         latin_share=shares.latin,

@@ -276,3 +276,15 @@ def test_two_machines_that_append_at_once_agree(s3_server: str, tmp_path: Path) 
     assert there.append(there.read(), files)
     assert not here.append(unread, files)
     assert len(here.read().landings) == 1
+
+
+def test_a_domain_can_be_the_folder_and_is_then_identity(
+    tmp_path: Path, look: Callable[..., Source]
+) -> None:
+    write(tmp_path / "in" / "books" / "a.jsonl", "A")
+    write(tmp_path / "in" / "web" / "b.jsonl", "B")
+    spec = SourceSpec(path="in/*/*", domain="{folder}")
+    found = look(spec)
+    assert [file.spec.domain for file in found.files] == ["books", "web"]
+    (tmp_path / "in" / "web").rename(tmp_path / "in" / "news")
+    assert look(spec).identity() != found.identity()

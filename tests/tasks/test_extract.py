@@ -217,3 +217,18 @@ def test_real_archives_survive(shared_data: Path, tmp_path: Path) -> None:
     assert metrics["documents"] >= 175
     assert metrics["records"] == metrics["documents"] + sum(metrics["refused"].values())
     assert not [reason for reason in metrics["refused"] if reason.startswith(("crash", "error"))]
+
+
+def test_a_long_text_is_cut_at_paragraph_ends(tmp_path: Path) -> None:
+    # 60 characters a paragraph: a piece of at most 130 holds two, and ends where the second does.
+    paragraphs = [
+        f"{number} " + "The fox eats honey in the cave. It sleeps at noon today."[:58]
+        for number in range(5)
+    ]
+    assert {len(paragraph) for paragraph in paragraphs} == {58}
+    (tmp_path / "book.jsonl").write_text(json.dumps({"text": "\n\n".join(paragraphs)}), "utf-8")
+    whole = run(tmp_path, "book.jsonl").artifact
+    cut = run(tmp_path, "book.jsonl", max_document_chars=130).artifact
+    assert texts(whole) == ["\n\n".join(paragraphs)]
+    assert texts(cut) == ["\n\n".join(paragraphs[i : i + 2]) for i in (0, 2, 4)]
+    assert len({document["url"] for document in cut.documents()}) == 3
