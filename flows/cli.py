@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Generator
@@ -12,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from conf.mistakes import RecipeError
-from flows.runs import Home, RunRecord, find_artifact, open_home
+from flows.runs import Home, RunRecord, ServiceError, find_artifact, open_home
 from flows.show import Shown, console, effects, error_console, human_bytes, stage_table
 
 OK, FAILED, REFUSED, CANCELLED = 0, 1, 2, 130
@@ -127,6 +128,9 @@ def _print_result(record: RunRecord, home: Home, api: str) -> None:
         if stage.status == "failed":
             screen.print(f"[red]{name}[/red]: ", end="")
             screen.print(stage.error or "", markup=False, highlight=False)
+    if record.status != "done":
+        again = shlex.join(["bessemer", "run", record.recipe_path, *record.overrides])
+        screen.print(f"to go on: {again}", markup=False, highlight=False, soft_wrap=True)
     screen.print(
         f"report   {record.report or 'none'}", markup=False, highlight=False, soft_wrap=True
     )
@@ -363,6 +367,9 @@ def _explained() -> Generator[None]:
     except ValueError as error:
         error_console().print(str(error), style="red", markup=False, soft_wrap=True)
         sys.exit(REFUSED)
+    except ServiceError as error:
+        error_console().print(str(error), style="red", markup=False, soft_wrap=True)
+        sys.exit(FAILED)
     except KeyboardInterrupt:
         error_console().print("cancelled")
         sys.exit(CANCELLED)

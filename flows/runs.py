@@ -12,6 +12,7 @@ from typing import Any, Literal
 import psutil
 from pydantic import BaseModel, ConfigDict, Field
 
+from storage.errors import BessemerError
 from storage.record import Record
 from storage.store import Store, open_store
 
@@ -22,6 +23,10 @@ SHORTEST_FINGERPRINT = 6
 
 StageStatus = Literal["waiting", "running", "hit", "built", "failed", "skipped"]
 RunStatus = Literal["running", "done", "failed", "cancelled"]
+
+
+class ServiceError(BessemerError):
+    """A service that a run needs does not answer or could not be started."""
 
 
 class StageRecord(BaseModel):

@@ -25,7 +25,7 @@ from urllib.parse import urlsplit
 import psutil
 from pydantic import BaseModel, ConfigDict
 
-from flows.runs import FileLock, Home, is_alive
+from flows.runs import FileLock, Home, ServiceError, is_alive
 
 HOST = "127.0.0.1"
 START_SECONDS = 90.0
@@ -82,9 +82,14 @@ def ensure_prefect(home: Home) -> str:
     """API address of the server to use: the one the environment names, else the embedded one.
 
     Starts the embedded one where it does not answer; several commands at once start one.
-    Raises RuntimeError with the end of its output when it cannot be started.
+    Raises ServiceError when it does not answer, or with the end of its output when it does not start.
     """
     if named := os.environ.get("PREFECT_API_URL"):
+        if not _answers(f"{named.rstrip('/')}/health"):
+            raise ServiceError(
+                f"PREFECT_API_URL names {named}, which does not answer; start that server, or unset "
+                "the variable to use the embedded one"
+            )
         return named
     service = _answering(home)
     if service is None:
@@ -155,7 +160,8 @@ def _answering(home: Home) -> Service | None:
 
 def _answers(url: str) -> bool:
     parts = urlsplit(url)
-    connection = http.client.HTTPConnection(parts.netloc, timeout=HEALTH_SECONDS)
+    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+    connection = kind(parts.netloc, timeout=HEALTH_SECONDS)
     try:
         connection.request("GET", parts.path)
         return connection.getresponse().status == http.HTTPStatus.OK
@@ -177,7 +183,7 @@ def _start_prefect(home: Home) -> Service:
         time.sleep(POLL_SECONDS)
     process.kill()
     process.wait()
-    raise RuntimeError(f"the Prefect server did not start; {output} ends with:\n{_tail(output)}")
+    raise ServiceError(f"the Prefect server did not start; {output} ends with:\n{_tail(output)}")
 
 
 def _start_worker(home: Home, api: str) -> None:
@@ -215,7 +221,7 @@ def _start_mlflow(home: Home) -> Service:
             return service
         time.sleep(POLL_SECONDS)
     _end_group(service)
-    raise RuntimeError(f"the MLflow server did not start; {output} ends with:\n{_tail(output)}")
+    raise ServiceError(f"the MLflow server did not start; {output} ends with:\n{_tail(output)}")
 
 
 def _spawn(

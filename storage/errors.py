@@ -3,7 +3,8 @@
     BessemerError
     ├── DamagedArtifact    bytes in the store are not those that were committed (now in quarantine)
     ├── PartsFailed        shards of a fan-out could not be built; the others are in the store
-    └── JobFailed          a torch job ended badly (tasks/launch.py)
+    ├── JobFailed          a torch job ended badly (tasks/launch.py)
+    └── ServiceError       a server that a run needs does not answer (flows/runs.py)
 
 A wrong choice of the caller is a ValueError.
 """

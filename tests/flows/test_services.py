@@ -4,13 +4,14 @@ import asyncio
 import os
 import threading
 import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-from flows.runs import FileLock, Home, is_alive
+from flows.runs import FileLock, Home, ServiceError, is_alive
 from flows.services import (
     Activity,
     Service,
@@ -22,11 +23,28 @@ from flows.services import (
 )
 
 
+class Healthy(BaseHTTPRequestHandler):
+    """Answers as a server that is well."""
+
+    def do_GET(self) -> None:
+        self.send_response(200 if self.path == "/api/health" else 404)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:  # type: ignore[override]
+        """Quiet."""
+
+
 def test_the_server_that_the_environment_names_is_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:1/api")
-    assert ensure_prefect(Home(tmp_path)) == "http://127.0.0.1:1/api"
+    with HTTPServer(("127.0.0.1", 0), Healthy) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        named = f"http://127.0.0.1:{server.server_port}/api"
+        monkeypatch.setenv("PREFECT_API_URL", named)
+        assert ensure_prefect(Home(tmp_path)) == named
+        server.shutdown()
+    with pytest.raises(ServiceError, match="does not answer; start that server, or unset"):
+        ensure_prefect(Home(tmp_path))
     assert not list(tmp_path.iterdir())
 
 
