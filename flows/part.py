@@ -22,7 +22,7 @@ from prefect.futures import PrefectFuture
 from prefect.states import Cancelled, Completed, Failed
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows.execution import Execution
+from flows.execution import CANCELLED, Execution
 from flows.runs import StageRecord
 
 SHORT = 8
@@ -76,7 +76,13 @@ def verdict(execution: Execution, names: list[str] | None = None) -> State[Any]:
 @task(cache_policy=NO_CACHE, persist_result=False, retries=0)
 def run_stage(node: str) -> State[Any]:
     """One node: its artifact is found in the store, or built and committed to it."""
-    stage = current.get().run(node, _progress(node))
+    execution = current.get()
+    try:
+        stage = execution.run(node, _progress(node))
+    except KeyboardInterrupt:
+        if not execution.is_cancelled:
+            raise
+        return Cancelled(message=CANCELLED)
     match stage.status:
         case "hit":
             return Completed(name="Cached", message=f"{stage.stage} {stage.fingerprint}")
