@@ -219,15 +219,15 @@ def show(artifact: ArtifactName) -> None:
 @app.command()
 def lineage(artifact: ArtifactName, is_json: Json = False) -> None:
     """Show what an artifact was made from, back to the raw files."""
-    from flows.lineage import ancestry, tree
+    from flows.lineage import ancestry, nodes_read, tree
 
     home = open_home()
     store = home.used_store()
     record = find_artifact(artifact, home, store)
     if is_json:
-        print(json.dumps(ancestry(record, store), ensure_ascii=False))
+        print(json.dumps(ancestry(record, store, nodes_read(home)), ensure_ascii=False))
         return
-    console().print(tree(record, store))
+    console().print(tree(record, store, nodes_read(home)))
 
 
 @app.command()

@@ -220,8 +220,15 @@ class Execution:
             workers=self.workers,
             is_forced=name in self.forced if is_forced is None else is_forced,
             report_progress=report,
-            on_start=lambda job: self._tell(lambda listener: listener.on_job(name, job)),
+            on_start=lambda job: self._begin(name, job),
         )
+
+    def _begin(self, name: str, job: Job) -> None:
+        """Just before a stage runs: artifacts whose files it reads as a source are checked too."""
+        nodes = {spec.node for _, specs in self.graph.nodes[name].sources for spec in specs}
+        for other in nodes - {None}:
+            self.lookup.store.verify_input(self.lookup.artifacts[str(other)].record.fingerprint)
+        self._tell(lambda listener: listener.on_job(name, job))
 
     def _mend(self, name: str) -> None:
         """Rebuild what a node reads and is no longer in the store; the rest are hits."""

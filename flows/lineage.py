@@ -1,18 +1,33 @@
-"""What an artifact was made from."""
+"""What an artifact was made from: its inputs, and the nodes whose files it read as a source."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rich.tree import Tree
 
+from flows.runs import Home
 from storage.record import InputEntry, Record
 from storage.store import Store
 
 SHORT = 12
 
+Read = Mapping[str, Mapping[str, str]]
 
-def ancestry(record: Record, store: Store) -> dict[str, Any]:
-    """The artifact and, nested, its inputs; an input that is gone has only its fingerprint."""
+
+def nodes_read(home: Home) -> Read:
+    """Fingerprint -> node -> fingerprint of that node's artifact, as the runs tell, newest first."""
+    found: dict[str, dict[str, str]] = {}
+    for run in home.records():
+        for stage in run.stages.values():
+            if stage.fingerprint:
+                above = {name: run.stages[name].fingerprint for name in stage.reads}
+                known = {name: address for name, address in above.items() if address}
+                found.setdefault(stage.fingerprint, known)
+    return found
+
+
+def ancestry(record: Record, store: Store, read: Read) -> dict[str, Any]:
+    """The artifact and, nested, what it was made from; what is gone has only its fingerprint."""
     return {
         "fingerprint": record.fingerprint,
         "stage": record.stage,
@@ -22,34 +37,38 @@ def ancestry(record: Record, store: Store) -> dict[str, Any]:
         "created": record.created,
         "source_files": _source_files(record),
         "inputs": {
-            name: ancestry(found, store)
-            if (found := store.record(entry.fingerprint))
-            else {"fingerprint": entry.fingerprint, "digest": entry.digest}
-            for name, entry in _inputs(record)
+            name: ancestry(found, store, read)
+            if (found := store.record(address))
+            else {"fingerprint": address}
+            for name, address in _inputs(record, read)
         },
     }
 
 
-def tree(record: Record, store: Store, label: str = "") -> Tree:
+def tree(record: Record, store: Store, read: Read, label: str = "") -> Tree:
     """The same as a tree for the terminal."""
     files = _source_files(record)
     text = f"{label}{record.node} [dim]{record.kind} {record.fingerprint[:SHORT]} {record.created}"
     branch = Tree(f"{text}[/]" + (f" reads {files} files" if files else ""))
-    for name, entry in _inputs(record):
-        found = store.record(entry.fingerprint)
+    for name, address in _inputs(record, read):
+        found = store.record(address)
         if found:
-            branch.add(tree(found, store, f"{name}: "))
+            branch.add(tree(found, store, read, f"{name}: "))
         else:
-            branch.add(f"{name}: [red]{entry.fingerprint[:SHORT]} is not stored any more[/]")
+            branch.add(f"{name}: [red]{address[:SHORT]} is not stored any more[/]")
     return branch
 
 
-def _inputs(record: Record) -> Iterator[tuple[str, InputEntry]]:
+def _inputs(record: Record, read: Read) -> Iterator[tuple[str, str]]:
+    named: set[str] = set()
     for name, entry in record.inputs.items():
-        if isinstance(entry, InputEntry):
-            yield name, entry
-        else:
-            yield from ((f"{name}.{key}", item) for key, item in entry.items())
+        entries = {name: entry} if isinstance(entry, InputEntry) else entry
+        for key, item in entries.items():
+            named.add(item.fingerprint)
+            yield (key if key == name else f"{name}.{key}"), item.fingerprint
+    for node, address in read.get(record.fingerprint, {}).items():
+        if address not in named:
+            yield f"files of {node}", address
 
 
 def _source_files(record: Record) -> int:

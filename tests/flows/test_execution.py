@@ -214,6 +214,18 @@ def test_a_damaged_input_is_rebuilt_before_it_is_read(place: Place) -> None:
     assert part in execution.lookup.artifacts["mine"].record.parts
 
 
+def test_a_damaged_source_of_another_node_is_rebuilt_too(place: Place) -> None:
+    text = "  again: {uses: mine, sources: [{node: mine, path: ore.txt}]}\n"
+    place.recipe.write_text(place.recipe.read_text("utf-8") + text, "utf-8")
+    first = go(place, until="mine")
+    place.ran()
+    file = Path(str(first.record.stages["mine"].path)) / "files" / "ore.txt"
+    file.write_bytes(b"X" + file.read_bytes()[1:])
+    execution = go(place, until="again")
+    assert place.ran() == ["again", "mine"]
+    assert execution.record.stages["again"].digest == first.record.stages["mine"].digest
+
+
 def test_a_node_that_waits_is_woken_by_another_flow(place: Place) -> None:
     execution = start(place)
     execution.start()
