@@ -4,6 +4,7 @@ A prompt is shortened from the left, whole exchanges first, its headers kept; an
 does not fit is left out and counted.
 """
 
+import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -164,15 +165,29 @@ class BucketedOrder:
 
     def rows_at(self, step: int) -> list[int]:
         """Row numbers of a step, `batch_rows` of them, the longest last."""
+        pool, place = divmod(step, self._pool_batches)
+        if pool not in self._pools:
+            self._pools.clear()
+            self._pools[pool] = self._batches_of(pool)
+        return self._pools[pool][place]
+
+    @functools.cached_property
+    def _pool_batches(self) -> int:
         assert self.lengths, "no rows"
         # A pool is no longer than an epoch, or copies of a row would meet in one batch.
-        batches = max(1, min(POOL_BATCHES, len(self.lengths) // self.batch_rows))
-        pool, place = divmod(step, batches)
+        return max(1, min(POOL_BATCHES, len(self.lengths) // self.batch_rows))
+
+    @functools.cached_property
+    def _pools(self) -> dict[int, list[list[int]]]:
+        """The batches of the pool that was asked for last: steps follow each other."""
+        return {}
+
+    def _batches_of(self, pool: int) -> list[list[int]]:
+        batches = self._pool_batches
         members = self._members(pool * batches * self.batch_rows, batches * self.batch_rows)
         length = np.asarray(self.lengths)[members]
-        by_length = members[np.argsort(length, kind="stable")]
-        start = int(_generator(self.seed, 1, pool).permutation(batches)[place]) * self.batch_rows
-        return by_length[start : start + self.batch_rows].tolist()
+        by_length = members[np.argsort(length, kind="stable")].reshape(batches, self.batch_rows)
+        return by_length[_generator(self.seed, 1, pool).permutation(batches)].tolist()
 
     def _members(self, start: int, count: int) -> np.ndarray:
         rows = len(self.lengths)

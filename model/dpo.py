@@ -25,6 +25,7 @@ from model.tuning import (
     batches_of,
     computing_in,
     loop_plan,
+    order_of,
     steps_of,
     training_figures,
     update_rule,
@@ -64,17 +65,22 @@ def work(job: JobFile, ranks: Ranks, journal: Journal) -> dict[str, Any]:
     fitted = renderer.counts.take()
     held = renderer.pairs(read_preferences(folder, "held"))
     steps = steps_of(settings, len(rows))
+    order = order_of(settings, [row.length for row in rows], ranks)
     engine = build_engine(model, job.launch, ranks, update_rule(settings))
     # The policy is its own reference as long as it has not learnt; this is before a checkpoint is read.
     scorer = Scorer(model, tokenizer.pad, settings, ranks)
-    reference = cached_reference(job.state / "reference.safetensors", scorer, [*rows, *held])
+    asked = sorted({row for step in range(steps) for row in order.rows_at(step)})
+    known = cached_reference(
+        job.state / "reference.safetensors", scorer, [*(rows[row] for row in asked), *held]
+    )
+    reference = torch.zeros(len(rows), 2)
+    reference[asked] = known[: len(asked)]
 
     def held_rewards() -> Tensor:
-        return settings.beta * (scorer.logprobs(held) - reference[len(rows) :])
+        return settings.beta * (scorer.logprobs(held) - known[len(asked) :])
 
     batch_at = batches_of(
-        settings,
-        [row.length for row in rows],
+        order,
         lambda part: dpo_batch([rows[row] for row in part], reference[part], tokenizer.pad),
         job.launch,
         ranks,

@@ -28,6 +28,7 @@ from model.tuning import (
     batches_of,
     computing_in,
     loop_plan,
+    order_of,
     spread,
     steps_of,
     training_figures,
@@ -72,8 +73,7 @@ def work(job: JobFile, ranks: Ranks, journal: Journal) -> dict[str, Any]:
     rows = shuffled_labels(rows, settings.seed) if settings.shuffle_labels else rows
     steps = steps_of(settings, len(rows))
     batch_at = batches_of(
-        settings,
-        [row.length for row in rows],
+        order_of(settings, [row.length for row in rows], ranks),
         lambda numbers: reward_batch([rows[row] for row in numbers], tokenizer.pad),
         job.launch,
         ranks,

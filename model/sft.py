@@ -24,6 +24,7 @@ from model.tuning import (
     batches_of,
     computing_in,
     loop_plan,
+    order_of,
     spread,
     steps_of,
     training_figures,
@@ -57,8 +58,7 @@ def work(job: JobFile, ranks: Ranks, journal: Journal) -> dict[str, Any]:
     held = [held[row] for row in spread(len(held), settings.held_rows)]
     steps = steps_of(settings, len(rows))
     batch_at = batches_of(
-        settings,
-        [len(row.ids) for row in rows],
+        order_of(settings, [len(row.ids) for row in rows], ranks),
         lambda numbers: sft_batch([rows[row] for row in numbers], tokenizer.pad),
         job.launch,
         ranks,

@@ -92,23 +92,20 @@ def loop_plan(settings: Epochs, steps: int, launch: LaunchConfig) -> LoopPlan:
     )
 
 
-def batches_of(
-    settings: Epochs,
-    lengths: Sequence[int],
-    make: Callable[[list[int]], Batch],
-    launch: LaunchConfig,
-    ranks: Ranks,
-) -> Callable[[int], list[Batch]]:
-    """Step -> this rank's micro-batches, each made from the numbers of its rows.
-
-    Raises ValueError when ranks would get unequal shares.
-    """
+def order_of(settings: Epochs, lengths: Sequence[int], ranks: Ranks) -> BucketedOrder:
+    """Which rows each step sees. Raises ValueError when ranks would get unequal shares."""
     if settings.batch_rows % ranks.world:
         raise ValueError(
             f"batch_rows={settings.batch_rows} cannot be split evenly over {ranks.world} processes; "
             f"use a multiple, or other launch.processes"
         )
-    order = BucketedOrder(lengths, settings.batch_rows, settings.seed)
+    return BucketedOrder(lengths, settings.batch_rows, settings.seed)
+
+
+def batches_of(
+    order: BucketedOrder, make: Callable[[list[int]], Batch], launch: LaunchConfig, ranks: Ranks
+) -> Callable[[int], list[Batch]]:
+    """Step -> this rank's micro-batches, each made from the numbers of its rows."""
 
     def batches(step: int) -> list[Batch]:
         rows = np.array(order.rows_at(step))
