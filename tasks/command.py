@@ -84,6 +84,9 @@ def environment(launch: LaunchConfig, placement: Placement) -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",
         "OMP_NUM_THREADS": str(placement.threads),
         "MKL_NUM_THREADS": str(placement.threads),
+        # Threads that spin while they wait for one another make a step four times as slow as soon as
+        # another process wants a core (868 against 193 ms, measured on two busy cores).
+        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
         "TOKENIZERS_PARALLELISM": "false",
         "DO_NOT_TRACK": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
