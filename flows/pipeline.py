@@ -155,7 +155,7 @@ def _write_report(execution: Execution, say: Say) -> Path | None:
 def _earlier_report(execution: Execution) -> Path | None:
     """Where nothing was built there is nothing new to draw, and drawing costs seconds."""
     ours = _results(execution.record)
-    if any(status != "hit" for status, _ in ours.values()):
+    if any(status in ("built", "failed") for status, _ in ours.values()):
         return None
     for record in execution.home.records():
         theirs = {name: fingerprint for name, (_, fingerprint) in _results(record).items()}
