@@ -26,5 +26,5 @@ class WorldConfig(Settings):
     """Preference pairs for training."""
     held_pairs: Annotated[int, Field(ge=1)] = 600
     """Preference pairs on questions that are never asked in training."""
-    min_margin: Annotated[float, Field(gt=0, le=2)] = 0.5
+    min_margin: Annotated[float, Field(gt=0, le=2)] = 1.0
     """Least difference in true reward between the two answers of a pair."""
