@@ -9,6 +9,7 @@ from conf.filter import FilterConfig, Rule
 from storage.corpus import Corpus, Shard
 from storage.source import Source
 from tasks.fanout import Part, PartItem, fan_out
+from tasks.length_outliers import carried_on, measured, with_sigmas, write_lengths
 from tasks.rows import open_text
 from tasks.stage import Job, stage
 from tasks.text_statistics import build_statistics, read_statistics
@@ -21,18 +22,22 @@ EXAMPLES = "examples.json"
 EXCERPT_CHARS = 400
 OUTLIER = "length_outlier"
 STATISTICS_VERSION = 2
-MAD_TO_SIGMA = 1.4826
-"""Median absolute deviation to standard deviation, of a normal distribution."""
 TOKENS_PER_HAN = 0.7
 TOKENS_PER_BYTE = 0.25
 """What a 32k vocabulary makes of Chinese characters and of other bytes, roughly."""
 
 
-@stage(version=1)
-def filter(job: Job, corpus: Corpus, settings: FilterConfig) -> Corpus:  # noqa: A001 - the stage's word
+@stage(version=2)
+def filter(  # noqa: A001 - the stage's word
+    job: Job, corpus: Corpus, settings: FilterConfig, pinned: Corpus | None = None
+) -> Corpus:
     """Drop documents that break a rule or whose length is far from their source's.
 
-    reads Corpus   writes Corpus   cost statistics once per shard; bounds are applied in a second
+    reads Corpus   writes Corpus and `lengths.json`   cost statistics once per shard; bounds are
+    applied in a second
+
+    `pinned` is an earlier result, whose usual lengths stay in force: new shards then change no
+    decision on old ones.
     """
     shards = corpus.shards
     parts = fan_out(
@@ -42,16 +47,19 @@ def filter(job: Job, corpus: Corpus, settings: FilterConfig) -> Corpus:  # noqa:
         version=STATISTICS_VERSION,
     )
     rules = settings.rules()
-    centres = _length_centres(shards, parts, settings)
+    lengths = measured(_lengths(shards, parts, settings))
+    if pinned is not None:
+        lengths = carried_on(pinned, lengths)
     tally = Tally(rules, settings.examples)
 
     def keeps() -> Iterator["pl.DataFrame"]:
         for shard, part in zip(shards, parts, strict=True):
-            frame = _judged(_frame(shard, part), rules, centres, settings)
+            frame = _judged(_frame(shard, part), rules, lengths, settings)
             tally.add(shard, frame)
             yield frame.select("keep", "reason")
 
     Corpus.write(job.files, corpus, keeps(), "filter")
+    write_lengths(job.files, lengths)
     job.parts += [s.entry.part for s in shards if s.entry.part not in job.parts]
     tally.report(job, shards)
     return Corpus(job.path)
@@ -98,38 +106,22 @@ def _frame(shard: Shard, part: Part) -> "pl.DataFrame":
     )
 
 
-def _length_centres(
+def _lengths(
     shards: Sequence[Shard], parts: Sequence[Part], settings: FilterConfig
-) -> "pl.DataFrame":
-    """Median and spread of the log length of every (language, source) with documents enough."""
+) -> "list[pl.DataFrame]":
+    """Per shard: `language`, `source` and `log_chars` of every document that lengths are judged by."""
     import polars as pl
 
-    keys = ["language", "source"]
-    lengths = [
+    return [
         _frame(shard, part)
         .filter(pl.col("before") & (pl.col("chars") >= max(1, settings.min_chars)))
-        .select(*keys, pl.col("chars").log().alias("log_chars"))
+        .select("language", "source", pl.col("chars").log().alias("log_chars"))
         for shard, part in zip(shards, parts, strict=True)
     ]
-    if not lengths:
-        return pl.DataFrame(schema={"language": pl.String, "source": pl.String})
-    median = pl.col("log_chars").median()
-    return (
-        pl.concat(lengths)
-        .group_by(keys, maintain_order=True)
-        .agg(
-            centre=median,
-            spread=(MAD_TO_SIGMA * (pl.col("log_chars") - median).abs().median()).clip(
-                lower_bound=settings.outlier_min_sigma
-            ),
-            documents=pl.len(),
-        )
-        .filter(pl.col("documents") >= settings.outlier_min_documents)
-    )
 
 
 def _judged(
-    frame: "pl.DataFrame", rules: Sequence[Rule], centres: "pl.DataFrame", settings: FilterConfig
+    frame: "pl.DataFrame", rules: Sequence[Rule], lengths: "pl.DataFrame", settings: FilterConfig
 ) -> "pl.DataFrame":
     """With `e:RULE` (evaluated) and `f:RULE` (fires) per row, `reason`, `keep` and `fired`.
 
@@ -145,13 +137,8 @@ def _judged(
             earlier = masks[rule.name]
             evaluated, fires = earlier[0] | evaluated, earlier[1] | fires
         masks[rule.name] = (evaluated, fires)
-    if settings.outlier_sigmas is not None and "centre" in centres.columns:
-        frame = frame.join(
-            centres.drop("documents"), on=["language", "source"], how="left", maintain_order="left"
-        ).with_columns(
-            sigmas=(pl.col("chars").clip(lower_bound=1).log() - pl.col("centre")).abs()
-            / pl.col("spread")
-        )
+    if settings.outlier_sigmas is not None:
+        frame = with_sigmas(frame, lengths, settings)
         evaluated = pl.col("before") & pl.col("sigmas").is_not_null()
         masks[OUTLIER] = (evaluated, evaluated & (pl.col("sigmas") > settings.outlier_sigmas))
     frame = frame.with_columns(

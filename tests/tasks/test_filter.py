@@ -11,6 +11,7 @@ from conf.filter import PRESETS, Bounds, FilterConfig
 from storage.corpus import Corpus
 from tasks.extract import extract
 from tasks.filter import EXAMPLES, filter  # noqa: A004 - the stage's word
+from tasks.length_outliers import LENGTHS
 from tests.tasks.corpus_runs import reasons, run_stage, spec, texts
 
 from conf.extract import ExtractConfig  # isort: skip
@@ -143,6 +144,67 @@ def test_length_outliers_are_per_language_and_source(tmp_path: Path) -> None:
     assert dropped == {long: "length_outlier"}
     none = run(tmp_path, documents, preset="none", outlier_sigmas=None)
     assert len(texts(none.artifact)) == 122
+
+
+def in_words(count: int, seed: int) -> str:
+    """A sentence of that many words."""
+    return " ".join(random.Random(seed).choices(["the", "boat", "on", "a", "river"], k=count)) + "."
+
+
+def filtered(root: Path, pinned: Any = None, **spec_fields: Any) -> Any:
+    sources = (spec("docs/*.jsonl", **spec_fields),)
+    corpus = run_stage(extract, ExtractConfig(sources=sources, languages=()), {}, root)
+    inputs = {"corpus": corpus.artifact} | ({"pinned": pinned} if pinned else {})
+    return run_stage(filter, FilterConfig(preset="none"), inputs, root)
+
+
+def add_file(root: Path, name: str, documents: list[dict[str, Any]]) -> None:
+    (root / "docs").mkdir(exist_ok=True)
+    lines = "".join(json.dumps(d, ensure_ascii=False) + "\n" for d in documents)
+    (root / "docs" / name).write_text(lines, "utf-8")
+
+
+def test_pinned_lengths_decide_about_new_shards_and_leave_old_ones_as_they_were(
+    tmp_path: Path,
+) -> None:
+    usual = [in_words(50, seed) for seed in range(120)]
+    long, longer = in_words(1500, 1), [in_words(1500, seed) for seed in range(2, 302)]
+    add_file(tmp_path, "a.jsonl", [{"text": text} for text in [*usual, long]])
+    first = filtered(tmp_path, language="en")
+    assert dict(reasons(first.artifact)) == {long: "length_outlier"}
+    add_file(tmp_path, "b.jsonl", [{"text": text} for text in longer])
+    # 300 long texts among 421 make long the usual length: what was dropped first comes back.
+    anew = filtered(tmp_path, language="en")
+    assert long in texts(anew.artifact)
+    pinned = filtered(tmp_path, first.artifact, language="en")
+    assert pinned.record.metrics["shards"] == {"built": 0, "reused": 2}
+    assert texts(pinned.artifact) == usual
+    assert dict(reasons(pinned.artifact)) == dict.fromkeys([long, *longer], "length_outlier")
+    # An extension can be extended: it holds the same figures.
+    again = filtered(tmp_path, pinned.artifact, language="en")
+    assert (again.artifact.files / LENGTHS).read_bytes() == (
+        first.artifact.files / LENGTHS
+    ).read_bytes()
+
+
+def test_a_language_that_the_pinned_corpus_did_not_know_has_its_own_lengths(tmp_path: Path) -> None:
+    add_file(tmp_path, "a.jsonl", [{"text": in_words(50, seed)} for seed in range(120)])
+    first = filtered(tmp_path)
+    long = "".join(f"第{n}条船在河上。" for n in range(999))
+    zh = [f"第{n}条船在河上走了很久，天黑了才回到家里。" for n in range(120)]
+    add_file(tmp_path, "b.jsonl", [{"text": text} for text in [*zh, long]])
+    pinned = filtered(tmp_path, first.artifact)
+    assert dict(reasons(pinned.artifact)) == {long: "length_outlier"}
+    lengths = json.loads((pinned.artifact.files / LENGTHS).read_text("utf-8"))
+    assert [(row["language"], row["documents"]) for row in lengths] == [("en", 120), ("zh", 121)]
+
+
+def test_only_a_filtered_corpus_can_be_pinned(tmp_path: Path) -> None:
+    add_file(tmp_path, "a.jsonl", [{"text": GOOD["en"][0]}])
+    sources = (spec("docs/*.jsonl"),)
+    corpus = run_stage(extract, ExtractConfig(sources=sources, languages=()), {}, tmp_path)
+    with pytest.raises(ValueError, match=r"holds no lengths.json.*run once without --extend"):
+        filtered(tmp_path, corpus.artifact)
 
 
 def test_bad_word_lists_are_optional(tmp_path: Path) -> None:
