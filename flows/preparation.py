@@ -224,12 +224,17 @@ def _has_same_files(graph: Graph, newest: RunRecord, base: Path, hashes: HashCac
     """Whether the outside files are those that a run read; files of nodes follow from the rest."""
     for name, node in graph.nodes.items():
         for setting, specs in node.sources:
-            if any(spec.node for spec in specs):
-                continue
-            found = resolve(specs, artifacts={}, base=base, ledger=None, hashes=hashes)
+            outside = {index: spec for index, spec in enumerate(specs) if spec.node is None}
             then = newest.stages[name].sources.get(setting, []) if name in newest.stages else []
-            before = sorted(str(file) for landing in then for file in landing)
-            if sorted(str(list(file.key)) for file in found.files) != before:
+            before = [file for landing in then for file in landing if file[-1] in outside]
+            found = [
+                [*file.key[:-1], index]
+                for index, spec in outside.items()
+                for file in resolve(
+                    [spec], artifacts={}, base=base, ledger=None, hashes=hashes
+                ).files
+            ]
+            if sorted(map(str, found)) != sorted(map(str, before)):
                 return False
     return True
 
