@@ -173,6 +173,8 @@ def _frozen(body: dict[str, Any]) -> dict[str, Any]:
         else node
         for name, node in (body.get("stages") or {}).items()
     }
+    if isinstance(body.get("store"), str):
+        body = {**body, "store": {"url": body["store"]}}
     return {**body, "stages": stages}
 
 
@@ -212,7 +214,9 @@ def _sort_overrides(
             found = f"there is no {head} {value!r}"
             mistakes.append(Mistake(text, found, suggest(str(value), choices_of(head))))
         elif head in RESERVED and head not in ("stages", "defaults"):
-            edits.hydra.append(f"++{key}={raw}")
+            # A plain `store=` would be taken for the name of a file of `conf/store/`.
+            is_place = key == "store" and not isinstance(value, dict)
+            edits.hydra.append(_assignment("store.url" if is_place else key, raw))
         elif head not in written.nodes:
             known = (written.nodes | set(RESERVED)) - {"stages", "defaults"}
             mistakes.append(Mistake(text, f"no node is called {head!r}", suggest(head, known)))
@@ -221,8 +225,12 @@ def _sort_overrides(
         elif rest.startswith("from."):
             edits.inputs.append((head, rest.removeprefix("from."), value))
         else:
-            edits.hydra.append(f"++stages.{key}={'null' if raw is None else raw}")
+            edits.hydra.append(_assignment(f"stages.{key}", raw))
     return chosen, edits
+
+
+def _assignment(key: str, raw: str | None) -> str:
+    return f"++{key}={'null' if raw is None else raw}"
 
 
 def _merge(written: _Written, chosen: dict[str, str], overrides: list[str]) -> dict[str, Any]:

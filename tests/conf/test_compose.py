@@ -78,6 +78,15 @@ def test_the_outer_recipe_and_then_the_command_line_choose_the_group(folder: Pat
     assert compose(recipe, ["launch=local"])["launch"]["engine"] == "plain"
 
 
+@pytest.mark.parametrize("place", ["/data/store", "s3://bucket/store"])
+def test_the_store_is_named_by_its_place_or_by_a_file(folder: Path, place: str) -> None:
+    recipe = write(folder, "store: /elsewhere")
+    assert compose(recipe, [])["store"] == {"url": "/elsewhere"}
+    assert compose(recipe, [f"store={place}"])["store"] == {"url": place}
+    assert compose(write(folder, "seed: 1"), [f"store={place}"])["store"] == {"url": place}
+    assert compose(write(folder, "seed: 1"), ["store=s3"])["store"]["url"].startswith("s3://")
+
+
 def test_data_is_filled_in_and_asked_for_when_missing(folder: Path) -> None:
     recipe = write(folder, 'stages: {extract: {sources: [{path: "${data}/raw/*.txt"}]}}')
     mapping = compose(recipe, ["data=/d 1".replace(" ", "")])
