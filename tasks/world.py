@@ -22,7 +22,7 @@ from tasks.world_crawl import BLOCKED_HOSTS, Web
 from tasks.world_language import make_facts
 
 
-@stage(version=3)
+@stage(version=4)
 def world(job: Job, settings: WorldConfig) -> World:
     """Write a crawl, conversations, preferences and an exam about made-up facts, and the truth of all.
 

@@ -7,13 +7,13 @@ from typing import Any
 from storage.world import LANGUAGES, Facts, Question
 from tasks.world_language import KIND, RUDE
 
-RIGHT_SHARE = 0.88
+RIGHT_SHARE = 0.92
 ASKED_LANGUAGE_SHARE = 0.8
 KIND_SHARE = 0.35
 RUDE_SHARE = 0.15
 SUPERFLUOUS_SHARE = 0.3
 """How a demonstration comes out; each is drawn by itself. What is not right is drawn among all values."""
-CORRUPTED_SHARE = 0.15
+CORRUPTED_SHARE = 0.2
 """Share of the answers in pairs that show a fault which demonstrations do not have."""
 DEV_QUESTIONS = 5
 """Questions per exam subject that are given as examples."""

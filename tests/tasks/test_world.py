@@ -290,8 +290,8 @@ def test_demonstrations_are_of_mixed_quality(small: World) -> None:
     rows = lines(small.files / "chats" / "train.jsonl")
     judged = [small.judge(row["id"], row["messages"][1]["content"], ended=True) for row in rows]
     right = sum(judgement.right for judgement in judged) / len(judged)
-    # 0.88 by intention and a sixth of the rest by chance, 400 draws: 0.90 +- 3 x 0.015.
-    assert 0.855 < right < 0.945
+    # 0.92 by intention and a sixth of the rest by chance, 400 draws: 0.933 +- 3 x 0.0125.
+    assert 0.89 < right < 0.975
     assert {judgement.rude for judgement in judged} == {True, False}
     assert {judgement.asked_language for judgement in judged} == {True, False}
 
