@@ -16,9 +16,9 @@ from rich.progress import (
 from rich.table import Table
 
 from flows.execution import Execution, Listener
+from flows.headlines import headlines
 from flows.plan import Planned
 from flows.runs import RunRecord, StageRecord
-from storage.scores import Scores
 
 COLOURS = {
     "hit": "blue",
@@ -89,19 +89,23 @@ def plan_table(recipe: str, planned: list[Planned]) -> Table:
 
 
 def effects(record: RunRecord) -> Table | None:
-    """The measured effect of the stages: every figure of every artifact of scores."""
+    """The measured effect of the stages, in the few figures that they name themselves."""
+    paths = {name: Path(stage.path) for name, stage in record.stages.items() if stage.path}
     rows: list[list[Any]] = []
-    for name, stage in record.stages.items():
-        if stage.kind != "scores" or not stage.path or stage.status not in ("hit", "built"):
-            continue
-        for metric, figure in Scores(Path(stage.path)).figures().items():
-            chance = "" if figure.chance is None else f"{figure.chance:.3g}"
-            interval = f"{figure.low:.4g} .. {figure.high:.4g}"
-            value = f"{figure.value:.4g} {figure.unit}".rstrip()
-            rows.append([name, metric, value, interval, figure.n, chance])
+    nodes: set[str] = set()
+    for item in headlines(record, paths):
+        figure = item.figure
+        name = "" if item.node in nodes else item.node
+        nodes.add(item.node)
+        value = f"{figure.value:.3f}"
+        interval = f"{figure.low:.3f} .. {figure.high:.3f}"
+        chance = "" if figure.chance is None else f"{figure.chance:.3g}"
+        rows.append([name, item.label, value, interval, f"{figure.n:,}", chance])
     if not rows:
         return None
-    return table_of("measured", ["node", "figure", "value", "95 % interval", "n", "chance"], rows)
+    title = "what every stage did (all figures: the report, and `bessemer show NODE`)"
+    columns = ["node", "held-out figure", "value", "95 % interval", "n", "chance"]
+    return table_of(title, columns, rows)
 
 
 def human_bytes(size: float) -> str:

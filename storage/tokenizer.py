@@ -60,6 +60,19 @@ class TokenizerMeta(BaseModel):
     pretokenizer: Pretokenizer = "gpt-2"
 
 
+def _byte_of_sign() -> dict[str, int]:
+    """GPT-2's byte alphabet, in which tokenizer.json spells tokens: printable bytes stand for
+    themselves, the others are counted from U+0100 (Radford et al. 2019)."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in sorted(printable)} | {
+        chr(0x100 + place): byte for place, byte in enumerate(others)
+    }
+
+
+BYTE_OF_SIGN = _byte_of_sign()
+
+
 @dataclass(frozen=True)
 class Rendered:
     """A conversation as token ids; both lists have the same length."""
@@ -130,6 +143,11 @@ class ChatTokenizer:
     def decode(self, ids: Sequence[int], *, keep_special: bool = False) -> str:
         """Text of ids; bytes that are not UTF-8 (a character cut in half) become U+FFFD."""
         return self._model.decode(list(ids), skip_special_tokens=not keep_special)
+
+    def bytes_of(self, token: int) -> bytes:
+        """The bytes of one ordinary token, which may be a part of a character only."""
+        piece = self._model.id_to_token(token)
+        return bytes(BYTE_OF_SIGN[sign] for sign in piece)
 
     def render(
         self, messages: Sequence[Mapping[str, str]], *, for_generation: bool = False

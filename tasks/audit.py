@@ -32,11 +32,23 @@ class Passage:
         return self.kept | self.dropped.keys()
 
 
-@stage(version=1)
+@stage(
+    version=2,
+    headlines={
+        "junk/removed": "planted junk removed",
+        "sound/lost": "good pages lost",
+        "copies/exact_removed": "exact copies removed",
+        "copies/near_removed": "near copies removed",
+        "copies/precision": "drops that were copies",
+        "copies/distinct_kept": "distinct pages kept",
+        "leaks/removed": "exam leaks removed",
+    },
+)
 def audit(job: Job, world: World, corpora: dict[str, Corpus], settings: AuditConfig) -> Scores:
     """Judge the data stages by planted truth; each stage by the pages that reached it.
 
-    `corpora` names stages: extract, filter, dedup, decontaminate; what is missing is not judged.
+    `corpora` names stages: extract, filter, dedup, decontaminate; what is missing is not judged, but
+    without dedup the copies that are left at the end are counted.
     reads World, Corpus   writes Scores   cost 1 s per 3,000 pages
     """
     if unknown := sorted(corpora.keys() - set(ROLES)):
@@ -93,7 +105,16 @@ def _figures(
     if clean := passages.get("filter", passages.get("extract")):
         yield from _junk_figures(truth, clean, judge)
     if "dedup" in passages:
-        yield from _copy_figures(truth, passages["dedup"], corpora["dedup"], settings, judge)
+        reached = passages["dedup"].reached
+        yield from _copy_figures(truth, reached, passages["dedup"].kept, settings, judge)
+        yield from _overlap_figures(
+            passages["dedup"], corpora["dedup"], settings.copy_similarity, judge
+        )
+    elif passages:
+        # Copies that nothing was there to remove, among what would have reached dedup.
+        before = passages.get("filter") or next(iter(passages.values()))
+        last = passages[next(role for role in reversed(ROLES) if role in passages)]
+        yield from _copy_figures(truth, before.kept, last.kept, settings, judge)
     if "decontaminate" in passages:
         yield from _leak_figures(truth, passages["decontaminate"], judge)
 
@@ -130,13 +151,16 @@ def _junk_figures(truth: Truth, clean: Passage, judge: Judge) -> Iterator[tuple[
 
 
 def _copy_figures(
-    truth: Truth, passage: Passage, corpus: Corpus, settings: AuditConfig, judge: Judge
+    truth: Truth,
+    reached: frozenset[str],
+    kept: frozenset[str],
+    settings: AuditConfig,
+    judge: Judge,
 ) -> Iterator[tuple[str, Figure]]:
     """Of every planted copy that reached dedup together with what it copies: gone, or kept?
 
     A copy is removed when one of the two is gone: which of them came first is not dedup's to say.
     """
-    reached = passage.reached
     copies = [
         url
         for url, page in truth.items()
@@ -144,7 +168,7 @@ def _copy_figures(
     ]
 
     def is_single(url: str) -> bool:
-        return not (url in passage.kept and truth[url]["of_url"] in passage.kept)
+        return not (url in kept and truth[url]["of_url"] in kept)
 
     def between(low: float, high: float) -> list[str]:
         return [url for url in copies if low <= truth[url]["jaccard"] < high]
@@ -156,7 +180,6 @@ def _copy_figures(
         yield name, judge(name, urls, is_single)
     name = "copies/distinct_kept"
     yield name, judge(name, distinct, lambda url: not is_single(url))
-    yield from _overlap_figures(passage, corpus, settings.copy_similarity, judge)
 
 
 def _overlap_figures(

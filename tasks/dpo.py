@@ -7,7 +7,13 @@ from tasks.launch import run_worker
 from tasks.stage import Job, stage
 
 
-@stage(version=1, uses_torch=True)
+@stage(
+    version=1,
+    uses_torch=True,
+    headlines={
+        "accuracy": "held-out pairs preferred rightly",
+    },
+)
 def dpo(job: Job, policy: Policy, preferences: Preferences, settings: DpoConfig) -> Policy:
     """Train a policy on preference pairs against itself as the reference.
 

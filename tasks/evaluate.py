@@ -21,7 +21,24 @@ BASELINE_ORDERS = (2, 5)
 NATS_PER_BIT = 0.6931471805599453
 
 
-@stage(version=1, uses_torch=True)
+@stage(
+    version=1,
+    uses_torch=True,
+    headlines={
+        "bits_per_byte/all": "bits per byte",
+        "2-gram/bits_per_byte/all": "bits per byte, 2-gram",
+        "5-gram/bits_per_byte/all": "bits per byte, 5-gram",
+        "xz/bits_per_byte/*": "bits per byte, xz -9, *",
+        "exam_letter/accuracy": "exam, letters",
+        "exam_option/accuracy": "exam, whole options",
+        "*blimp*/accuracy": "minimal pairs, *",
+        "world/right": "right answers",
+        "world/ended": "answers that end",
+        "world/reward": "true reward",
+        "world/reward_model": "reward model's score",
+        "world/kl": "KL to the reference, nats",
+    },
+)
 def evaluate(
     job: Job,
     policy: Policy,

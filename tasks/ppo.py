@@ -7,7 +7,15 @@ from tasks.launch import run_worker
 from tasks.stage import Job, stage
 
 
-@stage(version=1, uses_torch=True)
+@stage(
+    version=1,
+    uses_torch=True,
+    headlines={
+        "held_before/reward": "reward model's score before",
+        "held_after/reward": "reward model's score after",
+        "held_after/kl": "KL to the reference, nats",
+    },
+)
 def ppo(
     job: Job,
     policy: Policy,

@@ -7,7 +7,13 @@ from tasks.launch import run_worker
 from tasks.stage import Job, stage
 
 
-@stage(version=1, uses_torch=True)
+@stage(
+    version=1,
+    uses_torch=True,
+    headlines={
+        "accuracy/held": "held-out pairs ordered rightly",
+    },
+)
 def reward(
     job: Job, policy: Policy, preferences: Preferences, settings: RewardConfig
 ) -> RewardModel:

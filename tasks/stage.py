@@ -49,6 +49,9 @@ class StageSpec:
     output: type[Artifact]
     uses_torch: bool
     """Whether it dispatches a torch job; such stages have a `launch` setting."""
+    headlines: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Figures that say at a glance how it went, most telling first: name, or pattern with `*`, of a
+    score or of a metric (nested ones as `accuracy/held`) -> what people call it."""
 
 
 @dataclass
@@ -106,7 +109,9 @@ class Outcome:
     seconds: float
 
 
-def stage(*, version: int, uses_torch: bool = False) -> Callable[[Callable[..., Artifact]], Any]:
+def stage(
+    *, version: int, uses_torch: bool = False, headlines: Mapping[str, str] | None = None
+) -> Callable[[Callable[..., Artifact]], Any]:
     """Make a function a stage; its name is the stage's, its annotations are the contract.
 
     The function takes `job`, inputs (artifact kinds, `| None` when optional, `dict[str, Kind]` for a
@@ -128,6 +133,7 @@ def stage(*, version: int, uses_torch: bool = False) -> Callable[[Callable[..., 
             inputs=inputs,
             output=hints["return"],
             uses_torch=uses_torch,
+            headlines=headlines or {},
         )
         function.spec = spec  # type: ignore[attr-defined]
         return function

@@ -114,9 +114,17 @@ def _measure(job: Job, held: Mapping[str, Sequence[str]], sample: Sequence[str])
                 "tokens": tokens,
                 "bytes_per_token": round(sum(sizes) / max(tokens, 1), 4),
                 "example": "|".join(
-                    chat.decode([token]) for token in chat.encode(texts[0][:SHOWN_CHARS])
+                    _shown(chat, token) for token in chat.encode(texts[0][:SHOWN_CHARS])
                 ),
             }
         )
     job.metrics["compression"] = {row["language"]: row["bytes_per_token"] for row in rows}
     job.tables["compression"] = rows
+
+
+def _shown(chat: ChatTokenizer, token: int) -> str:
+    """The text of a token; bytes that are only a part of a character as `‹E5 B0›`."""
+    text = chat.decode([token])
+    if "\ufffd" not in text:
+        return text
+    return f"‹{chat.bytes_of(token).hex(' ').upper()}›"

@@ -214,3 +214,16 @@ def test_audit_twice_gives_the_same_bytes(tmp_path: Path) -> None:
         _, job = desk.audit(chain(desk, ["f"], ["c"], ["i"], extracted=ALL))
         written.append((job.files / "scores.json").read_bytes())
     assert written[0] == written[1]
+
+
+def test_without_dedup_the_copies_are_found_to_survive(tmp_path: Path) -> None:
+    desk = Desk(tmp_path)
+    corpora = chain(desk, ["f", "g"], [], ["i"], extracted=[url for url in ALL if url != "h"])
+    del corpora["dedup"]
+    figures, _ = desk.audit(corpora)
+    counts = {name: (figure.value, figure.n) for name, figure in figures.items()}
+    assert counts["copies/exact_removed"] == (0, 1)
+    assert counts["copies/near_removed"] == (0, 1)
+    assert counts["copies/distinct_kept"] == (1, 1)
+    assert counts["leaks/removed"] == (1, 1)
+    assert "copies/precision" not in counts
