@@ -1,7 +1,6 @@
 """Scoring counts every token once and gives what a plain forward pass gives."""
 
 from dataclasses import asdict
-from pathlib import Path
 
 import pytest
 import torch
