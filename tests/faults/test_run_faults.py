@@ -1,0 +1,165 @@
+"""A whole recipe by the real command: killed, interrupted, damaged; the result stays the same."""
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from storage.store import PARTS_BUILT
+from tasks.processes import is_alive
+from tests.faults.small_run import (
+    Place,
+    Told,
+    below,
+    finish,
+    is_fanned_out,
+    kill_flow,
+    kill_tree,
+    steps_of,
+    wait_until,
+)
+from tests.tasks.launching import processes_of, wait_for
+
+pytestmark = [pytest.mark.slow, pytest.mark.e2e]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    found = Place(tmp_path_factory.mktemp("faults"))
+    yield found
+    found.down()
+
+
+@pytest.fixture(scope="module")
+def unbroken(place: Place) -> Told:
+    """The run that nothing disturbs, in the store `unbroken`."""
+    return place.run("unbroken")
+
+
+def digests(told: Told) -> dict[str, str]:
+    return {name: stage["digest"] for name, stage in told["stages"].items()}
+
+
+def built(told: Told) -> set[str]:
+    return {name for name, stage in told["stages"].items() if stage["status"] == "built"}
+
+
+def attempt_at(place: Place, store: str, stage: str, step: int) -> Path | None:
+    """The attempt at a stage, once its job is that far."""
+    attempt = place.attempt(store, stage)
+    return attempt if attempt and steps_of(attempt) > step else None
+
+
+def written(artifacts: Path) -> dict[str, int]:
+    """When each artifact of a store was committed."""
+    return {path.parent.name: path.stat().st_mtime_ns for path in artifacts.glob("*/record.json")}
+
+
+@pytest.mark.parametrize(("stage", "step"), [("pretrain", 25), ("ppo", 5)])
+def test_everything_killed_in_training_gives_the_weights_of_an_unbroken_run(
+    place: Place, unbroken: Told, stage: str, step: int
+) -> None:
+    store = f"killed_{stage}"
+    place.copy("unbroken", store, without=stage)
+    flow = place.start(store)
+    wait_until(flow, lambda: attempt_at(place, store, stage, step))
+    attempt = place.attempt(store, stage)
+    assert attempt
+    kill_tree(flow, attempt)
+    reached = steps_of(attempt)
+    again = place.run(store)
+    assert built(again) == {stage}
+    assert digests(again) == digests(unbroken)
+    noted = steps_of(Path(again["stages"][stage]["path"]))
+    assert noted == steps_of(Path(unbroken["stages"][stage]["path"])) > reached > step
+
+
+def test_a_job_whose_flow_is_killed_goes_on_and_the_next_run_joins_it(
+    place: Place, unbroken: Told
+) -> None:
+    place.copy("unbroken", "joined", without="pretrain")
+    flow = place.start("joined")
+    wait_until(flow, lambda: attempt_at(place, "joined", "pretrain", 0))
+    attempt = place.attempt("joined", "pretrain")
+    assert attempt
+    workers = processes_of(attempt)
+    kill_flow(flow)
+    assert workers
+    assert all(is_alive(pid) for pid in workers)
+    again = place.run("joined")
+    assert built(again) == {"pretrain"}
+    assert digests(again) == digests(unbroken)
+
+
+def test_killed_in_the_middle_of_tokenize_costs_no_shard_twice(
+    place: Place, unbroken: Told
+) -> None:
+    place.copy("unbroken", "killed_tokenize", without="tokenize")
+    attempts = place.store("killed_tokenize") / "attempts"
+    flow = place.start("killed_tokenize")
+    wait_until(flow, lambda: any(attempts.glob(f"*/*/state/{PARTS_BUILT}")))
+    kill_flow(flow)
+    again = place.run("killed_tokenize")
+    shards = again["stages"]["tokenize"]["metrics"]["shards"]
+    assert shards["reused"] >= 1
+    assert shards["reused"] + shards["built"] == 4
+    assert built(again) == {"tokenize"}
+    assert digests(again) == digests(unbroken)
+
+
+def test_what_is_damaged_is_named_and_rebuilt_and_nothing_else(
+    place: Place, unbroken: Told
+) -> None:
+    place.copy("unbroken", "damaged", without="")
+    assert not built(place.run("damaged"))
+    artifacts = place.store("damaged") / "artifacts"
+    corpus = artifacts / unbroken["stages"]["extract"]["fingerprint"]
+    shard = json.loads((corpus / "files/manifest.json").read_bytes())["shards"][2]["part"]
+    text = artifacts / shard / "files/shard.parquet"
+    content = bytearray(text.read_bytes())
+    content[len(content) // 2] ^= 1
+    text.write_bytes(content)
+    policy = unbroken["stages"]["pretrain"]["fingerprint"]
+    (artifacts / policy / "files/model.safetensors").unlink()
+
+    damaged = {item["fingerprint"]: item for item in place.verify()["damaged"]}
+    assert {name: item["node"] for name, item in damaged.items()} == {
+        shard: "extract",
+        policy: "pretrain",
+    }
+    assert "shard.parquet" in damaged[shard]["wrong"]
+    assert "model.safetensors" in damaged[policy]["wrong"]
+    before = written(artifacts)
+    again = place.run("damaged")
+    assert built(again) == {"extract", "pretrain"}
+    after = written(artifacts)
+    assert {name for name in after if after[name] != before.get(name)} == set(damaged)
+    assert digests(again) == digests(unbroken)
+
+
+@pytest.mark.parametrize("stage", ["extract", "pretrain"])
+def test_ctrl_c_ends_everything_without_a_traceback_and_the_next_run_goes_on(
+    place: Place, unbroken: Told, stage: str
+) -> None:
+    store = f"cancelled_{stage}"
+    place.copy("unbroken", store, without=stage)
+    flow = place.start(store)
+    if stage == "pretrain":
+        wait_until(flow, lambda: attempt_at(place, store, stage, 25))
+    else:
+        # Its workers have just been started: they have not yet said that Ctrl-C is not for them.
+        wait_until(flow, lambda: is_fanned_out(flow))
+    processes = below(flow)
+    os.killpg(flow.pid, signal.SIGINT)
+    out, err = flow.communicate(timeout=60)
+    assert flow.returncode == 130, out + err
+    assert "Traceback" not in out + err
+    wait_for(lambda: not any(is_alive(pid) for pid in processes), 20)
+    told = json.loads(out.splitlines()[-1])
+    assert told["stages"][stage]["status"] == "failed"
+    again = finish(place.start(store))
+    assert built(again) == {stage}
+    assert digests(again) == digests(unbroken)
