@@ -197,7 +197,9 @@ def _run_pool(
 ) -> tuple[list[_Task], list[_Task]]:
     """Run tasks in a fresh pool; if it broke, those not begun and those that were running."""
     with _pool(workers) as pool:
-        waiting = {pool.submit(_build_part, task): task for task in tasks}
+        with _deaf_to_interrupt():
+            # Submitting starts the workers.
+            waiting = {pool.submit(_build_part, task): task for task in tasks}
         running: set[Future[str | None]] = set()
         untouched: list[_Task] = []
         suspects: list[_Task] = []
@@ -237,9 +239,20 @@ def _pool(workers: int) -> Generator[ProcessPoolExecutor]:
         reader.close()
 
 
+@contextmanager
+def _deaf_to_interrupt() -> Generator[None]:
+    """Keep Ctrl-C from processes started meanwhile, until they themselves choose to ignore it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _begin_worker(parent_pipe: Connection, parent: int, threads: int) -> None:
     """Leave Ctrl-C to the parent, bound the threads of libraries, and exit with the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     if sys.platform == "linux":
         # A thread cannot act while other code keeps the interpreter's lock (a regular expression
         # that does not end); the kernel can. It goes by the thread that began the pool, which waits.

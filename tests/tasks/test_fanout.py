@@ -266,3 +266,35 @@ def test_workers_end_with_their_parent(tmp_path: Path, how: signal.Signals, func
     store = Store(tmp_path / "store")
     names = [path.name for path in (tmp_path / "store" / "attempts").iterdir()]
     assert not any(store.is_claimed(name) for name in names)
+
+
+SLOW_START = """
+import sys, time
+if any("spawn_main" in word for word in sys.orig_argv):
+    time.sleep(1)
+"""
+
+
+def test_ctrl_c_while_workers_start_ends_them_without_a_word(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(SLOW_START)
+    script = tmp_path / "flow.py"
+    script.write_text(FLOW.replace("FUNCTION", "sleep_long"))
+    flow = subprocess.Popen(
+        [sys.executable, str(script), str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(REPOSITORY)])},
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    workers: list[psutil.Process] = []
+    deadline = time.monotonic() + 30
+    while len(workers) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+        children = psutil.Process(flow.pid).children()
+        workers = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+    os.killpg(flow.pid, signal.SIGINT)
+    _, said = flow.communicate(timeout=20)
+    assert flow.returncode != 0
+    assert said.count(b"Traceback") == 1  # the flow's own
+    _, alive = psutil.wait_procs(workers, timeout=5)
+    assert alive == []
