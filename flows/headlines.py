@@ -63,7 +63,7 @@ def _figures_in(value: Any, place: str = "") -> Iterator[tuple[str, Figure]]:
     if not isinstance(value, dict):
         return
     content = cast("dict[str, Any]", value)
-    if FIGURE_KEYS <= content.keys():
+    if content.keys() >= FIGURE_KEYS:
         yield place, Figure.model_validate(content)
         return
     for name, item in content.items():

@@ -4,10 +4,11 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from conf.contract import METRICS
-from flows import charts
+from flows import charts, drawing
+from flows.headlines import headlines
 from flows.runs import RunRecord, StageRecord
 from storage.scores import Figure, Scores
 from storage.store import Store
@@ -15,7 +16,7 @@ from storage.store import Store
 CURVES = (
     ("loss", "nats", False),
     ("held_loss", "nats", False),
-    ("lr", "learning rate", False),
+    ("lr", "rate", False),
     ("gradient_norm", "norm", True),
     ("tokens_per_second", "tokens/s", False),
 )
@@ -31,6 +32,7 @@ ALIGNMENT_CURVES = {
 }
 MAX_POINTS = 400
 LONG_TABLE_ROWS = 14
+SHOWN_PROMPTS, MOST_PROMPTS = 12, 60
 CORPUS_STAGES = ("extract", "filter", "dedup", "decontaminate")
 
 
@@ -42,11 +44,12 @@ class Table:
     columns: Sequence[str]
     rows: Sequence[Sequence[Any]]
     is_samples: bool = False
+    is_detail: bool = False
 
     @property
-    def is_long(self) -> bool:
-        """Whether it is folded until asked for."""
-        return bool(self.title) and len(self.rows) > LONG_TABLE_ROWS
+    def is_folded(self) -> bool:
+        """Whether it is shown only when asked for."""
+        return self.is_detail or (bool(self.title) and len(self.rows) > LONG_TABLE_ROWS)
 
 
 @dataclass
@@ -79,7 +82,7 @@ def write_report(run_dir: Path, store: Store) -> Path:
         name: Scores(path).figures() for name, path in paths.items() if _kind(run, name) == "scores"
     }
     sections = [
-        _effects(scores),
+        _effects(run, paths),
         _graph(run),
         _corpus(run),
         _tokens(run),
@@ -87,6 +90,7 @@ def write_report(run_dir: Path, store: Store) -> Path:
         _language_model(scores),
         _exams(scores),
         _samples(run, paths),
+        _scores(scores),
         _costs(run),
         _errors(run),
     ]
@@ -107,10 +111,18 @@ def write_report(run_dir: Path, store: Store) -> Path:
     return target
 
 
+class Exact(float):
+    """A figure with three digits after the point, also where they are noughts."""
+
+
 def _number(value: float) -> str:
+    if isinstance(value, Exact):
+        return f"{value:,.3f}"
     if isinstance(value, int) or float(value).is_integer():
         return f"{int(value):,}"
-    return f"{value:,.4g}" if abs(value) >= 1e-3 else f"{value:.2e}"
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.4g}" if abs(value) >= 1e-3 else f"{value:.2e}"
 
 
 def _kind(run: RunRecord, name: str) -> str | None:
@@ -131,41 +143,55 @@ def _subtitle(run: RunRecord) -> str:
     )
 
 
-def _effects(scores: Mapping[str, Mapping[str, Figure]]) -> Section:
-    """What the world says of every stage: planted truth, knowledge, answers."""
+def _effects(run: RunRecord, paths: Mapping[str, Path]) -> Section:
+    """The figures that the stages themselves call telling."""
     section = Section(
         "effects",
         "What every stage did",
-        "Measured on held-out truth; each figure with its number of trials, its 95 % interval and, "
+        "Measured on held-out truth; each figure with its 95 % interval, its number of trials n and, "
         "where there is one, the level of chance.",
     )
-    judged = {
-        node: {name: figure for name, figure in figures.items() if name.startswith("world/")}
-        for node, figures in scores.items()
-    }
-    judged = {node: figures for node, figures in judged.items() if figures}
-    names = list(dict.fromkeys(name for figures in judged.values() for name in figures))
-    if names:
-        section.charts = [
-            charts.intervals(
-                [
-                    (node, figure.value, figure.low, figure.high, figure.chance)
-                    for node, figures in judged.items()
-                    if (figure := figures.get(name))
-                ],
-                title=name.removeprefix("world/").replace("_", " "),
-                across="mean over answers",
-            )
-            for name in names
-        ]
+    rows: list[Sequence[Any]] = []
+    for item in headlines(run, paths):
+        figure = item.figure
+        interval = f"{figure.low:.3f} to {figure.high:.3f}"
+        node = "" if any(row[0] == item.node for row in rows) else item.node
+        chance = _blank(figure.chance)
+        rows.append((node, item.label, Exact(figure.value), interval, figure.n, chance))
+    if rows:
+        columns = ("node", "figure", "value", "95 % interval", "n", "chance")
+        section.tables = [Table("", columns, rows)]
+    return section
+
+
+def _scores(scores: Mapping[str, Mapping[str, Figure]]) -> Section:
+    """Every group of figures that several nodes share, node against node, and all of them as tables."""
+    section = Section(
+        "scores", "All scores", "Each node against the others; the mark across is chance."
+    )
+    shared: dict[str, list[charts.Interval]] = {}
+    for node, figures in scores.items():
+        for name, figure in figures.items():
+            if "/" in name and "bits_per_byte" not in name and "accuracy" not in name:
+                row = (node, figure.value, figure.low, figure.high, figure.chance)
+                shared.setdefault(name, []).append(row)
+    section.charts = [
+        charts.intervals(rows, title=_title(name), across="mean")
+        for name, rows in shared.items()
+        if len(rows) > 1 and "nats_per_token" not in name
+    ]
     for node, figures in scores.items():
         rows = [
             (name, figure.value, figure.low, figure.high, figure.n, _blank(figure.chance))
             for name, figure in figures.items()
-            if name.count("/") <= 1
         ]
-        section.tables.append(Table(node, ("figure", "value", "low", "high", "n", "chance"), rows))
+        columns = ("figure", "value", "low", "high", "n", "chance")
+        section.tables.append(Table(node, columns, rows, is_detail=True))
     return section
+
+
+def _title(name: str) -> str:
+    return name.replace("/", ": ").replace("_", " ")
 
 
 def _graph(run: RunRecord) -> Section:
@@ -175,10 +201,7 @@ def _graph(run: RunRecord) -> Section:
         for source in stage.reads
         if source in run.stages
     ]
-    depths: dict[str, int] = {}
-    for name in run.stages:  # in topological order
-        depths[name] = 1 + max((depths[start] for start, end in edges if end == name), default=-1)
-    marks = {name: (_note(stage), stage.status) for name, stage in run.stages.items()}
+    marks = {name: drawing.Mark(_note(stage), stage.status) for name, stage in run.stages.items()}
     rows = [
         (name, stage.stage, stage.status, stage.seconds, (stage.fingerprint or "")[:12])
         for name, stage in run.stages.items()
@@ -186,8 +209,15 @@ def _graph(run: RunRecord) -> Section:
     return Section(
         "graph",
         "The graph",
-        wide=[charts.graph(depths, edges, marks)] if run.stages else [],
-        tables=[Table("", ("node", "stage", "status", "seconds", "fingerprint"), rows)],
+        wide=[drawing.graph(edges, marks)] if run.stages else [],
+        tables=[
+            Table(
+                "all stages",
+                ("node", "stage", "status", "seconds", "fingerprint"),
+                rows,
+                is_detail=True,
+            )
+        ],
     )
 
 
@@ -204,7 +234,7 @@ def _note(stage: StageRecord) -> str:
 def _corpus(run: RunRecord) -> Section:
     section = Section("corpus", "The corpus", "Documents that are left after each stage.")
     nodes = [stage for stage in run.stages.values() if stage.stage in CORPUS_STAGES]
-    counts = [(stage.node, _count(stage.metrics, "documents", "kept")) for stage in nodes]
+    counts = [(stage.node, _count(stage.metrics, "kept", "documents")) for stage in nodes]
     counts = [(name, count) for name, count in counts if count is not None]
     if counts:
         section.charts.append(
@@ -246,9 +276,28 @@ def _stage_tables(stage: StageRecord) -> Iterator[Table]:
 
 
 def _blank(value: Any) -> Any:
-    if value is None:
-        return ""
-    return value if isinstance(value, int | float | str) else json.dumps(value, ensure_ascii=False)
+    """A value as a cell: numbers and text as they are, what is nested in words."""
+    match value:
+        case None:
+            return ""
+        case bool():
+            return "yes" if value else "no"
+        case int() | float() | str():
+            return value
+        case dict():
+            pairs = cast("dict[str, Any]", value).items()
+            return ", ".join(f"{name} {_inner(item)}" for name, item in pairs)
+        case list():
+            return ", ".join(_inner(item) for item in cast("list[Any]", value))
+        case _:
+            return str(value)
+
+
+def _inner(value: Any) -> str:
+    cell = _blank(value)
+    if isinstance(value, dict | list):
+        return f"({cell})"
+    return _number(cell) if isinstance(cell, int | float) else str(cell)
 
 
 def _tokens(run: RunRecord) -> Section:
@@ -262,7 +311,8 @@ def _tokens(run: RunRecord) -> Section:
 
 def _figures(stage: StageRecord) -> Table:
     """All figures of a stage, nested ones by their path."""
-    return Table(f"{stage.node}: figures", ("figure", "value"), list(_flat(stage.metrics)))
+    rows = list(_flat(stage.metrics))
+    return Table(f"{stage.node}: figures", ("figure", "value"), rows, is_detail=True)
 
 
 def _flat(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
@@ -309,10 +359,11 @@ def _series(metric: str, curves: Mapping[str, list[dict[str, Any]]]) -> charts.S
     """One curve a node, or a node and domain for metrics such as `held_loss/web`."""
     series: dict[str, tuple[list[float], list[float]]] = {}
     for node, rows in curves.items():
-        names = dict.fromkeys(key for row in rows for key in row)
+        keys = dict.fromkeys(key for row in rows for key in row)
+        names = [key for key in keys if key == metric or key.startswith(f"{metric}/")]
+        if len(names) == 2 and metric in names:
+            names = [metric]  # the one part is the whole
         for name in names:
-            if name != metric and not name.startswith(f"{metric}/"):
-                continue
             part = name.removeprefix(metric).removeprefix("/")
             label = " ".join(filter(None, (node if len(curves) > 1 else "", part))) or node
             points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
@@ -343,20 +394,19 @@ def _language_model(scores: Mapping[str, Mapping[str, Figure]]) -> Section:
         "Held-out documents",
         "Bits per byte on the same documents: the model, n-gram models of the same training tokens, xz -9.",
     )
+    domains: dict[str, list[charts.Interval]] = {}
     for node, figures in scores.items():
-        rows = [
-            (name.replace("bits_per_byte", "").replace("//", "/").strip("/"), figure)
-            for name, figure in figures.items()
-            if "bits_per_byte" in name
-        ]
-        if rows:
-            section.charts.append(
-                charts.intervals(
-                    [(name, f.value, f.low, f.high, None) for name, f in rows],
-                    title=node,
-                    across="bits per byte",
-                )
-            )
+        for name, figure in figures.items():
+            who, _, domain = name.rpartition("bits_per_byte/")
+            if domain and "bits_per_byte/" in name:
+                row = (who.strip("/") or node, figure.value, figure.low, figure.high, None)
+                domains.setdefault(domain, []).append(row)
+    if len(domains) == 2:
+        domains.pop("all", None)  # the one domain is all
+    section.charts = [
+        charts.intervals(rows, title=domain, across="bits per byte")
+        for domain, rows in domains.items()
+    ]
     return section
 
 
@@ -385,14 +435,26 @@ def _samples(run: RunRecord, paths: Mapping[str, Path]) -> Section:
     for node in nodes:
         for row in Scores(paths[node]).answers():
             if row.get("sample", 0) == 0:
-                end = "" if row["is_ended"] else " …"
-                answers.setdefault(row["prompt"], {})[node] = row["answer"] + end
+                answers.setdefault(row["prompt"], {})[node] = _told(row)
     if answers:
         rows = [
             [prompt, *(given.get(node, "") for node in nodes)] for prompt, given in answers.items()
         ]
-        section.tables = [Table("", ("prompt", *nodes), rows[:40], is_samples=True)]
+        columns = ("prompt", *nodes)
+        section.tables = [Table("", columns, rows[:SHOWN_PROMPTS], is_samples=True)]
+        if more := rows[SHOWN_PROMPTS:MOST_PROMPTS]:
+            section.tables.append(
+                Table("more prompts", columns, more, is_samples=True, is_detail=True)
+            )
     return section
+
+
+def _told(row: Mapping[str, Any]) -> str:
+    """An answer; bytes that are no character as `‹?›`, except where the answer was cut off in one."""
+    answer = str(row["answer"])
+    if not row["is_ended"]:
+        answer = answer.rstrip("\ufffd") + " …"
+    return answer.replace("\ufffd", "‹?›")
 
 
 def _costs(run: RunRecord) -> Section:

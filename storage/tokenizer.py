@@ -147,6 +147,8 @@ class ChatTokenizer:
     def bytes_of(self, token: int) -> bytes:
         """The bytes of one ordinary token, which may be a part of a character only."""
         piece = self._model.id_to_token(token)
+        if piece is None:
+            raise ValueError(f"there is no token {token}; ids are below {self.vocabulary}")
         return bytes(BYTE_OF_SIGN[sign] for sign in piece)
 
     def render(

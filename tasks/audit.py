@@ -110,11 +110,9 @@ def _figures(
         yield from _overlap_figures(
             passages["dedup"], corpora["dedup"], settings.copy_similarity, judge
         )
-    elif passages:
+    elif last := passages.get("decontaminate"):
         # Copies that nothing was there to remove, among what would have reached dedup.
-        before = passages.get("filter") or next(iter(passages.values()))
-        last = passages[next(role for role in reversed(ROLES) if role in passages)]
-        yield from _copy_figures(truth, before.kept, last.kept, settings, judge)
+        yield from _copy_figures(truth, last.reached, last.kept, settings, judge)
     if "decontaminate" in passages:
         yield from _leak_figures(truth, passages["decontaminate"], judge)
 

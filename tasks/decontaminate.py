@@ -206,6 +206,7 @@ def _drop(
 ) -> None:
     for row, (_, _, _, question) in rows.items():
         keep[row], reason[row] = False, f"exam:{report.questions[question].exam}"
+    report.dropped += len(rows)
 
 
 def _frame(keep: list[bool], reason: list[Any]) -> "pl.DataFrame":
@@ -239,6 +240,7 @@ class Report:
 
     def __init__(self, questions: Sequence[ExamText], index: Index) -> None:
         self.questions = questions
+        self.dropped = 0
         self._index = index
         self._documents = 0
         self._hit_documents = 0
@@ -284,6 +286,7 @@ class Report:
             figures["documents"] = self._by_exam[exam]
         job.metrics |= {
             "documents": self._documents,
+            "kept": self._documents - self.dropped,
             "overlapping": self._hit_documents,
             "questions": len(self.questions),
             "ignored_questions": self._index.how.count("ignored"),
