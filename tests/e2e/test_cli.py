@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import sqlite3
 import subprocess
@@ -182,6 +183,15 @@ def test_a_run_builds_then_everything_is_cached(bessemer: Command) -> None:
     assert {f"{name} {digits}" for name, digits in prints.items()} <= cached
     artifacts = bessemer.ask("artifacts/filter", {"limit": 200})
     assert {"mine", "mine-files", "blend"} <= {artifact["key"] for artifact in artifacts}
+
+
+def test_a_run_without_work_costs_less_than_three_seconds_of_its_own(bessemer: Command) -> None:
+    bessemer("run", "tiny.yaml")
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    bessemer("run", "tiny.yaml")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    # Processor time: what the clock says depends on who else uses the machine.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 3.0
 
 
 def test_what_looks_at_results(bessemer: Command) -> None:
