@@ -30,7 +30,10 @@ def lines(series: Series, *, title: str, across: str, up: str, is_log: bool = Fa
     """Curves over a common axis; one name, x and y a curve."""
     rows, columns = _legend_grid(list(series)) if len(series) > 1 else (0, 1)
     figure, axes = _canvas(
-        2.4 + LINE * rows, f"{title}, {up}", left=0.62, bottom=BOTTOM + LINE * rows
+        2.4 + LINE * rows,
+        ", ".join(filter(None, (title, up))),
+        left=0.62,
+        bottom=BOTTOM + LINE * rows,
     )
     for (name, (x, y)), colour in zip(series.items(), _colours(len(series)), strict=True):
         marker = "o" if len(x) == 1 else None

@@ -16,21 +16,22 @@ from storage.store import Store
 CURVES = (
     ("loss", "nats", False),
     ("held_loss", "nats", False),
-    ("lr", "rate", False),
-    ("gradient_norm", "norm", True),
-    ("tokens_per_second", "tokens/s", False),
+    ("lr", "", False),
+    ("gradient_norm", "", True),
+    ("tokens_per_second", "", False),
 )
 ALIGNMENT_CURVES = {
     "reward": (("accuracy", "share of pairs"), ("margin", "reward")),
     "dpo": (("accuracy", "share of pairs"), ("chosen_reward", "nats"), ("rejected_reward", "nats")),
     "ppo": (
-        ("reward", "reward"),
+        ("reward", ""),
         ("kl", "nats"),
         ("clip_fraction", "share"),
         ("ended_share", "share"),
     ),
 }
 MAX_POINTS = 400
+TITLES = {"lr": "learning rate", "kl": "KL to the reference"}
 LONG_TABLE_ROWS = 14
 SHOWN_PROMPTS, MOST_PROMPTS = 12, 60
 CORPUS_STAGES = ("extract", "filter", "dedup", "decontaminate")
@@ -191,7 +192,7 @@ def _scores(scores: Mapping[str, Mapping[str, Figure]]) -> Section:
 
 
 def _title(name: str) -> str:
-    return name.replace("/", ": ").replace("_", " ")
+    return TITLES.get(name) or name.replace("/", ": ").replace("_", " ")
 
 
 def _graph(run: RunRecord) -> Section:
@@ -337,13 +338,11 @@ def _training(run: RunRecord, paths: Mapping[str, Path]) -> Iterator[Section]:
             series = _series(metric, {node: curves[node] for node in nodes})
             if series:
                 section.charts.append(
-                    charts.lines(
-                        series, title=metric.replace("_", " "), across="step", up=up, is_log=is_log
-                    )
+                    charts.lines(series, title=_title(metric), across="step", up=up, is_log=is_log)
                 )
         if stage == "ppo" and (frontier := _frontier({node: curves[node] for node in nodes})):
             section.charts.append(
-                charts.lines(frontier, title="reward against KL", across="KL, nats", up="reward")
+                charts.lines(frontier, title="reward against KL", across="KL, nats", up="")
             )
         section.tables = [_figures(run.stages[node]) for node in nodes]
         yield section
