@@ -41,3 +41,22 @@ def test_a_plan_of_the_demo_in_an_empty_home_misses_everything(tmp_path: Path) -
         "tokens": 2_000_000,
         "flops": 6 * parameters * 2_000_000,
     }
+
+
+def test_the_controls_share_the_demo_and_leave_one_thing_out(tmp_path: Path) -> None:
+    demo = load_graph("demo", ["dpo.max_steps=7"], base=tmp_path).nodes
+    controls = load_graph("demo_controls", ["dpo.max_steps=7"], base=tmp_path).nodes
+    assert {name: controls[name] for name in demo} == demo
+
+    def left_out(control: str, node: str) -> set[str]:
+        mine, its = controls[control].settings.identity(), demo[node].settings.identity()
+        return {key for key in mine if mine[key] != its[key]}
+
+    assert left_out("dpo_plain", "dpo") == {"rpo_alpha"}
+    assert left_out("ppo_without_kl", "ppo") == {"kl_coef"}
+    assert left_out("reward_shuffled", "reward") == {"shuffle_labels"}
+    assert left_out("pretrain_untrained", "pretrain") == {"tokens", "learning_rate", "warmup"}
+    assert left_out("decontaminate_without_dedup", "decontaminate") == set()
+    assert left_out("evaluate_untrained", "evaluate_pretrain") == {"has_baselines"}
+    assert left_out("evaluate_dpo_plain", "evaluate_dpo") == set()
+    assert left_out("evaluate_ppo_without_kl", "evaluate_ppo") == set()

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -34,15 +35,14 @@ def stage(node: str, name: str, kind: str, **more: object) -> StageRecord:
     )
 
 
-def committed(store: Store, digit: str, name: str, kind: str, write: object = None) -> str:
+def committed(store: Store, digit: str, name: str, kind: str, write: Callable[[Path], None]) -> str:
     """Fingerprint of an artifact whose folder `write` filled."""
     fingerprint = digit * 64
     claim = store.claim(fingerprint)
     assert claim
     with claim:
         (claim.path / "files" / "x").write_text("x")
-        if callable(write):
-            write(claim.path)
+        write(claim.path)
         record = Record(
             fingerprint=fingerprint, kind=kind, stage=name, digest="", identity={},
             created=datetime(2026, 1, 1, tzinfo=UTC).isoformat(),
@@ -56,6 +56,10 @@ def write_curve(path: Path) -> None:
     rows = [{"step": step, "loss": 6 / (1 + step), "gradient_norm": 2.0} for step in range(50)]
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (path / "logs" / "metrics.jsonl").write_text(text)
+
+
+def write_scores(path: Path) -> None:
+    Scores.write(path / "files", FIGURES, ANSWERS)
 
 
 def write_tables(path: Path) -> None:
