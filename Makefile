@@ -6,13 +6,16 @@ export PREFECT_SERVER_ANALYTICS_ENABLED = false
 export MLFLOW_DISABLE_TELEMETRY = true
 export DO_NOT_TRACK = 1
 
-.PHONY: run test check bench up down setup clean
+.PHONY: run test soak check bench up down setup clean
 
 run: $(READY)
 	$(BIN)/bessemer run demo
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+soak: $(READY)
+	$(BIN)/python -m pytest -m soak
 
 check: $(READY)
 	$(BIN)/ruff format --check .

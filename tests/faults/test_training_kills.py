@@ -95,7 +95,8 @@ def run_and_kill_all(root: Path, step: int) -> Path:
     return attempt
 
 
-@pytest.mark.slow
+# Short form: test_run_faults.py kills it once.
+@pytest.mark.soak
 def test_everything_killed_twice_gives_the_weights_of_an_unbroken_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

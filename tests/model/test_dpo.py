@@ -112,7 +112,8 @@ def test_every_loss_trains(loss: Any, world: Path, tmp_path: Path) -> None:
     assert figures["held_margin"] > 0.0
 
 
-@pytest.mark.slow
+# Short forms: SFT and the reward model, which learn in the same loop, are killed too.
+@pytest.mark.soak
 def test_killed_it_ends_with_the_same_bytes(world: Path, tmp_path: Path) -> None:
     settings = changed(checkpoint_every_steps=7, epochs=12)
     whole = make_job(tmp_path / "whole", "dpo", settings, inputs(world))

@@ -221,7 +221,8 @@ def test_minibatches_must_divide_the_rollout() -> None:
         PpoConfig(rollout_rows=64, minibatch_rows=48)
 
 
-@pytest.mark.slow
+# Short form: the fault tests kill PPO in a whole run.
+@pytest.mark.soak
 def test_killed_it_ends_with_the_same_bytes(world: Path, tmp_path: Path) -> None:
     settings = changed(iterations=24, checkpoint_every_iterations=3, kl_target=0.5)
     whole = make_job(tmp_path / "whole", "ppo", settings, inputs(world))

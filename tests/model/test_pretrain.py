@@ -89,7 +89,14 @@ def test_engines_agree_on_every_loss(unbroken: dict[str, Path], engine: str) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["plain", "ddp", "zero2"])
+@pytest.mark.parametrize(
+    "engine",
+    [
+        "plain",
+        pytest.param("ddp", marks=pytest.mark.soak),
+        pytest.param("zero2", marks=pytest.mark.soak),
+    ],
+)
 def test_killed_anywhere_and_run_again_gives_the_same_bits(
     unbroken: dict[str, Path], tmp_path: Path, tokens: Path, engine: str
 ) -> None:
