@@ -27,7 +27,6 @@ REWARD_KIND = 0.5
 REWARD_RUDE = -0.5
 REWARD_SUPERFLUOUS = -0.5
 REWARD_NOT_ENDED = -1.0
-REWARD_BEST = REWARD_RIGHT + REWARD_LANGUAGE + REWARD_KIND
 
 
 @dataclass(frozen=True)
@@ -214,7 +213,3 @@ class World(Artifact):
         with (self.files / "truth" / "pages.jsonl").open(encoding="utf-8") as lines:
             for line in lines:
                 yield json.loads(line)
-
-    def blocked_hosts(self) -> list[str]:
-        """Hosts that must not be read."""
-        return (self.files / "block_list.txt").read_text("utf-8").split()
