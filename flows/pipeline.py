@@ -24,6 +24,7 @@ from flows.execution import Execution, Listener
 from flows.part import current, verdict
 from flows.pretraining import pretraining
 from flows.runs import RunRecord, StageRecord
+from flows.settle import flow_run_name, settle_dead_runs
 from tasks.stage import Job
 from tasks.tracking import Tracking
 
@@ -47,6 +48,8 @@ def run_pipeline(execution: Execution, *, say: Say = lambda text: None) -> bool:
     The run's record says what became of each node. False only after a cancel that a stage did not
     follow in time: the process has to be ended then.
     """
+    for run_id in settle_dead_runs(execution.home):
+        say(f"run {run_id} had died; what it began is resumed where this run needs it")
     tracking = _tracking(execution)
     execution.start()
     token = current.set(execution)
@@ -55,7 +58,7 @@ def run_pipeline(execution: Execution, *, say: Say = lambda text: None) -> bool:
         # A flow waits up to a second for its heart-beat thread when it ends; the run's record has
         # the process's id and start time instead.
         with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
-            name = f"{execution.graph.recipe} {execution.record.run_id}"
+            name = flow_run_name(execution.record)
             pipeline.with_options(flow_run_name=name)(return_state=True)
     finally:
         execution.finish(time.monotonic() - started)

@@ -12,6 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
+
+from flows.runs import Home
+from flows.services import read_service
 from tasks.processes import descendants
 from tests.tasks.launching import processes_of, wait_for
 
@@ -108,6 +112,14 @@ class Place:
                 if json.loads(path.read_bytes())["stage"] == stage:
                     return path.parents[1]
         return None
+
+    def going(self) -> list[str]:
+        """Names of the flow runs that Prefect's page shows as running."""
+        service = read_service(Home(self.folder / "home"), "prefect")
+        assert service
+        wanted = {"flow_runs": {"state": {"type": {"any_": ["RUNNING", "PENDING"]}}}}
+        found = httpx.post(f"{service.url}/api/flow_runs/filter", json=wanted, timeout=30)
+        return [run["name"] for run in found.raise_for_status().json()]
 
     def _bessemer(self, *arguments: str) -> "subprocess.Popen[str]":
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "BESSEMER_"))}

@@ -89,9 +89,11 @@ def test_a_job_whose_flow_is_killed_goes_on_and_the_next_run_joins_it(
     kill_flow(flow)
     assert workers
     assert all(is_alive(pid) for pid in workers)
+    assert place.going()
     again = place.run("joined")
     assert built(again) == {"pretrain"}
     assert digests(again) == digests(unbroken)
+    assert place.going() == []
 
 
 def test_killed_in_the_middle_of_tokenize_costs_no_shard_twice(
