@@ -12,25 +12,20 @@ import numba as nb
 import numpy as np
 import numpy.typing as npt
 
-U32 = np.uint32
-U64 = np.uint64
+from tasks.kernels.words import (
+    FNV_OFFSET,
+    FNV_PRIME,
+    GOLDEN,
+    GRAM_FACTOR,
+    U64,
+    code_point,
+    is_han,
+    mix64,
+)
 
-GOLDEN = U64(0x9E3779B97F4A7C15)
-FNV_OFFSET = U64(14695981039346656037)
-FNV_PRIME = U64(1099511628211)
-SHINGLE_FACTOR = U64(0x9FB21C651E98DF25)
+U32 = np.uint32
 
 SEPARATOR, RUN, SINGLE = 0, 1, 2
-
-
-@nb.njit(inline="always")
-def _mix64(x):
-    """MurmurHash3's 64-bit finalizer: a bijection that spreads every bit."""
-    x ^= x >> U64(33)
-    x *= U64(0xFF51AFD7ED558CCD)
-    x ^= x >> U64(33)
-    x *= U64(0xC4CEB9FE1A85EC53)
-    return x ^ (x >> U64(33))
 
 
 @nb.njit(inline="always")
@@ -51,30 +46,10 @@ def _kind(cp):
         return RUN if is_run else SEPARATOR
     if cp < 0x2000:  # Latin with marks, Greek, Cyrillic, Hebrew, Arabic, Indic, Thai ...
         return RUN if cp >= 0xC0 and cp != 0xD7 and cp != 0xF7 else SEPARATOR
-    if (
-        (0x3400 <= cp <= 0x4DBF)
-        or (0x4E00 <= cp <= 0x9FFF)  # Han
-        or (0x3041 <= cp <= 0x30FF)  # kana
-        or (0xAC00 <= cp <= 0xD7AF)  # hangul
-        or (0xF900 <= cp <= 0xFAFF)
-        or (0x20000 <= cp <= 0x3FFFF)
-    ):
+    # Han, kana, hangul
+    if is_han(cp) or (0x3041 <= cp <= 0x30FF) or (0xAC00 <= cp <= 0xD7AF):
         return SINGLE
     return SEPARATOR
-
-
-@nb.njit(inline="always")
-def _code_point(text, i):
-    """Code point at byte i of valid UTF-8, and its length in bytes."""
-    c = np.int64(text[i])
-    if c < 0x80:
-        return c, 1
-    if c < 0xE0:
-        return ((c & 31) << 6) | (text[i + 1] & 63), 2
-    if c < 0xF0:
-        return ((c & 15) << 12) | (np.int64(text[i + 1] & 63) << 6) | (text[i + 2] & 63), 3
-    high = ((c & 7) << 18) | (np.int64(text[i + 1] & 63) << 12)
-    return high | (np.int64(text[i + 2] & 63) << 6) | (text[i + 3] & 63), 4
 
 
 @nb.njit(nogil=True, cache=True)
@@ -85,7 +60,7 @@ def _token_hashes(text, start, end, out):
     is_in_run = False
     h = FNV_OFFSET
     while i < end:
-        cp, width = _code_point(text, i)
+        cp, width = code_point(text, i)
         kind = _kind(cp)
         if kind == RUN:
             if not is_in_run:
@@ -98,15 +73,15 @@ def _token_hashes(text, start, end, out):
                 h = (h ^ c) * FNV_PRIME
         else:
             if is_in_run:
-                out[found] = _mix64(h)
+                out[found] = mix64(h)
                 found += 1
                 is_in_run = False
             if kind == SINGLE:
-                out[found] = _mix64(U64(cp) + GOLDEN)
+                out[found] = mix64(U64(cp) + GOLDEN)
                 found += 1
         i += width
     if is_in_run:
-        out[found] = _mix64(h)
+        out[found] = mix64(h)
         found += 1
     return found
 
@@ -122,8 +97,8 @@ def _shingle_hashes(text, start, end, shingle_tokens, tokens):
     for i in range(shingles):
         x = U64(width)
         for j in range(width):
-            x = x * SHINGLE_FACTOR + tokens[i + j]
-        tokens[i] = _mix64(x)
+            x = x * GRAM_FACTOR + tokens[i + j]
+        tokens[i] = mix64(x)
     return shingles
 
 
@@ -170,7 +145,7 @@ def band_keys(
         for band in range(bands):
             x = U64(band) + GOLDEN
             for j in range(rows):
-                x = _mix64(x ^ U64(signatures[document, band * rows + j])) + GOLDEN * U64(j + 1)
+                x = mix64(x ^ U64(signatures[document, band * rows + j])) + GOLDEN * U64(j + 1)
             keys[band, document] = x
 
 

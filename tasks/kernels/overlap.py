@@ -7,10 +7,9 @@ import numba as nb
 import numpy as np
 import numpy.typing as npt
 
-from tasks.kernels.statistics import mix64, words_of
+from tasks.kernels.statistics import words_of
+from tasks.kernels.words import GRAM_FACTOR, U64, mix64
 
-U64 = np.uint64
-FACTOR = U64(0x9FB21C651E98DF25)
 EMPTY = U64(0)
 
 
@@ -28,7 +27,7 @@ def gram_keys(hashes: npt.NDArray[np.uint64], width: int) -> npt.NDArray[np.uint
     for i in range(keys.shape[0]):
         rolled = U64(0)
         for j in range(width):
-            rolled = rolled * FACTOR + hashes[i + j]
+            rolled = rolled * GRAM_FACTOR + hashes[i + j]
         keys[i] = _key(rolled, width)
     return keys
 
@@ -89,12 +88,12 @@ def hits(
             width = widths[k]
             top = U64(1)
             for _i in range(width - 1):
-                top = top * FACTOR
+                top = top * GRAM_FACTOR
             rolled = U64(0)
             for i in range(words):
                 if i >= width:
                     rolled -= hashes[i - width] * top
-                rolled = rolled * FACTOR + hashes[i]
+                rolled = rolled * GRAM_FACTOR + hashes[i]
                 if i < width - 1:
                     continue
                 owner = _find(table, values, _key(rolled, width))

@@ -10,12 +10,16 @@ import numba as nb
 import numpy as np
 import numpy.typing as npt
 
-U64 = np.uint64
-
-FNV_OFFSET = U64(14695981039346656037)
-FNV_PRIME = U64(1099511628211)
-GOLDEN = U64(0x9E3779B97F4A7C15)
-GRAM_FACTOR = U64(0x9FB21C651E98DF25)
+from tasks.kernels.words import (
+    FNV_OFFSET,
+    FNV_PRIME,
+    GOLDEN,
+    GRAM_FACTOR,
+    U64,
+    code_point,
+    is_han,
+    mix64,
+)
 
 LETTER, DIGIT, SPACE, NEWLINE, PUNCTUATION, SIGN, SINGLE = 0, 1, 2, 3, 4, 5, 6
 
@@ -40,41 +44,6 @@ GRAMS = 9
     HEAD_UNIQUE, STOP_WORDS, NEWLINES, LINES, ENDED_LINES, SHORT_LINES, BULLET_LINES,
     ELLIPSIS_LINES, WRAPPED_LINES, REPEATED_LINES, REPEATED_LINE_CHARS, SENTENCE_MARKS,
 ) = range(29)  # fmt: skip
-
-
-@nb.njit(inline="always")
-def mix64(x):
-    """MurmurHash3's 64-bit finalizer."""
-    x ^= x >> U64(33)
-    x *= U64(0xFF51AFD7ED558CCD)
-    x ^= x >> U64(33)
-    x *= U64(0xC4CEB9FE1A85EC53)
-    return x ^ (x >> U64(33))
-
-
-@nb.njit(inline="always")
-def code_point(text, i):
-    """Code point at byte i of valid UTF-8, and its length in bytes."""
-    c = np.int64(text[i])
-    if c < 0x80:
-        return c, 1
-    if c < 0xE0:
-        return ((c & 31) << 6) | (text[i + 1] & 63), 2
-    if c < 0xF0:
-        return ((c & 15) << 12) | (np.int64(text[i + 1] & 63) << 6) | (text[i + 2] & 63), 3
-    high = ((c & 7) << 18) | (np.int64(text[i + 1] & 63) << 12)
-    return high | (np.int64(text[i + 2] & 63) << 6) | (text[i + 3] & 63), 4
-
-
-@nb.njit(inline="always")
-def is_han(cp):
-    """Whether a code point is a Chinese character."""
-    return (
-        (0x4E00 <= cp <= 0x9FFF)
-        or (0x3400 <= cp <= 0x4DBF)
-        or (0xF900 <= cp <= 0xFAFF)
-        or (0x20000 <= cp <= 0x3FFFF)
-    )
 
 
 @nb.njit(inline="always")
