@@ -1,12 +1,13 @@
 """Turns the documents of one shard into token files, the fast way where it gives the same ids."""
 
+import functools
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from storage.corpus import Shard
-from storage.tokenizer import MODEL_FILE, SPECIAL_TOKENS, ChatTokenizer
+from storage.tokenizer import META_FILE, MODEL_FILE, ChatTokenizer
 from storage.tokens import (
     BYTES,
     END,
@@ -18,6 +19,7 @@ from storage.tokens import (
     end_path,
     token_path,
 )
+from tasks.shard_batches import kept_batches
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,7 +30,6 @@ if TYPE_CHECKING:
     Encode = Callable[[Sequence[str]], Encoded]
     """Ids of all texts after one another, and where each text's end."""
 
-BATCH_BYTES = 8_000_000
 CHECKED_DOCUMENTS = 64
 CHECKED_CHARS = 3_000
 
@@ -36,29 +37,31 @@ DOMAIN_NAME = re.compile(r"\w[\w.-]*")
 
 
 def build_shard(files: Path, shard: Shard, tokenizer: Path, engine: str) -> dict[str, Any]:
-    """Write the token files of a shard's kept documents, in order of rows.
+    """Write the token files of a shard's kept documents, in order of rows; some MB at a time.
 
     Returns counts per domain and split, and per language. Raises ValueError for a domain that cannot
     name a file.
     """
-    frame = shard.read(["domain", "split", "language", "text"])
-    chat = ChatTokenizer(tokenizer)
-    samples = frame["text"].gather_every(max(1, frame.height // CHECKED_DOCUMENTS)).to_list()
-    encode, engine = choose_encoder(chat, tokenizer, samples, engine)
-    domains: dict[str, dict[str, Any]] = {}
-    languages: dict[str, SplitCount] = {}
-    for (domain, split), group in frame.group_by("domain", "split", maintain_order=True):
-        _refuse_unusable(str(domain), str(split), shard)
-        target = (files, str(domain), cast("Split", split))
-        measured = _write_group(*target, group, encode, chat.eos)
-        domains.setdefault(str(domain), {})[str(split)] = _count(measured).model_dump()
-        for (language,), rows in measured.group_by("language", maintain_order=True):
-            before = languages.get(str(language), SplitCount())
-            languages[str(language)] = added(before, _count(rows))
+    chat = _load(tokenizer, (tokenizer / META_FILE).stat().st_mtime_ns)
+    writer = _ShardWriter(files, chat)
+    encode, name = None, "none"
+    columns = ["domain", "split", "language", "text"]
+    try:
+        for frame in kept_batches(shard, columns):
+            if encode is None:
+                encode, name = choose_encoder(chat, tokenizer, _samples(frame), engine)
+            for (domain, split), group in frame.group_by("domain", "split", maintain_order=True):
+                _refuse_unusable(str(domain), str(split), shard)
+                writer.append(str(domain), cast("Split", split), group, encode)
+    finally:
+        writer.close()
     return {
-        "domains": domains,
-        "languages": {name: count.model_dump() for name, count in languages.items()},
-        "engine": engine,
+        "domains": {
+            domain: {split: count.model_dump() for split, count in splits.items()}
+            for domain, splits in writer.domains.items()
+        },
+        "languages": {name: count.model_dump() for name, count in writer.languages.items()},
+        "engine": name,
     }
 
 
@@ -81,18 +84,25 @@ def choose_encoder(
     def truth(batch: Sequence[str]) -> "Encoded":
         found = chat.encode_batch(batch)
         ends = np.cumsum([len(ids) for ids in found], dtype=np.int64)
-        flat = np.fromiter((token for ids in found for token in ids), np.uint32)
+        flat = np.fromiter((token for ids in found for token in ids), np.uint32, count=ends[-1])
         return flat, ends
 
-    if engine == "auto" and (fast := _fast_encoder(folder)):
+    if engine == "auto" and (fast := _fast_encoder(folder, chat.digest)):
         checked = [text[:CHECKED_CHARS] for text in samples]
         if all(map(np.array_equal, fast(checked), truth(checked))):
             return fast, "fastokens"
     return truth, "tokenizers"
 
 
-def _fast_encoder(folder: Path) -> "Encode | None":
-    """fastokens' encoder, where it is installed and can read the tokenizer."""
+@functools.lru_cache(maxsize=1)
+def _load(folder: Path, changed_ns: int) -> ChatTokenizer:
+    """One tokenizer for each process: parsing it takes as long as encoding some MB."""
+    return ChatTokenizer(folder)
+
+
+@functools.lru_cache(maxsize=1)
+def _fast_encoder(folder: Path, digest: str) -> "Encode | None":
+    """fastokens' encoder, where it is installed and can read the tokenizer; one for each process."""
     import numpy as np
 
     try:
@@ -109,6 +119,10 @@ def _fast_encoder(folder: Path) -> "Encode | None":
     return encode
 
 
+def _samples(frame: "pl.DataFrame") -> list[str]:
+    return frame["text"].gather_every(max(1, frame.height // CHECKED_DOCUMENTS)).to_list()
+
+
 def _refuse_unusable(domain: str, split: str, shard: Shard) -> None:
     if not DOMAIN_NAME.fullmatch(domain):
         raise ValueError(
@@ -119,48 +133,64 @@ def _refuse_unusable(domain: str, split: str, shard: Shard) -> None:
         raise ValueError(f"{shard.entry.name}: split {split!r} is none of {', '.join(SPLITS)}")
 
 
-def _write_group(
-    files: Path, domain: str, split: Split, group: "pl.DataFrame", encode: "Encode", eos: int
-) -> "pl.DataFrame":
-    """Write the files of one domain and split; the group with `tokens` (eos included) and `bytes`."""
+class _ShardWriter:
+    """The files of one shard, open while its documents come; counts what goes in."""
+
+    def __init__(self, files: Path, chat: ChatTokenizer) -> None:
+        self.domains: dict[str, dict[Split, SplitCount]] = {}
+        self.languages: dict[str, SplitCount] = {}
+        self._files, self._chat = files, chat
+        self._streams: dict[Path, BinaryIO] = {}
+
+    def append(self, domain: str, split: Split, group: "pl.DataFrame", encode: "Encode") -> None:
+        """Documents of one domain and split, in order."""
+        import numpy as np
+        import polars as pl
+
+        ids, ends = encode(group["text"].to_list())
+        path = token_path(self._files, domain, split)
+        _refuse_impossible(ids, path, self._chat)
+        splits = self.domains.setdefault(domain, {})
+        before = splits.get(split, SplitCount())
+        tokens = np.diff(ends, prepend=0) + 1
+        sizes = group["text"].str.len_bytes()
+        self._write(path, np.insert(ids.astype(TOKEN), ends, self._chat.eos))
+        self._write(
+            end_path(self._files, domain, split), (before.tokens + np.cumsum(tokens)).astype(END)
+        )
+        if split == "held":
+            self._write(bytes_path(self._files, domain), sizes.to_numpy().astype(BYTES))
+        measured = group.select("language").with_columns(
+            tokens=pl.Series(tokens), bytes=sizes.cast(pl.Int64)
+        )
+        splits[split] = added(before, _count(measured))
+        for (language,), rows in measured.group_by("language", maintain_order=True):
+            of_language = self.languages.get(str(language), SplitCount())
+            self.languages[str(language)] = added(of_language, _count(rows))
+
+    def close(self) -> None:
+        """Close all files."""
+        for stream in self._streams.values():
+            stream.close()
+
+    def _write(self, path: Path, values: "npt.NDArray[Any]") -> None:
+        if path not in self._streams:
+            self._streams[path] = path.open("wb")
+        self._streams[path].write(values.tobytes())
+
+
+def _refuse_impossible(ids: "npt.NDArray[np.uint32]", path: Path, chat: ChatTokenizer) -> None:
     import numpy as np
-    import polars as pl
 
-    sizes = group["text"].str.len_bytes().to_numpy()
-    counts: list[Any] = [np.empty(0, np.int64)]
-    path = token_path(files, domain, split)
-    with path.open("wb") as stream:
-        for start, end in _batches(sizes):
-            ids, ends = encode(group["text"][start:end].to_list())
-            _refuse_impossible(ids, path)
-            stream.write(np.insert(ids.astype(TOKEN), ends, eos).tobytes())
-            counts.append(np.diff(ends, prepend=0) + 1)
-    tokens = np.concatenate(counts)
-    end_path(files, domain, split).write_bytes(np.cumsum(tokens).astype(END).tobytes())
-    if split == "held":
-        bytes_path(files, domain).write_bytes(sizes.astype(BYTES).tobytes())
-    return group.select("language").with_columns(
-        tokens=pl.Series(tokens), bytes=pl.Series(sizes).cast(pl.Int64)
-    )
-
-
-def _batches(sizes: "npt.NDArray[Any]") -> Iterator[tuple[int, int]]:
-    """Ranges of documents of about BATCH_BYTES each; a longer document is a batch of its own."""
-    start, size = 0, 0
-    for i, of_text in enumerate(sizes):
-        if size and size + of_text > BATCH_BYTES:
-            yield start, i
-            start, size = i, 0
-        size += int(of_text)
-    if start < len(sizes):
-        yield start, len(sizes)
-
-
-def _refuse_impossible(ids: "npt.NDArray[np.uint32]", path: Path) -> None:
-    if len(ids) and (ids.min() < len(SPECIAL_TOKENS) or ids.max() > 0xFFFF):
+    if len(ids) == 0:
+        return
+    largest, special = int(ids.max()), sorted(chat.meta.special.values())
+    found = [token for token in special if np.any(ids == token)]
+    if found or largest >= chat.vocabulary:
         raise RuntimeError(
-            f"{path.name}: text gave ids from {ids.min()} to {ids.max()}, expected "
-            f"{len(SPECIAL_TOKENS)} to {0xFFFF}; the encoder is wrong, set tokenize.engine=tokenizers"
+            f"{path.name}: text gave ids up to {largest} and the special ids {found}, expected ids "
+            f"below {chat.vocabulary} and none of {special}; the encoder is wrong, set "
+            "tokenize.engine=tokenizers"
         )
 
 
