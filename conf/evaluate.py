@@ -32,7 +32,7 @@ class EvaluateConfig(Settings):
     stride: Annotated[float, Field(gt=0, le=1)] = 0.5
     """Step between the windows of a long document, as a share of the context."""
     has_baselines: bool = False
-    """Whether n-gram models of the same training tokens and `xz -9` are measured beside."""
+    """Whether n-gram models of the tokens that pretraining has read and `xz -9` are measured beside."""
     prompts: tuple[str, ...] = ()
     """Questions that every checkpoint answers, shown side by side in the report."""
     samples: Annotated[int, Field(ge=1)] = 1

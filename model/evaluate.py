@@ -18,7 +18,7 @@ from conf.evaluate import EvaluateConfig
 from model.generate import generate
 from model.journal import Journal
 from model.ranks import Ranks
-from model.transformer import Cache, Transformer, token_logprobs
+from model.transformer import AttentionMask, Cache, Transformer, token_logprobs
 from model.weights import load_model
 from model.worker import run
 from storage.checkpoint import TOKENIZER
@@ -26,6 +26,8 @@ from storage.tokenizer import ChatTokenizer
 from storage.tokens import TokenFiles
 
 NO_LABEL = -1
+WORTH_SHARING = 8
+"""Tokens below which one more pass costs more than computing them again."""
 
 Report = Callable[[int, int], None]
 """Told how much of how much is done."""
@@ -127,101 +129,162 @@ def score_requests(
 ) -> list[dict[str, Any]]:
     """Log-probability of every continuation of every request, in nats, in the requests' order.
 
-    Requests with the same few-shot prefix share its keys and values, computed once. A prompt that
-    does not fit loses its oldest examples first, then its own beginning.
+    What the continuations of a request share is computed once, and what the requests with the same
+    few-shot prefix share is computed once for all of them. A prompt that does not fit loses its oldest
+    examples first, then its own beginning.
     """
+    context = model.shape.context
     results: list[dict[str, Any]] = [{} for _ in requests]
-    groups: dict[tuple[str, ...], list[int]] = {}
+    groups: dict[tuple[str, ...], list[_Encoded]] = {}
     for index, request in enumerate(requests):
-        groups.setdefault((request["header"], *request["prefix"]), []).append(index)
-    done = 0
+        encoded = _encode(tokenizer, request, index, context)
+        groups.setdefault((request["header"], *request["prefix"]), []).append(encoded)
+    apart: list[_Encoded] = []
+    batches: list[tuple[int, list[_Encoded]]] = []
     for members in groups.values():
-        rows = [
-            _Row(index, place, *_encode(tokenizer, requests[index], text, model.shape.context))
-            for index in members
-            for place, text in enumerate(requests[index]["continuations"])
-        ]
-        for index in members:
-            results[index] = {"logprobs": [0.0] * len(requests[index]["continuations"])}
-        for row, value in zip(rows, _score_rows(model, rows, settings.batch), strict=True):
-            results[row.request]["logprobs"][row.place] = value
-        done += len(members)
+        shared = _common([member.ids[0][: member.shared] for member in members])
+        if shared < WORTH_SHARING or len(members) == 1:
+            apart += members
+        else:
+            batches += [(shared, batch) for batch in _by_length(members, settings.batch, context)]
+    batches += [(0, batch) for batch in _by_length(apart, settings.batch, context)]
+    done, prefix = 0, None
+    for shared, batch in batches:
+        start = batch[0].ids[0][:shared]
+        if prefix is None or prefix[0] != start:
+            prefix = (start, _prefix_cache(model, start))
+        for member, values in zip(batch, _score_batch(model, batch, prefix[1]), strict=True):
+            results[member.request] = {"logprobs": values}
+        done += len(batch)
         report(done, len(requests))
     return results
 
 
 @dataclass(frozen=True)
-class _Row:
+class _Encoded:
+    """The continuations of one request behind their prompt."""
+
     request: int
-    place: int
-    ids: list[int]
-    scored: int
+    ids: list[list[int]]
+    """Ids of each continuation with all that stands before it."""
+    scored: list[int]
+    """How many of the last ids belong to the continuation."""
+    shared: int
+    """Ids that all start with and that lie before the last one read for any score; 0 for a few."""
 
 
 def _encode(
-    tokenizer: ChatTokenizer, request: dict[str, Any], continuation: str, context: int
-) -> tuple[list[int], int]:
-    """Ids behind the separator, and how many of the last belong to the continuation."""
+    tokenizer: ChatTokenizer, request: dict[str, Any], index: int, context: int
+) -> _Encoded:
+    def rows(before: str, continuations: Sequence[str]) -> list[list[int]]:
+        return [[tokenizer.eos, *tokenizer.encode(before + text)] for text in continuations]
+
     examples: list[str] = list(request["prefix"])
     while True:
         before = request["header"] + "".join(examples) + request["prompt"]
-        ids = [tokenizer.eos, *tokenizer.encode(before + continuation)]
-        if len(ids) <= context + 1 or not examples:
+        [longest] = rows(before, [max(request["continuations"], key=len)])
+        if len(longest) <= context + 1 or not examples:
             break
         examples.pop(0)
-    scored = len(ids) - 1 - len(tokenizer.encode(before))
+    ids = rows(before, request["continuations"])
+    read = len(tokenizer.encode(before)) + 1
     # A merge across the boundary can leave nothing behind it: then the last token is the answer's.
-    scored = max(1, scored)
-    return ids[-(context + 1) :], min(scored, context)
+    scored = [min(max(1, len(row) - read), context) for row in ids]
+    cut = max(0, max(len(row) for row in ids) - context - 1)
+    cut = min(cut, *(len(row) - count - 1 for row, count in zip(ids, scored, strict=True)))
+    ids = [row[cut:][-(context + 1) :] for row in ids]
+    least = min(len(row) - count - 1 for row, count in zip(ids, scored, strict=True))
+    shared = min(_common(ids), least)
+    return _Encoded(index, ids, scored, shared if shared >= WORTH_SHARING else 0)
 
 
-def _score_rows(model: Transformer, rows: Sequence[_Row], batch: int) -> list[float]:
-    shared = _shared_length([row.ids for row in rows], max(row.scored for row in rows))
-    device = model.embedding.weight.device
-    prefix = None
-    if shared >= 8:  # below that one more pass costs more than it saves
-        prefix = Cache(model.shape, 1, shared, device=device)
-        model.hidden(torch.tensor([rows[0].ids[:shared]], device=device), cache=prefix)
-    else:
-        shared = 0
-    order = sorted(range(len(rows)), key=lambda index: -len(rows[index].ids))
-    values = [0.0] * len(rows)
-    for start in range(0, len(order), batch):
-        chosen = [rows[index] for index in order[start : start + batch]]
-        ids, labels = _padded(
-            [row.ids[shared:-1] for row in chosen],
-            [
-                [NO_LABEL] * (len(row.ids) - shared - 1 - row.scored) + row.ids[-row.scored :]
-                for row in chosen
-            ],
-            device,
-        )
-        cache = None if prefix is None else _spread(prefix, model, len(chosen), ids.shape[1])
-        hidden = model.hidden(ids, cache=cache)
-        logprobs = token_logprobs(model.head_weight, hidden, labels).double().sum(1)
-        for index, value in zip(order[start : start + batch], logprobs.tolist(), strict=True):
-            values[index] = value
-    return values
-
-
-def _shared_length(rows: Sequence[list[int]], scored: int) -> int:
-    """Tokens that all rows start with, at least one token before any that is scored."""
-    shortest = min(len(row) for row in rows) - scored - 1
+def _common(rows: Sequence[list[int]]) -> int:
+    """How many ids all rows start with."""
     first, last = min(rows), max(rows)
-    shared = 0
-    while shared < shortest and first[shared] == last[shared]:
-        shared += 1
-    return max(shared, 0)
+    limit = min(len(first), len(last))
+    return next((i for i in range(limit) if first[i] != last[i]), limit)
 
 
-def _spread(prefix: Cache, model: Transformer, rows: int, tokens: int) -> Cache:
-    """A cache of many rows that all start with the prefix, with room for more tokens."""
-    cache = Cache(model.shape, rows, prefix.length + tokens, device=prefix.layers[0][0].device)
-    for (keys, values), (old_keys, old_values) in zip(cache.layers, prefix.layers, strict=True):
-        keys[:, :, : prefix.length] = old_keys
-        values[:, :, : prefix.length] = old_values
-    cache.length = prefix.length
+def _by_length(requests: Sequence[_Encoded], rows: int, context: int) -> list[list[_Encoded]]:
+    """Batches of about so many continuations that fit the context, the longest prompts first."""
+    batches: list[list[_Encoded]] = []
+    held, prompt, ending = rows, 0, 0
+    for request in sorted(requests, key=lambda request: (-request.shared, -len(request.ids[0]))):
+        ending = max(ending, max(len(row) for row in request.ids) - 1 - request.shared)
+        if held + len(request.ids) > rows or prompt + ending > context:
+            batches.append([])
+            held, prompt = 0, request.shared
+            ending = max(len(row) for row in request.ids) - 1 - request.shared
+        batches[-1].append(request)
+        held += len(request.ids)
+    return batches
+
+
+def _prefix_cache(model: Transformer, ids: list[int]) -> Cache | None:
+    if not ids:
+        return None
+    device = model.embedding.weight.device
+    cache = Cache(model.shape, 1, len(ids), device=device)
+    model.hidden(torch.tensor([ids], device=device), cache=cache)
     return cache
+
+
+def _score_batch(
+    model: Transformer, batch: Sequence[_Encoded], prefix: Cache | None
+) -> list[list[float]]:
+    """Log-probabilities of the continuations of some requests, whose prompts start with the prefix."""
+    device = model.embedding.weight.device
+    endings = [row[request.shared :] for request in batch for row in request.ids]
+    counts = [count for request in batch for count in request.scored]
+    ids, labels = _padded(
+        [row[:-1] for row in endings],
+        [
+            [NO_LABEL] * (len(row) - 1 - count) + row[-count:]
+            for row, count in zip(endings, counts, strict=True)
+        ],
+        device,
+    )
+    cache, mask = None, None
+    if any(request.shared for request in batch):
+        prompts = [request.ids[0][: request.shared] for request in batch]
+        cache, padding = _read_prompts(model, prompts, prefix, room=ids.shape[1])
+        owner = torch.tensor(
+            [place for place, request in enumerate(batch) for _ in request.ids], device=device
+        )
+        cache.select(owner)
+        mask = AttentionMask(padding=padding[owner])
+    hidden = model.hidden(ids, mask=mask, cache=cache)
+    logprobs = iter(token_logprobs(model.head_weight, hidden, labels).double().sum(1).tolist())
+    return [[next(logprobs) for _ in request.ids] for request in batch]
+
+
+def _read_prompts(
+    model: Transformer, prompts: Sequence[list[int]], prefix: Cache | None, *, room: int
+) -> tuple[Cache, Tensor]:
+    """A cache that holds the prompts, padded at the left, with room behind; and (B,) their padding.
+
+    The last columns, as many as the longest prompt has behind the prefix, are computed for every row;
+    the columns before them are copied from the prefix.
+    """
+    device = model.embedding.weight.device
+    start = 0 if prefix is None else prefix.length
+    longest = max(len(prompt) for prompt in prompts)
+    padding = torch.tensor([longest - len(prompt) for prompt in prompts], device=device)
+    cache = Cache(model.shape, len(prompts), longest + room, device=device)
+    # At least one column is computed, so that a prompt that is nothing but the prefix is one too.
+    copied = min(start, longest - 1)
+    if prefix is not None:
+        for row, prompt in enumerate(prompts):
+            pad = longest - len(prompt)
+            for new, old in zip(cache.layers, prefix.layers, strict=True):
+                for target, source in zip(new, old, strict=True):
+                    target[row, :, pad:copied] = source[0, :, : max(copied - pad, 0)]
+    cache.length = copied
+    ids = torch.tensor(
+        [([0] * (longest - len(prompt)) + prompt)[copied:] for prompt in prompts], device=device
+    )
+    model.hidden(ids, mask=AttentionMask(padding=padding), cache=cache)
+    return cache, padding
 
 
 def _answers(

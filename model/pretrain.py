@@ -11,7 +11,7 @@ from torch import Tensor
 
 from conf.contract import JobFile
 from conf.pretrain import PretrainConfig, PretrainPlan
-from model.batches import Batch, Ints, MixPhase, Mixture, Windows, micro_batch_rows
+from model.batches import BLOCK_SAMPLES, Batch, Ints, MixPhase, Mixture, Windows, micro_batch_rows
 from model.engine import Loss, build_engine
 from model.journal import Journal
 from model.loop import LoopPlan, LoopState, train
@@ -20,6 +20,7 @@ from model.ranks import Ranks
 from model.transformer import AttentionMask, Noise, Transformer, token_logprobs
 from model.weights import Checkpoints, load_model, save_model
 from model.worker import identity_of_job, run
+from storage.checkpoint import ReadWindows
 from storage.tokens import TOKENIZER_FOLDER, TokenFiles
 
 EVALUATION_TOKENS = 16_384
@@ -51,6 +52,7 @@ def work(job: JobFile, ranks: Ranks, journal: Journal) -> dict[str, Any]:
     )
     if ranks.is_first:
         save_model(job.files, model, role="policy", tokenizer=files.folder / TOKENIZER_FOLDER)
+        samples.read_windows().write(job.files)
     return figures(state, model, samples, plan)
 
 
@@ -172,6 +174,23 @@ class Samples:
             )
             if len(windows)
         }
+
+    def read_windows(self) -> ReadWindows:
+        """Every window that the whole schedule reads at least once."""
+        read = [np.zeros(len(windows), np.bool_) for windows in self._windows]
+        for first in range(0, self.mixture.samples, BLOCK_SAMPLES):
+            count = min(BLOCK_SAMPLES, self.mixture.samples - first)
+            sources, windows = self.mixture.at(first, count)
+            for source in np.unique(sources):
+                read[source][windows[sources == source]] = True
+        packed = [np.packbits(bits, bitorder="little").tobytes() for bits in read]
+        return ReadWindows(
+            row_tokens=self._windows[0].context,
+            domains={
+                name: ReadWindows.pack(bits)
+                for name, bits in zip(self.domains, packed, strict=True)
+            },
+        )
 
     def _batch(self, rows: Ints, sources: Ints, windows: Ints) -> Batch:
         width = self._windows[0].context

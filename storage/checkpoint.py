@@ -1,7 +1,9 @@
 """Models as artifacts: a policy, a reward model, and a policy exported for other programs."""
 
+import base64
 import functools
 import json
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -15,6 +17,7 @@ WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 TOKENIZER = "tokenizer"
 REWARD = "reward.json"
+READ = "read.json"
 
 
 class ModelCard(BaseModel):
@@ -57,9 +60,43 @@ class RewardScale(BaseModel):
         (files / REWARD).write_text(self.model_dump_json(indent=2) + "\n", "utf-8")
 
 
+class ReadWindows(BaseModel):
+    """`read.json` of a pretrained policy: which windows of the token files training has read.
+
+    Window w of a domain is its tokens w x `row_tokens` to (w + 1) x `row_tokens` - 1.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    row_tokens: int
+    domains: dict[str, str]
+    """Base64 of the deflated bits of each domain, the lowest bit of the first byte for window 0."""
+
+    @staticmethod
+    def pack(bits: bytes) -> str:
+        """A value of `domains`."""
+        return base64.b64encode(zlib.compress(bits)).decode("ascii")
+
+    def bits(self, domain: str) -> bytes:
+        """The bits of a domain; empty for one that was not trained on."""
+        packed = self.domains.get(domain)
+        return zlib.decompress(base64.b64decode(packed)) if packed else b""
+
+    @classmethod
+    def read(cls, files: Path) -> "ReadWindows | None":
+        """The list in the folder `files` of a policy; none where the policy has no list."""
+        path = files / READ
+        return cls.model_validate_json(path.read_text("utf-8")) if path.is_file() else None
+
+    def write(self, files: Path) -> None:
+        """Put the list into the folder `files`."""
+        (files / READ).write_text(self.model_dump_json(indent=2) + "\n", "utf-8")
+
+
 @dataclass(frozen=True)
 class Policy(Artifact):
-    """A language model: `model.safetensors` (fp32), `config.json`, `tokenizer/`."""
+    """A language model: `model.safetensors` (fp32), `config.json`, `tokenizer/`, and `read.json` where
+    it was pretrained."""
 
     kind: ClassVar[str] = "policy"
 

@@ -8,13 +8,13 @@ from typing import Any
 
 from conf.evaluate import EvaluateConfig
 from storage.artifact import Artifact
-from storage.checkpoint import Policy, RewardModel
+from storage.checkpoint import Policy, ReadWindows, RewardModel
 from storage.scores import Figure, Scores, mean
 from storage.tokens import TokenFiles, Tokens
 from storage.world import World
 from tasks.exams import Request, exam_requests, preset_hash, read_minimal_pairs, read_questions
 from tasks.launch import run_worker
-from tasks.ngram import KneserNey, xz_bits_per_byte
+from tasks.ngram import KneserNey, TokenArray, tokens_read, xz_bits_per_byte
 from tasks.stage import Job, stage
 
 BASELINE_ORDERS = (2, 5)
@@ -22,7 +22,7 @@ NATS_PER_BIT = 0.6931471805599453
 
 
 @stage(
-    version=1,
+    version=2,
     uses_torch=True,
     headlines={
         "bits_per_byte/all": "bits per byte",
@@ -69,7 +69,10 @@ def evaluate(
     if tokens is not None:
         figures |= _document_figures(_read_lines(job.state / "documents.jsonl"))
         if settings.has_baselines:
-            figures |= _baseline_figures(tokens.reader, settings, job.report_progress)
+            read = ReadWindows.read(policy.files)
+            training = tokens_read(tokens.reader, read)
+            job.metrics["baseline_tokens"] = len(training)
+            figures |= _baseline_figures(tokens.reader, training, settings, job.report_progress)
     answers = _read_lines(job.state / "answers.jsonl")
     figures |= _answer_figures(answers, world)
     Scores.write(job.files, figures, answers)
@@ -167,12 +170,14 @@ def _document_figures(rows: Sequence[dict[str, Any]]) -> dict[str, Figure]:
 
 
 def _baseline_figures(
-    files: TokenFiles, settings: EvaluateConfig, report: Callable[[float, float, str], None]
+    files: TokenFiles,
+    training: TokenArray,
+    settings: EvaluateConfig,
+    report: Callable[[float, float, str], None],
 ) -> dict[str, Figure]:
-    """The same documents under counting models of all training tokens, and under `xz -9`."""
+    """The same documents under counting models of the training tokens, and under `xz -9`."""
     import numpy as np
 
-    training = np.concatenate([files.tokens(domain, "train") for domain in files.domains])
     rows: list[dict[str, Any]] = []
     documents = {
         domain: files.held_documents(domain, settings.held_documents) for domain in files.domains

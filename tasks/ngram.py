@@ -7,6 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from storage.checkpoint import ReadWindows
+from storage.tokens import TokenFiles
+
 TokenArray = NDArray[np.integer[Any]]
 
 HASH_MULTIPLIER = 0x9E3779B97F4A7C15
@@ -74,6 +77,20 @@ class _Level:
             ) / total
         probability[tail] = np.where(total > 0, mixed, lower[tail])
         return probability
+
+
+def tokens_read(files: TokenFiles, read: ReadWindows | None) -> TokenArray:
+    """The training tokens that a checkpoint has read, each once; all of them where it keeps no list."""
+    parts: list[TokenArray] = []
+    for domain in files.domains:
+        tokens: TokenArray = files.tokens(domain, "train")
+        if read is not None:
+            packed = np.frombuffer(read.bits(domain), np.uint8)
+            windows = np.unpackbits(packed, bitorder="little").astype(np.bool_)
+            is_read = np.repeat(windows, read.row_tokens)
+            tokens = tokens[: len(is_read)][is_read[: len(tokens)]]
+        parts.append(tokens)
+    return np.concatenate(parts)
 
 
 def _hashes(tokens: TokenArray, size: int) -> NDArray[np.uint64]:

@@ -8,7 +8,7 @@ from tasks.launch import run_worker
 from tasks.stage import Job, stage
 
 
-@stage(version=1, uses_torch=True)
+@stage(version=2, uses_torch=True)
 def pretrain(
     job: Job, tokens: Tokens, settings: PretrainConfig, policy: Policy | None = None
 ) -> Policy:

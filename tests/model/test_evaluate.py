@@ -30,28 +30,46 @@ def test_windows_score_every_label_once(length: int, step: int) -> None:
     assert all(len(window.ids) <= 9 for window in windows)
 
 
-def test_shared_prefix_scores_as_a_plain_pass(tokenizer: ChatTokenizer) -> None:
-    model = Transformer(ShapeConfig(dim=32, layers=2, context=256), tokenizer.vocabulary, seed=3)
+@pytest.mark.parametrize("batch", [1, 4, 64])
+@pytest.mark.parametrize("context", [256, 40])
+def test_what_is_shared_scores_as_a_plain_pass(
+    tokenizer: ChatTokenizer, batch: int, context: int
+) -> None:
+    model = Transformer(
+        ShapeConfig(dim=32, layers=2, context=context), tokenizer.vocabulary, seed=3
+    )
+    prefix = ("The cat is red. 猫是红色的。\n\n", "The dog is blue.\n\n") if context > 99 else ()
+    asked = [
+        (prefix, "猫是什么颜色？", ("红色", "blue and green", "白")),
+        (prefix, "horse, the one that runs behind the house, 是什么颜色？", ("红色", "blue")),
+        (prefix, "", ("dog", "cat")),
+        ((), "the cat and the dog and the house are?", ("红", "白", "蓝", "绿")),
+        ((), "", ("The cat is red.", "The cat are red.")),
+    ]
     requests = [
         Request(
             id=str(index),
             group="exam_option",
-            header="考试 exam\n\n",
-            prefix=("The cat is red. 猫是红色的。\n\n", "The dog is blue.\n\n"),
-            prompt=f"{animal}是什么颜色？",
-            continuations=("红色", "blue and green", "白"),
+            header="考试 exam\n\n" if shown else "",
+            prefix=shown,
+            prompt=prompt,
+            continuations=continuations,
             right=0,
         )
-        for index, animal in enumerate(("猫", "horse"))
+        for index, (shown, prompt, continuations) in enumerate(asked)
     ]
     rows = [asdict(request) for request in requests]
     with torch.inference_mode():
-        found = score_requests(model, tokenizer, rows, EvaluateConfig(batch=4), lambda *_: None)
+        found = score_requests(model, tokenizer, rows, EvaluateConfig(batch=batch), lambda *_: None)
         for request, row in zip(requests, found, strict=True):
             before = request.header + "".join(request.prefix) + request.prompt
+            cut = max(
+                0,
+                *(len(tokenizer.encode(before + text)) - context for text in request.continuations),
+            )
             for text, value in zip(request.continuations, row["logprobs"], strict=True):
-                ids = torch.tensor([[tokenizer.eos, *tokenizer.encode(before + text)]])
-                start = len(tokenizer.encode(before))
+                ids = torch.tensor([[tokenizer.eos, *tokenizer.encode(before + text)][cut:]])
+                start = len(tokenizer.encode(before)) - cut
                 logprobs = F.log_softmax(model.logits(model.hidden(ids[:, :-1])), -1)
                 want = logprobs[0].gather(1, ids[0, 1:, None])[start:].sum()
                 assert value == pytest.approx(want.item(), abs=1e-4)

@@ -1,9 +1,18 @@
 """The counting baselines are proper distributions and agree with sums worked by hand."""
 
+from collections import Counter
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from tasks.ngram import KneserNey, xz_bits_per_byte
+from conf.pretrain import PhaseConfig, PretrainConfig
+from conf.shape import ShapeConfig
+from model.pretrain import Samples
+from model.ranks import Ranks
+from storage.tokens import TokenFiles
+from tasks.ngram import KneserNey, tokens_read, xz_bits_per_byte
+from tests.model.small_tokens import write_small_tokens
 
 
 def test_bigram_by_hand() -> None:
@@ -38,3 +47,28 @@ def test_a_document_of_one_token_is_scored_after_the_separator() -> None:
 
 def test_xz_of_repetition_is_small() -> None:
     assert xz_bits_per_byte([b"abcd" * 10_000]) < 0.1
+
+
+def test_baseline_counts_exactly_the_tokens_that_were_labels(tmp_path: Path) -> None:
+    files = TokenFiles(write_small_tokens(tmp_path))
+    settings = PretrainConfig(
+        shape=ShapeConfig(dim=32, layers=1, heads=2, context=32),
+        tokens=6 * 256,
+        batch_tokens=256,
+        phases=(PhaseConfig(tokens=1.0, mix={"en": 0.9, "zh": 0.1}),),
+    )
+    plan = settings.plan({name: files.count(name, "train").tokens for name in files.domains})
+    samples = Samples(files, settings, plan, Ranks(), 0)
+    labels = {"en": Counter[int](), "zh": Counter[int]()}
+    seen = set[str]()
+    for step in range(plan.steps):
+        for batch in samples.at(step):
+            for name, row in zip(batch.samples, batch["labels"].tolist(), strict=True):
+                if name not in seen:
+                    labels[name.split("/")[0]].update(label for label in row if label >= 0)
+                seen.add(name)
+    read = samples.read_windows()
+    assert Counter(tokens_read(files, read).tolist()) == labels["en"] + labels["zh"]
+    assert 0 < labels["zh"].total() < files.count("zh", "train").tokens
+    everything = sum(files.count(name, "train").tokens for name in files.domains)
+    assert len(tokens_read(files, None)) == everything
