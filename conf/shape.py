@@ -1,10 +1,35 @@
-"""The shape of a model: everything that decides its parameters."""
+"""The shape of a model: everything that decides its parameters and how they are read."""
 
 from typing import Annotated
 
 from pydantic import Field, model_validator
 
 from conf.settings import Settings
+
+Layer = Annotated[int, Field(ge=0)]
+
+
+class RopeScalingConfig(Settings):
+    """How rotary frequencies were stretched for a longer context (Llama 3.1)."""
+
+    factor: Annotated[float, Field(ge=1)]
+    """Frequencies that turn less than `low_freq_factor` times in the original context are divided
+    by it."""
+    low_freq_factor: Annotated[float, Field(gt=0)] = 1.0
+    """Turns in the original context below which a frequency is divided by the whole factor."""
+    high_freq_factor: Annotated[float, Field(gt=0)] = 4.0
+    """Turns from which a frequency stays as it is; in between the division fades in."""
+    original_context: Annotated[int, Field(ge=1)] = 8192
+    """Context in tokens that the model had before."""
+
+    @model_validator(mode="after")
+    def _low_is_below_high(self) -> "RopeScalingConfig":
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise ValueError(
+                f"low_freq_factor={self.low_freq_factor:g} is not below "
+                f"high_freq_factor={self.high_freq_factor:g}; Llama 3.1 has 1 and 4"
+            )
+        return self
 
 
 class ShapeConfig(Settings):
@@ -28,6 +53,14 @@ class ShapeConfig(Settings):
     """Longest sequence in tokens."""
     rope_theta: Annotated[float, Field(gt=0)] = 10_000.0
     """Base of the rotary position embedding."""
+    rope_scaling: RopeScalingConfig | None = None
+    """Stretching of the rotary frequencies; none where the model was trained at its context."""
+    no_rope_layers: tuple[Layer, ...] = ()
+    """Layers, from 0, that are told no positions (SmolLM3: every fourth)."""
+    sliding_window: Annotated[int, Field(ge=0)] = 0
+    """A token sees so many tokens, itself among them; 0 for all before it (Mistral 7B: 4096)."""
+    full_layers: tuple[Layer, ...] = ()
+    """Layers, from 0, that see all tokens in spite of `sliding_window`."""
     norm_eps: Annotated[float, Field(gt=0)] = 1e-5
     """Epsilon of RMSNorm."""
     is_tied: bool = True
@@ -49,6 +82,23 @@ class ShapeConfig(Settings):
             raise ValueError(f"head_dim={self.head_width} must be even for rotary positions")
         return self
 
+    @model_validator(mode="after")
+    def _named_layers_exist(self) -> "ShapeConfig":
+        for name, named in (
+            ("no_rope_layers", self.no_rope_layers),
+            ("full_layers", self.full_layers),
+        ):
+            if beyond := [layer for layer in named if layer >= self.layers]:
+                raise ValueError(
+                    f"{name} names layer {beyond[0]}, the last of {self.layers} layers is "
+                    f"{self.layers - 1}; layers count from 0"
+                )
+        if self.full_layers and not self.sliding_window:
+            raise ValueError(
+                "full_layers are exceptions from sliding_window, which is 0; give both or neither"
+            )
+        return self
+
     @property
     def head_width(self) -> int:
         """Width of one head."""
@@ -60,6 +110,18 @@ class ShapeConfig(Settings):
         if self.ffn:
             return self.ffn
         return -(-(8 * self.dim // 3) // self.multiple_of) * self.multiple_of
+
+    @property
+    def windowed_layers(self) -> tuple[int, ...]:
+        """Layers, from 0, in which a token sees `sliding_window` tokens alone."""
+        if not self.sliding_window:
+            return ()
+        return tuple(layer for layer in range(self.layers) if layer not in self.full_layers)
+
+    def embedding_share(self, vocabulary: int) -> float:
+        """Share of the parameters that are embeddings, those of an untied output head among them."""
+        tables = vocabulary * self.dim * (1 if self.is_tied else 2)
+        return tables / self.parameters(vocabulary)
 
     def parameters(self, vocabulary: int) -> int:
         """Number of parameters with a vocabulary of that size."""

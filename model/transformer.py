@@ -7,7 +7,7 @@ and value heads, E width of a head, V vocabulary.
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import cast
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 from torch.utils.checkpoint import checkpoint
 
-from conf.shape import ShapeConfig
+from conf.shape import RopeScalingConfig, ShapeConfig
+
+Attention = Literal["sdpa", "eager"]
 
 INIT_STD = 0.02
 LOGITS_AT_ONCE = 1 << 26
@@ -115,6 +117,9 @@ class Block(nn.Module):
         width, heads, kv_heads = shape.head_width, shape.heads, shape.kv_heads
         self.layer, self.head_width, self.dropout = layer, width, shape.dropout
         self.is_grouped = heads != kv_heads
+        self.has_rope = layer not in shape.no_rope_layers
+        self.is_windowed = layer in shape.windowed_layers
+        self.attention: Attention = "sdpa"
         self.attention_norm = RMSNorm(shape.dim, shape.norm_eps)
         self.query = _linear(shape.dim, heads * width, has_bias=shape.has_qkv_bias)
         self.key = _linear(shape.dim, kv_heads * width, has_bias=shape.has_qkv_bias)
@@ -159,25 +164,31 @@ class Block(nn.Module):
         value = self.value(x).view(by_head).transpose(1, 2)
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
-        query, key = _rotate(query, *rotation), _rotate(key, *rotation)
+        if self.has_rope:
+            query, key = _rotate(query, *rotation), _rotate(key, *rotation)
         if cache is not None:
             key, value = cache.extend(self.layer, key, value)
-        mixed = F.scaled_dot_product_attention(
-            query,
-            key.to(query.dtype),
-            value.to(query.dtype),
-            attn_mask=allowed,
-            # One new token sees all that is cached; several with nothing masked are a plain triangle.
-            is_causal=allowed is None and tokens > 1,
-            enable_gqa=self.is_grouped,
-        )
+        # One new token sees all that is cached; several with nothing masked are a plain triangle.
+        is_causal = allowed is None and tokens > 1
+        if self.attention == "eager":
+            mixed = eager_attention(query, key, value, allowed, is_causal=is_causal)
+        else:
+            mixed = F.scaled_dot_product_attention(
+                query,
+                key.to(query.dtype),
+                value.to(query.dtype),
+                attn_mask=allowed,
+                is_causal=is_causal,
+                enable_gqa=self.is_grouped,
+            )
         return self.attention_out(mixed.transpose(1, 2).reshape(rows, tokens, -1))
 
 
 class Transformer(nn.Module):
     """A decoder with a vocabulary head, or (`is_scalar`) one number per token: reward, value.
 
-    Source: Touvron et al. 2023 (LLaMA), section 2.2; qk norm as in Qwen3, qkv bias as in Qwen2.
+    Source: Touvron et al. 2023 (LLaMA), section 2.2; qk norm as in Qwen3, qkv bias as in Qwen2, sliding
+    window as in Mistral 7B, layers without positions as in SmolLM3.
     """
 
     cosine: Tensor
@@ -251,12 +262,19 @@ class Transformer(nn.Module):
         if positions.dim() == 2:
             rotation = (rotation[0][:, None], rotation[1][:, None])
         allowed = _allowed(mask, past, total, ids.device)
+        window = self.shape.sliding_window
+        near = _allowed(mask, past, total, ids.device, window) if window else allowed
         x = self.embedding(ids)
         for block in cast("Iterable[Block]", self.blocks):
-            x = block(x, rotation, allowed, cache, noise)
+            x = block(x, rotation, near if block.is_windowed else allowed, cache, noise)
         if cache is not None:
             cache.length = total
         return self.norm(x)
+
+    def attend_by(self, attention: Attention) -> None:
+        """Compute attention by its definition (`eager`) or by torch's fused kernels (`sdpa`)."""
+        for block in cast("Iterable[Block]", self.blocks):
+            block.attention = attention
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., V) of hidden states (..., D)."""
@@ -266,6 +284,23 @@ class Transformer(nn.Module):
         """(...) float32: the scalar of each hidden state (..., D)."""
         assert self.score_head is not None, "a model with a vocabulary head has no scalar"
         return self.score_head(hidden).squeeze(-1).float()
+
+
+def eager_attention(
+    query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None, *, is_causal: bool
+) -> Tensor:
+    """Attention as it is defined, (B, H, T, E), of queries (B, H, T, E), keys and values (B, K, S, E).
+
+    The softmax is float32. Source: Vaswani et al. 2017, equation 1; grouped heads: Ainslie et al. 2023.
+    """
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = (query @ key.to(query.dtype).transpose(-2, -1)).float() / math.sqrt(query.shape[-1])
+    if is_causal:
+        allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if allowed is not None:
+        scores = scores.masked_fill(~allowed, -math.inf)
+    return scores.softmax(-1).to(query.dtype) @ value.to(query.dtype)
 
 
 def token_logprobs(
@@ -311,9 +346,22 @@ def _rotations(shape: ShapeConfig) -> tuple[Tensor, Tensor]:
     """Cosine and signed sine of every position, (context, E). Source: Su et al. 2021, equation 34."""
     half = shape.head_width // 2
     frequency = shape.rope_theta ** -(torch.arange(half, dtype=torch.float64) / half)
+    if shape.rope_scaling is not None:
+        frequency = _stretched(frequency, shape.rope_scaling)
     angle = torch.outer(torch.arange(shape.context, dtype=torch.float64), frequency)
     cosine, sine = angle.cos().float(), angle.sin().float()
     return torch.cat([cosine, cosine], -1), torch.cat([-sine, sine], -1)
+
+
+def _stretched(frequency: Tensor, scaling: RopeScalingConfig) -> Tensor:
+    """Frequencies for a longer context: slow ones are divided by the factor, fast ones are kept.
+
+    Source: Llama 3.1's reference code, `apply_scaling`.
+    """
+    turns = scaling.original_context * frequency / (2 * math.pi)
+    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    kept = kept.clamp(0, 1)
+    return kept * frequency + (1 - kept) * frequency / scaling.factor
 
 
 def _rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
@@ -334,15 +382,21 @@ def _positions(ids: Tensor, past: int, mask: AttentionMask | None, context: int)
 
 
 def _allowed(
-    mask: AttentionMask | None, past: int, total: int, device: torch.device
+    mask: AttentionMask | None, past: int, total: int, device: torch.device, window: int = 0
 ) -> Tensor | None:
-    """(1 or B, 1, T, S) booleans, or none where plain causal attention says the same."""
+    """(1 or B, 1, T, S) booleans, or none where plain causal attention says the same.
+
+    With a window a token sees so many places, its own among them; 0 for all.
+    """
     is_plain = mask is None or (mask.documents is None and mask.padding is None)
-    if is_plain and (past == 0 or total - past == 1):
+    is_near = 0 < window < total
+    if is_plain and not is_near and (past == 0 or total - past == 1):
         return None
     seen = torch.arange(total, device=device)
     new = seen[past:, None]  # (T, 1)
     allowed = (seen <= new)[None]  # (1, T, S)
+    if is_near:
+        allowed = allowed & (seen > new - window)
     if mask is not None and mask.padding is not None:
         # A padding token sees itself, so that no row of the softmax is empty.
         allowed = allowed & ((seen >= mask.padding[:, None, None]) | (seen == new))

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from conf.shape import ShapeConfig
-from model.convert import from_hf, to_hf
+from model.huggingface import from_hf, to_hf
 from model.transformer import Transformer
 
 SHAPE = ShapeConfig(

@@ -8,20 +8,30 @@ import torch
 
 from conf.export import ExportConfig
 from conf.launch import LaunchConfig
-from conf.shape import ShapeConfig
-from model.convert import compare, from_hf, read_hf, to_hf, write_hf
+from conf.shape import RopeScalingConfig, ShapeConfig
+from model.convert import compare, write_hf
+from model.huggingface import from_hf, read_hf, to_hf
 from model.transformer import Transformer
 from model.weights import save_model
 from storage.tokenizer import ChatTokenizer
 from tests.model.small_jobs import finish, start, write_job
 from tests.model.tiny import tiny_tokenizer
 
+STRETCHED = RopeScalingConfig(factor=8, original_context=32)
 KINDS = {
     "llama": {"rope_theta": 5e5},
     "llama untied, wide heads": {"is_tied": False, "head_dim": 16, "norm_eps": 1e-6},
     "qwen2": {"has_qkv_bias": True},
     "qwen3": {"has_qk_norm": True, "is_tied": False},
-}
+    "llama 3.1": {"rope_theta": 5e5, "rope_scaling": STRETCHED},
+    "mistral": {"sliding_window": 9, "is_tied": False},
+    "qwen2, window from layer 1": {"has_qkv_bias": True, "sliding_window": 9, "full_layers": (0,)},
+    "qwen3, window, first and last full": {
+        "has_qk_norm": True, "layers": 3, "sliding_window": 9, "full_layers": (0, 2),
+    },
+    "smollm3": {"layers": 4, "no_rope_layers": (3,), "rope_theta": 2e6},
+    "smollm3, windows in any layer": {"layers": 3, "sliding_window": 9, "full_layers": (1,)},
+}  # fmt: skip
 
 
 def model(**fields: object) -> Transformer:

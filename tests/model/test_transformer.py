@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from conf.shape import ShapeConfig
+from conf.shape import RopeScalingConfig, ShapeConfig
 from model import transformer
 from model.transformer import AttentionMask, Cache, Noise, Transformer, token_logprobs
 
@@ -163,3 +163,106 @@ def test_logprobs_equal_the_definition_whole_and_in_chunks(
 def test_no_label_at_all_gives_zeros() -> None:
     found = token_logprobs(torch.ones(50, 8), torch.ones(2, 3, 8), torch.full((2, 3), -1))
     assert found.tolist() == [[0.0] * 3] * 2
+
+
+ODD = {
+    "grouped heads": {},
+    "one key head, wide": {"kv_heads": 1, "head_dim": 16},
+    "window": {"sliding_window": 5},
+    "window in one layer": {"sliding_window": 5, "full_layers": (1,)},
+    "no positions in one layer": {"no_rope_layers": (0,), "has_qk_norm": True},
+}
+
+
+@pytest.mark.parametrize("kind", list(ODD))
+@torch.no_grad()
+def test_fused_attention_equals_its_definition(kind: str) -> None:
+    net, ids = model(**ODD[kind]), tokens(2, 20)
+    masks = [
+        None,
+        AttentionMask(padding=torch.tensor([3, 0])),
+        AttentionMask(documents=torch.tensor([[0] * 7 + [1] * 13, [0] * 20])),
+    ]
+    fused = [net.hidden(ids, mask=mask) for mask in masks]
+    net.attend_by("eager")
+    for mask, found in zip(masks, fused, strict=True):
+        torch.testing.assert_close(net.hidden(ids, mask=mask), found, rtol=0, atol=3e-6)
+
+
+@pytest.mark.parametrize("kind", list(ODD))
+@torch.no_grad()
+def test_every_kind_of_layer_reads_a_cache_as_the_full_pass(kind: str) -> None:
+    net, ids = model(**ODD[kind]), tokens(2, 20)
+    cache = Cache(net.shape, 2, 20)
+    pieces = [net.hidden(part, cache=cache) for part in ids.split([9, 1, 1, 6, 3], dim=1)]
+    torch.testing.assert_close(torch.cat(pieces, 1), net.hidden(ids), rtol=0, atol=3e-6)
+
+
+def seen(net: Transformer, ids: torch.Tensor, token: int, mask: AttentionMask | None) -> list[int]:
+    """Places whose embedding the state of a token depends on, by the gradient."""
+    embedded: list[torch.Tensor] = []
+
+    def keep(_module: object, _inputs: object, output: torch.Tensor) -> None:
+        output.retain_grad()
+        embedded.append(output)
+
+    hook = net.embedding.register_forward_hook(keep)
+    net.hidden(ids, mask=mask)[0, token].sum().backward()
+    hook.remove()
+    assert embedded[0].grad is not None
+    return embedded[0].grad[0].abs().sum(-1).nonzero().flatten().tolist()
+
+
+def test_no_token_sees_another_document() -> None:
+    net, ids = model(), tokens(1, 12)
+    mask = AttentionMask(documents=torch.tensor([[0] * 5 + [1] * 4 + [2] * 3]))
+    for attention in ("sdpa", "eager"):
+        net.attend_by(attention)
+        found = [seen(net, ids, token, mask) for token in range(12)]
+        starts = [0] * 5 + [5] * 4 + [9] * 3
+        assert found == [list(range(start, token + 1)) for token, start in enumerate(starts)]
+
+
+def test_a_window_reaches_so_many_tokens_back_in_every_layer() -> None:
+    ids = tokens(1, 12)
+    # One layer sees 4 tokens, itself among them; two layers reach 2 x 3 back; a full one sees all.
+    assert seen(model(layers=1, sliding_window=4), ids, 11, None) == [8, 9, 10, 11]
+    assert seen(model(layers=2, sliding_window=4), ids, 11, None) == list(range(5, 12))
+    assert seen(model(layers=2, sliding_window=4, full_layers=(0,)), ids, 11, None) == list(
+        range(12)
+    )
+
+
+@torch.no_grad()
+def test_layers_without_positions_do_not_tell_the_order_of_what_came_before() -> None:
+    ids = tokens(1, 8)
+    turned = torch.cat([ids[:, :7].flip(1), ids[:, 7:]], 1)
+    blind, told = model(layers=1, no_rope_layers=(0,)), model(layers=1)
+    last, other = blind.hidden(ids)[0, -1], blind.hidden(turned)[0, -1]
+    torch.testing.assert_close(last, other, rtol=0, atol=2e-6)
+    assert not torch.allclose(told.hidden(ids)[0, -1], told.hidden(turned)[0, -1], atol=1e-4)
+
+
+def test_stretched_frequencies_by_hand() -> None:
+    # head width 8, base 10,000: frequencies 1, 0.1, 0.01, 0.001 turn 16 / (2 pi) x f times in the
+    # original context of 16: 2.546, 0.2546, ... With bounds 0.5 and 2 the first is kept, the others
+    # are divided by 4; with bounds 0.1 and 0.5 the second keeps a share of (0.2546 - 0.1) / 0.4.
+    def frequencies(low: float, high: float) -> list[float]:
+        scaling = RopeScalingConfig(
+            factor=4, low_freq_factor=low, high_freq_factor=high, original_context=16
+        )
+        net = model(dim=32, heads=4, rope_scaling=scaling)
+        return torch.atan2(-net.sine[1, :4], net.cosine[1, :4]).tolist()
+
+    assert frequencies(0.5, 2) == pytest.approx([1, 0.1 / 4, 0.01 / 4, 0.001 / 4], rel=1e-5)
+    kept = (1.6 / (2 * math.pi) - 0.1) / 0.4
+    assert frequencies(0.1, 0.5)[1] == pytest.approx(0.1 * kept + 0.1 / 4 * (1 - kept), rel=1e-5)
+
+
+def test_shapes_that_contradict_themselves_are_refused() -> None:
+    with pytest.raises(ValueError, match="full_layers are exceptions from sliding_window"):
+        ShapeConfig(full_layers=(0,))
+    with pytest.raises(ValueError, match="no_rope_layers names layer 3, the last of 3 layers is 2"):
+        ShapeConfig(layers=3, no_rope_layers=(3,))
+    with pytest.raises(ValueError, match="low_freq_factor=4 is not below high_freq_factor=4"):
+        RopeScalingConfig(factor=8, low_freq_factor=4)
