@@ -52,6 +52,8 @@ class PartItem:
     """Given to the build function after the folder to write in; must pickle."""
     label: str = ""
     """Names the item in messages."""
+    cost: float = 0.0
+    """How long it takes beside the others, in any unit; the dearest are begun first."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ class _Task:
     arguments: tuple[Any, ...]
     record: Record
     label: str
+    cost: float
 
 
 @dataclass
@@ -116,7 +119,7 @@ def fan_out(job: Job, build: Build, items: Sequence[PartItem], *, version: int =
     for fingerprint in [fp for fp in parts if fp not in missing]:
         _note_part(job, fingerprint)
     if missing:
-        _build_all(job, list(missing.values()), progress)
+        _build_all(job, sorted(missing.values(), key=lambda task: -task.cost), progress)
         parts |= _look_up(job.store, list(missing), is_reused=False)
     found = [part for task in tasks if (part := parts[task.record.fingerprint])]
     if progress.failures or len(found) < len(tasks):
@@ -139,7 +142,8 @@ def _task(job: Job, build: Build, item: PartItem, version: int) -> _Task:
         identity=identity,
         node=job.node,
     )
-    return _Task(job.store.url, job.store.cache, build, item.arguments, record, item.label or name)
+    label = item.label or name
+    return _Task(job.store.url, job.store.cache, build, item.arguments, record, label, item.cost)
 
 
 def _look_up(

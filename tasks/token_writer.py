@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     """Ids of all texts after one another, and where each text's end."""
 
 CHECKED_DOCUMENTS = 64
-CHECKED_CHARS = 3_000
+CHECKED_CHARS = 1_000
 
 DOMAIN_NAME = re.compile(r"\w[\w.-]*")
 
@@ -82,10 +82,8 @@ def choose_encoder(
     import numpy as np
 
     def truth(batch: Sequence[str]) -> "Encoded":
-        found = chat.encode_batch(batch)
-        ends = np.cumsum([len(ids) for ids in found], dtype=np.int64)
-        flat = np.fromiter((token for ids in found for token in ids), np.uint32, count=ends[-1])
-        return flat, ends
+        found = [np.array(ids, np.uint32) for ids in chat.encode_batch(batch)]
+        return np.concatenate(found), np.cumsum([len(ids) for ids in found], dtype=np.int64)
 
     if engine == "auto" and (fast := _fast_encoder(folder, chat.digest)):
         checked = [text[:CHECKED_CHARS] for text in samples]

@@ -49,6 +49,7 @@ def tokenize(job: Job, corpus: Corpus, tokenizer: Tokenizer, settings: TokenizeC
             },
             arguments=(shard, tokenizer.files, settings.engine),
             label=shard.entry.name,
+            cost=shard.text_path.stat().st_size,
         )
         for shard in corpus.shards
     ]
