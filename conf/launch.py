@@ -7,13 +7,20 @@ from pydantic import Field
 from conf.settings import Settings
 
 
+DEEPSPEED_ENGINES = ("zero1", "zero2", "zero3")
+"""Engines that need DeepSpeed and its launcher."""
+SPREADING_ENGINES = ("fsdp", "zero3")
+"""Engines under which no process holds the whole model; only pretraining runs on them."""
+
+
 class LaunchConfig(Settings):
     """One job: which launcher starts how many processes, on what, with which engine."""
 
     launcher: Literal["torchrun", "deepspeed"] = "torchrun"
     """Program that starts the ranks."""
-    engine: Literal["plain", "ddp", "zero2"] = "plain"
-    """How parameters and optimizer state are spread; `plain` needs one process."""
+    engine: Literal["plain", "ddp", "fsdp", "zero1", "zero2", "zero3"] = "plain"
+    """How weights and optimizer state are spread: nothing (`plain`, one process; `ddp`), all (`fsdp`,
+    torch's; `zero3`, DeepSpeed's), optimizer state (`zero1`), that and gradients (`zero2`)."""
     processes: Annotated[int, Field(ge=1)] = 1
     """Ranks on this host."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -22,6 +29,18 @@ class LaunchConfig(Settings):
     """CPU threads per rank; 0 divides the cores among the ranks."""
     micro_batch: Annotated[int, Field(ge=0)] = 0
     """Sequences per forward pass and rank; 0 takes the whole batch of the rank at once."""
+    compile: bool = False
+    """Whether blocks and head run as code that torch.compile makes; costs a minute at the start, and
+    needs a C++ compiler on CPU."""
+    checkpoint_activations: bool = False
+    """Whether a block's activations are computed again for the backward pass instead of being kept: a
+    third more computing for a fraction of the memory."""
+    fused_head: Literal["auto", "on", "off"] = "auto"
+    """Whether pretraining takes loss and gradient of the output head together, piece by piece, so that
+    the logits of a batch never exist at once; `auto` does so on CUDA."""
+    peak_tflops: Annotated[float, Field(ge=0)] = 0.0
+    """Peak of one device in 10^12 FLOP/s, to which `mfu` refers; 0 takes the data sheet's of a known
+    accelerator, and measures a CPU."""
     checkpoint_seconds: Annotated[float, Field(gt=0)] = 60.0
     """Longest time between two checkpoints, besides those that the stage's settings ask for."""
     deadline_seconds: Annotated[float, Field(ge=0)] = 0.0

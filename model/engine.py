@@ -1,21 +1,25 @@
-"""How gradients become an update: one process, several in step (DDP), or DeepSpeed behind the same face.
+"""How gradients become an update: one process, several in step (DDP), or spread over ranks behind the
+same face.
 
 A checkpoint has one form for all of them: every tensor whole, under the name of its parameter. So a
 job may go on with another engine and another number of ranks.
 """
 
 import contextlib
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from conf.launch import LaunchConfig
 from model.batches import Batch
-from model.optimizer import UpdateRule, adamw, set_learning_rate
+from model.optimizer import LossScale, UpdateRule, build_optimizers, set_learning_rate
 from model.ranks import Ranks
 from model.transformer import Transformer
 from model.weights import load_tensors, save_tensors
@@ -23,6 +27,7 @@ from model.weights import load_tensors, save_tensors
 MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 
+Seen = TypeVar("Seen")
 Loss = Callable[[Transformer, Batch, Mapping[str, float]], dict[str, Tensor]]
 """Model, micro-batch and the step's totals -> figures that this micro-batch adds to the step's, already
 divided by the totals; `loss` carries the gradient, the others are logged."""
@@ -33,6 +38,8 @@ class Engine(Protocol):
 
     model: Transformer
     ranks: Ranks
+    scale: LossScale | None
+    """Of the loss, in fp16."""
 
     def backward(
         self, loss: Loss, batch: Batch, totals: Mapping[str, float], *, is_last: bool
@@ -51,6 +58,14 @@ class Engine(Protocol):
         """Forget the gradients."""
         ...
 
+    def look(self, work: Callable[[Transformer], Seen]) -> Seen:
+        """What some work without gradients finds with the model as it is; all ranks call it."""
+        ...
+
+    def weights(self) -> dict[str, Tensor]:
+        """The model's tensors, whole, on the first rank; all ranks call it."""
+        ...
+
     def save(self, folder: Path) -> None:
         """Write weights and optimizer; all ranks call it."""
         ...
@@ -63,23 +78,71 @@ class Engine(Protocol):
 def build_engine(
     model: Transformer, launch: LaunchConfig, ranks: Ranks, rule: UpdateRule
 ) -> Engine:
-    """The engine that the launch settings name, around a model that every rank holds alike."""
+    """The engine that the launch settings name, around a model that every rank holds alike.
+
+    Raises ValueError for what the engine or the machine cannot do.
+    """
+    refuse_impossible(launch, ranks, rule)
     model.to(ranks.device).train()
+    prepare_blocks(model, launch)
     match launch.engine:
-        case "plain":
-            if ranks.world > 1:
-                raise ValueError(
-                    f"engine plain runs in one process, launch.processes is {ranks.world}; set "
-                    f"launch.engine=ddp or launch.processes=1"
-                )
+        case "plain" | "ddp":
             return TorchEngine(model, ranks, rule)
-        case "ddp":
-            return TorchEngine(model, ranks, rule)
-        case "zero2":
+        case "fsdp":
+            from model.fsdp import FsdpEngine
+
+            return FsdpEngine(model, ranks, rule)
+        case "zero1" | "zero2" | "zero3":
             # Late: deepspeed is needed for its own engine alone, and takes seconds to import.
             from model.zero import ZeroEngine
 
-            return ZeroEngine(model, ranks, rule)
+            return ZeroEngine(model, ranks, rule, stage=int(launch.engine.removeprefix("zero")))
+
+
+def refuse_impossible(launch: LaunchConfig, ranks: Ranks, rule: UpdateRule) -> None:
+    """Raises ValueError for what an engine or this machine cannot do, with the way out."""
+    if launch.engine == "plain" and ranks.world > 1:
+        raise ValueError(
+            f"engine plain runs in one process, launch.processes is {ranks.world}; set "
+            f"launch.engine=ddp or launch.processes=1"
+        )
+    if launch.engine not in ("plain", "ddp") and rule.optimizer == "muon":
+        raise ValueError(
+            f"engine {launch.engine} spreads matrices that Muon needs whole; use launch.engine=ddp or "
+            f"optimizer=adamw"
+        )
+    if launch.engine.startswith("zero") and rule.precision == "fp16":
+        raise ValueError(
+            f"engine {launch.engine} does not run in fp16 here; use precision=bf16, or "
+            f"launch.engine=fsdp"
+        )
+    is_cuda = ranks.device.type == "cuda"
+    if is_cuda and rule.precision == "bf16" and torch.cuda.get_device_capability()[0] < 8:
+        raise ValueError(
+            f"{torch.cuda.get_device_name()} has no bfloat16; use precision=fp16 or precision=fp32"
+        )
+    has_compiler = any(shutil.which(name) for name in ("g++", "clang++", "c++"))
+    if launch.compile and not is_cuda and not has_compiler:
+        raise ValueError(
+            "launch.compile needs a C++ compiler on CPU and none was found; install g++ or set "
+            "launch.compile=false"
+        )
+
+
+def prepare_blocks(model: Transformer, launch: LaunchConfig) -> None:
+    """Let blocks compute their activations again, or run compiled; names of weights stay as they are."""
+    for block in cast("Iterable[nn.Module]", model.blocks):
+        if launch.checkpoint_activations:
+            # Dropout is a function of the position: no generator's state has to be kept.
+            again = partial(
+                checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
+            )
+            cast("Any", block).forward = again
+        if launch.compile:
+            block.compile()
+    if launch.compile:
+        # Blocks share their code; the number of a layer, which dropout reads, must not tell them apart.
+        cast("Any", torch._dynamo.config).allow_unspec_int_on_nn_module = True
 
 
 class Objective(nn.Module):
@@ -88,17 +151,38 @@ class Objective(nn.Module):
     def __init__(self, model: Transformer, rule: UpdateRule, device: torch.device) -> None:
         super().__init__()
         self.model = model
-        self._is_bf16, self._device = rule.precision == "bf16", device
+        self._precision, self._device = rule.precision, device
 
-    def forward(self, loss: Loss, batch: Batch, totals: Mapping[str, float]) -> dict[str, Tensor]:
+    def forward(
+        self, loss: Callable[..., Any], batch: Batch | None = None, totals: Any = None
+    ) -> Any:
+        """The loss's figures; without a batch whatever `loss` finds in the model, for wrappers that
+        make weights whole around `forward` alone."""
+        if batch is None:
+            return loss(self.model)
         with self.precision():
             return loss(self.model, batch.to(self._device), totals)
 
+    @torch.no_grad()
+    def look(self, wrapper: nn.Module, work: Callable[[Transformer], Seen]) -> Seen:
+        """What some work finds with whole weights, inside the forward pass of a wrapper of this."""
+        found: list[Seen] = []
+
+        def note(model: Transformer) -> None:
+            found.append(work(model))
+
+        wrapper(note)
+        return found[0]
+
     def precision(self) -> contextlib.AbstractContextManager[object]:
         """The context in which the model computes."""
-        if not self._is_bf16:
-            return contextlib.nullcontext()
-        return torch.autocast(self._device.type, dtype=torch.bfloat16)
+        match self._precision:
+            case "fp32":
+                return contextlib.nullcontext()
+            case "bf16":
+                return torch.autocast(self._device.type, dtype=torch.bfloat16)
+            case "fp16":
+                return torch.autocast(self._device.type, dtype=torch.float16)
 
 
 class TorchEngine:
@@ -106,7 +190,8 @@ class TorchEngine:
 
     def __init__(self, model: Transformer, ranks: Ranks, rule: UpdateRule) -> None:
         self.model, self.ranks, self.rule = model, ranks, rule
-        self.optimizer = adamw(model, rule)
+        self.scale = LossScale() if rule.precision == "fp16" else None
+        self._optimizers = build_optimizers(model, rule)
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         objective = Objective(model, rule, ranks.device)
         self._objective: nn.Module = objective
@@ -119,22 +204,36 @@ class TorchEngine:
         with self._exchange(is_last):
             figures = self._objective(loss, batch, totals)
             # DDP averages over the ranks; the loss is already this rank's share of the sum.
-            (figures["loss"] * self.ranks.world).backward()
+            weight = self.ranks.world * (self.scale.value if self.scale else 1)
+            (figures["loss"] * weight).backward()
         return {name: value.detach() for name, value in figures.items()}
 
     def step(self, learning_rate: float) -> float:
         gradients = [p.grad for p in self._parameters if p.grad is not None]
+        if self.scale:
+            self.scale.undo(gradients)
         norm = torch.nn.utils.get_total_norm(gradients)
-        if bool(norm.isfinite()):
+        is_finite = bool(norm.isfinite())
+        if is_finite:
             if self.rule.clip_norm:
                 torch.nn.utils.clip_grads_with_norm_(self._parameters, self.rule.clip_norm, norm)
-            set_learning_rate(self.optimizer.param_groups, learning_rate)
-            self.optimizer.step()
+            for optimizer in self._optimizers:
+                set_learning_rate(optimizer.param_groups, learning_rate)
+                optimizer.step()
+        if self.scale:
+            self.scale.note(is_finite=is_finite)
         self.discard()
         return norm.item()
 
     def discard(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self._optimizers:
+            optimizer.zero_grad(set_to_none=True)
+
+    def look(self, work: Callable[[Transformer], Seen]) -> Seen:
+        return work(self.model)
+
+    def weights(self) -> dict[str, Tensor]:
+        return self.model.state_dict()
 
     def save(self, folder: Path) -> None:
         if not self.ranks.is_first:
@@ -144,20 +243,27 @@ class TorchEngine:
         states = {
             f"{name}|{key}": value
             for name, parameter in self.model.named_parameters()
-            for key, value in self.optimizer.state.get(parameter, {}).items()
+            for optimizer in self._optimizers
+            for key, value in optimizer.state.get(parameter, {}).items()
         }
         save_tensors(folder / OPTIMIZER_FILE, states)
+        if self.scale:
+            self.scale.save(folder)
 
     def load(self, folder: Path) -> None:
         self.model.load_state_dict(load_tensors(folder / MODEL_FILE))
         by_name = optimizer_states(folder)
-        for name, parameter in self.model.named_parameters():
-            if name in by_name:
-                # The step count stays on the host, as AdamW itself keeps it.
-                self.optimizer.state[parameter] = {
-                    key: value if key == "step" else value.to(parameter.device)
-                    for key, value in by_name[name].items()
-                }
+        for optimizer in self._optimizers:
+            own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            for name, parameter in self.model.named_parameters():
+                if name in by_name and id(parameter) in own:
+                    # The step count stays on the host, as AdamW itself keeps it.
+                    optimizer.state[parameter] = {
+                        key: value if key == "step" else value.to(parameter.device)
+                        for key, value in by_name[name].items()
+                    }
+        if self.scale:
+            self.scale.load(folder)
 
     def _exchange(self, is_last: bool) -> contextlib.AbstractContextManager[object]:
         if is_last or self.ranks.world == 1:

@@ -1,14 +1,19 @@
-"""How weights are updated: AdamW with decay where it belongs, and learning rates as functions of the step."""
+"""How weights are updated: AdamW or Muon with decay where it belongs, learning rates as functions of the
+step, and the scale that keeps float16 gradients from vanishing."""
 
+import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+Precision = Literal["fp32", "bf16", "fp16"]
 Schedule = Literal["constant", "linear", "cosine", "wsd", "cosine_stable_decay"]
+SCALE_FILE = "loss_scale.json"
 
 
 @dataclass(frozen=True)
@@ -20,8 +25,70 @@ class UpdateRule:
     eps: float = 1e-8
     clip_norm: float = 1.0
     """Largest norm of all gradients together; 0 leaves them as they are."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """`bf16` computes in bfloat16 where that is safe; weights and optimizer stay in float32."""
+    precision: Precision = "fp32"
+    """`bf16` and `fp16` compute in 16 bits where that is safe; weights and optimizer stay in float32."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """`muon` updates the matrices of the blocks by Muon, everything else by AdamW."""
+
+
+@dataclass
+class LossScale:
+    """Factor on the loss that keeps float16 gradients from vanishing: halved by a step whose gradients
+    overflow, doubled after `interval` steps in a row that do not.
+
+    Source: Micikevicius et al. 2018, section 3.2; constants of torch.amp.GradScaler.
+    """
+
+    value: float = 65_536.0
+    good_steps: int = 0
+    interval: int = 2000
+
+    def undo(self, gradients: list[Tensor]) -> None:
+        """Divide gradients of the scaled loss by the scale, in place."""
+        torch._foreach_mul_(gradients, 1 / self.value)
+
+    def note(self, *, is_finite: bool) -> None:
+        """Learn whether a step's gradients were finite."""
+        if not is_finite:
+            self.value, self.good_steps = self.value / 2, 0
+            return
+        self.good_steps += 1
+        if self.good_steps == self.interval:
+            self.value, self.good_steps = self.value * 2, 0
+
+    def save(self, folder: Path) -> None:
+        """Write it into a checkpoint."""
+        content = {"value": self.value, "good_steps": self.good_steps}
+        (folder / SCALE_FILE).write_text(json.dumps(content), "utf-8")
+
+    def load(self, folder: Path) -> None:
+        """Take it from a checkpoint."""
+        content = json.loads((folder / SCALE_FILE).read_text("utf-8"))
+        self.value, self.good_steps = content["value"], content["good_steps"]
+
+
+def build_optimizers(model: nn.Module, rule: UpdateRule) -> list[torch.optim.Optimizer]:
+    """One or two optimizers that together hold every parameter; the rate is set at every step.
+
+    Muon takes the matrices of the blocks, with the factor that lets it share AdamW's learning rate and
+    decay. Source: Jordan et al. 2024; factor: Liu et al. 2025 (Moonlight), equation 4.
+    """
+    if rule.optimizer == "adamw":
+        return [adamw(model, rule)]
+    hidden = [
+        p
+        for name, p in model.named_parameters()
+        if p.requires_grad and p.dim() == 2 and ".blocks." in f".{name}"
+    ]
+    taken = {id(p) for p in hidden}
+    muon = torch.optim.Muon(
+        hidden, lr=0.0, weight_decay=rule.weight_decay, adjust_lr_fn="match_rms_adamw"
+    )
+    groups = parameter_groups(model, rule.weight_decay)
+    for group in groups:
+        group["params"] = [p for p in group["params"] if id(p) not in taken]
+    rest = torch.optim.AdamW(groups, lr=0.0, betas=rule.betas, eps=rule.eps, fused=True)
+    return [muon, rest]
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

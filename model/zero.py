@@ -1,7 +1,8 @@
-"""DeepSpeed ZeRO 2 behind the engine's face: gradients and optimizer state spread over the ranks."""
+"""DeepSpeed ZeRO behind the engine's face: optimizer state spread over the ranks (stage 1), gradients
+too (2), weights too (3)."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from model.batches import Batch
-from model.engine import MODEL_FILE, OPTIMIZER_FILE, Loss, Objective, optimizer_states
+from model.engine import MODEL_FILE, OPTIMIZER_FILE, Loss, Objective, Seen, optimizer_states
 from model.optimizer import UpdateRule, adamw, parameter_groups, set_learning_rate
 from model.ranks import Ranks
 from model.transformer import Transformer
@@ -19,12 +20,13 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class ZeroEngine:
-    """DeepSpeed with ZeRO stage 2 and torch's AdamW, weights in fp32."""
+    """DeepSpeed with torch's AdamW, weights in fp32. Source: Rajbhandari et al. 2020, section 5."""
 
-    def __init__(self, model: Transformer, ranks: Ranks, rule: UpdateRule) -> None:
-        self.model, self.ranks, self.rule = model, ranks, rule
+    def __init__(self, model: Transformer, ranks: Ranks, rule: UpdateRule, *, stage: int) -> None:
+        self.model, self.ranks, self.rule, self.stage = model, ranks, rule, stage
+        self.scale = None
         self._objective = Objective(model, rule, ranks.device)
-        self._engine = _initialise(self._objective, model, ranks, rule)
+        self._engine = _initialise(self._objective, model, ranks, rule, stage)
         self._zero = self._engine.optimizer
 
     def backward(
@@ -44,23 +46,40 @@ class ZeroEngine:
 
     def discard(self) -> None:
         self._zero.zero_grad(set_to_none=True)
+        if self.stage == 3:
+            self._zero.averaged_gradients = {}
+            return
         for group in list(self._zero.averaged_gradients):
             self._zero.averaged_gradients[group] = None
             self._zero.all_grad_tensors[group] = None
 
+    def look(self, work: Callable[[Transformer], Seen]) -> Seen:
+        if self.stage < 3:
+            return work(self.model)
+        return self._objective.look(self._objective, work)
+
+    def weights(self) -> dict[str, Tensor]:
+        if self.stage < 3:
+            return self.model.state_dict()
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return {
+            name: cast("Tensor", safe_get_full_fp32_param(parameter))
+            for name, parameter in self.model.named_parameters()
+        }
+
     def save(self, folder: Path) -> None:
-        states = self._whole_states()
+        weights, states = self.weights(), self._whole_states()
         if not self.ranks.is_first:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        save_tensors(folder / MODEL_FILE, self.model.state_dict())
+        save_tensors(folder / MODEL_FILE, weights)
         save_tensors(folder / OPTIMIZER_FILE, states)
 
     def load(self, folder: Path) -> None:
         from deepspeed.utils import safe_set_full_optimizer_state
 
-        self.model.load_state_dict(load_tensors(folder / MODEL_FILE))
-        self._zero.refresh_fp32_params()
+        self._load_weights(load_tensors(folder / MODEL_FILE))
         by_name = optimizer_states(folder)
         if by_name:
             self._allocate_states(next(iter(by_name.values()))["step"])
@@ -68,6 +87,18 @@ class ZeroEngine:
             for key in MOMENTS if name in by_name else ():
                 safe_set_full_optimizer_state(parameter, by_name[name][key], key)
         self._check_groups()
+
+    def _load_weights(self, weights: dict[str, Tensor]) -> None:
+        if self.stage < 3:
+            self.model.load_state_dict(weights)
+        else:
+            from deepspeed import zero
+
+            with torch.no_grad(), zero.GatheredParameters(
+                list(self.model.parameters()), modifier_rank=0
+            ):
+                self.model.load_state_dict(weights)
+        self._zero.refresh_fp32_params()
 
     def _whole_states(self) -> dict[str, Tensor]:
         from deepspeed.utils import safe_get_full_optimizer_state
@@ -86,7 +117,12 @@ class ZeroEngine:
         return states
 
     def _allocate_states(self, step: Tensor) -> None:
-        for part in self._zero.single_partition_of_fp32_groups:
+        parts = (
+            self._zero.fp32_partitioned_groups_flat
+            if self.stage == 3
+            else self._zero.single_partition_of_fp32_groups
+        )
+        for part in parts:
             self._zero.optimizer.state[part] = {
                 "step": step.clone(),
                 **{key: torch.zeros_like(part) for key in MOMENTS},
@@ -94,6 +130,8 @@ class ZeroEngine:
         self._link_states()
 
     def _link_states(self) -> None:
+        if self.stage == 3:
+            return
         # DeepSpeed links parameters to their state after the first group's first step, when the
         # other groups have none yet; so the second group would stay without.
         self._zero._hp_optimizer_states_linked = False
@@ -106,7 +144,9 @@ class ZeroEngine:
         assert found == wanted, f"DeepSpeed's groups decay {found}, wanted {wanted}"
 
 
-def _initialise(objective: Objective, model: Transformer, ranks: Ranks, rule: UpdateRule) -> Any:
+def _initialise(
+    objective: Objective, model: Transformer, ranks: Ranks, rule: UpdateRule, stage: int
+) -> Any:
     if ranks.device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
@@ -121,7 +161,7 @@ def _initialise(objective: Objective, model: Transformer, ranks: Ranks, rule: Up
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
             "gradient_clipping": rule.clip_norm,
-            "zero_optimization": {"stage": 2},
+            "zero_optimization": {"stage": stage},
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
             "steps_per_print": 10**12,
