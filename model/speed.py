@@ -1,0 +1,75 @@
+"""How near a training comes to what its machine can do: FLOPs of a token, and the peak of a device."""
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from conf.shape import ShapeConfig
+
+DENSE_PEAKS = {
+    "H100": {"bf16": 989e12, "fp16": 989e12, "fp32": 67e12},
+    "H200": {"bf16": 989e12, "fp16": 989e12, "fp32": 67e12},
+    "A100": {"bf16": 312e12, "fp16": 312e12, "fp32": 19.5e12},
+    "L40S": {"bf16": 362e12, "fp16": 362e12, "fp32": 91.6e12},
+    "L4": {"bf16": 121e12, "fp16": 121e12, "fp32": 30.3e12},
+    "4090": {"bf16": 165e12, "fp16": 165e12, "fp32": 82.6e12},
+    "V100": {"fp16": 125e12, "fp32": 15.7e12},
+    "T4": {"fp16": 65e12, "fp32": 8.1e12},
+}
+"""Part of a device's name -> precision -> FLOP/s without sparsity, by the maker's data sheets (SXM
+where there are several; float32 accumulation)."""
+PROBE_WIDTH = 1024
+PROBE_SECONDS = 0.15
+
+
+@dataclass(frozen=True)
+class Peak:
+    """What one device could do at best."""
+
+    flops: float
+    """Per second; 0 where it is not known."""
+    source: str
+
+
+def flops_per_token(shape: ShapeConfig, vocabulary: int, row_tokens: int) -> float:
+    """Floating-point operations of training on one token, forward and backward.
+
+    6 for each weight that a token is multiplied with (the head counts, looking up an embedding does
+    not), and 12 x layers x heads x head width x row_tokens for attention, without credit for its causal
+    half. Recomputed activations do not count. Source: Chowdhery et al. 2022 (PaLM), appendix B.
+    """
+    looked_up = vocabulary * shape.dim * (0 if shape.is_tied else 1)
+    weights = shape.parameters(vocabulary) - looked_up
+    attention = 12 * shape.layers * shape.heads * shape.head_width * row_tokens
+    return 6 * weights + attention
+
+
+def device_peak(device: torch.device, precision: str, stated_tflops: float = 0.0) -> Peak:
+    """Peak of a device: as stated, else by its data sheet, else measured on a CPU."""
+    if stated_tflops:
+        return Peak(stated_tflops * 1e12, "launch.peak_tflops")
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for part, peaks in DENSE_PEAKS.items():
+            if part in name.replace("-", " ").split() and precision in peaks:
+                return Peak(peaks[precision], f"data sheet of {part}, {precision} dense")
+        return Peak(0.0, f"no data sheet for {name} in {precision}; set launch.peak_tflops")
+    dtype = torch.float32 if precision == "fp32" else getattr(torch, _DTYPES[precision])
+    width = PROBE_WIDTH
+    return Peak(
+        _measured(device, dtype), f"best product of {width} x {width} matrices, {precision}"
+    )
+
+
+_DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
+
+
+def _measured(device: torch.device, dtype: torch.dtype) -> float:
+    matrix = torch.full((PROBE_WIDTH, PROBE_WIDTH), 0.5, device=device, dtype=dtype)
+    best, end = float("inf"), time.perf_counter() + PROBE_SECONDS
+    while time.perf_counter() < end:
+        started = time.perf_counter()
+        torch.mm(matrix, matrix)
+        best = min(best, time.perf_counter() - started)
+    return 2 * PROBE_WIDTH**3 / best
