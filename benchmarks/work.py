@@ -1,7 +1,10 @@
 """The text that is worked on, and what a row of the table says."""
 
+import json
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,3 +86,38 @@ def megabytes_per_second(texts: list[str], work: Callable[[], object]) -> float:
     started = time.perf_counter()
     work()
     return sum(len(text.encode()) for text in texts) / 1e6 / (time.perf_counter() - started)
+
+
+def environment(
+    name: str, packages: Sequence[str], *, without_dependencies: Sequence[str] = ()
+) -> Path:
+    """The interpreter of a virtual environment of its own for other programs, made when it is missing.
+
+    It lies under `.bench/` of the working directory and stays for the next time.
+    """
+    folder = Path(".bench").absolute() / name
+    python = folder / "bin" / "python"
+    if not (folder / "complete").exists():
+        subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
+        pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        usual = [package for package in packages if package not in without_dependencies]
+        subprocess.run([*pip, *usual], check=True)
+        if without_dependencies:
+            subprocess.run([*pip, "--no-deps", *without_dependencies], check=True)
+        (folder / "complete").touch()
+    return python
+
+
+def run_peer(python: Path, script: str, folder: Path, arguments: Sequence[str]) -> Any:
+    """What a script of `benchmarks/peers` writes as JSON to the path given to it last."""
+    answer = folder / "answer.json"
+    path = Path(__file__).parent / "peers" / f"{script}.py"
+    done = subprocess.run(
+        [str(python), str(path), *arguments, str(answer)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise RuntimeError(f"{script} {arguments[0]} failed:\n{done.stderr[-3000:]}")
+    return json.loads(answer.read_text("utf-8"))

@@ -1,0 +1,1 @@
+"""Scripts that run other programs; each in the environment that `benchmarks.work.environment` makes for it."""
