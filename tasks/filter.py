@@ -21,7 +21,7 @@ EXAMPLES = "examples.json"
 """In `logs/`: dropped and borderline documents of every rule."""
 EXCERPT_CHARS = 400
 OUTLIER = "length_outlier"
-STATISTICS_VERSION = 2
+STATISTICS_VERSION = 3
 TOKENS_PER_HAN = 0.7
 TOKENS_PER_BYTE = 0.25
 """What a 32k vocabulary makes of Chinese characters and of other bytes, roughly."""
@@ -47,9 +47,9 @@ def filter(  # noqa: A001 - the stage's word
         version=STATISTICS_VERSION,
     )
     rules = settings.rules()
-    lengths = measured(_lengths(shards, parts, settings))
+    lengths = measured(_lengths(shards, parts, settings), settings.outlier_spread)
     if pinned is not None:
-        lengths = carried_on(pinned, lengths)
+        lengths = carried_on(pinned, lengths, settings)
     tally = Tally(rules, settings.examples)
 
     def keeps() -> Iterator["pl.DataFrame"]:
@@ -59,7 +59,7 @@ def filter(  # noqa: A001 - the stage's word
             yield frame.select("keep", "reason")
 
     Corpus.write(job.files, corpus, keeps(), "filter")
-    write_lengths(job.files, lengths)
+    write_lengths(job.files, lengths, settings)
     job.parts += [s.entry.part for s in shards if s.entry.part not in job.parts]
     tally.report(job, shards)
     return Corpus(job.path)

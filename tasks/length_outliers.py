@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from conf.filter import FilterConfig
 from storage.corpus import Corpus
@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 LENGTHS = "lengths.json"
 """In `files/`: one entry per language and source, small groups too."""
+PLAIN_LENGTHS = "plain_lengths.json"
+"""The same with mean and standard deviation."""
 KEYS = ("language", "source")
 DIGITS = 6
 """Figures are rounded before they are used: the last bits of a logarithm differ between machines."""
@@ -20,8 +22,11 @@ MAD_TO_SIGMA = 1.4826
 """Median absolute deviation to standard deviation, of a normal distribution."""
 
 
-def measured(lengths: "Sequence[pl.DataFrame]") -> "pl.DataFrame":
-    """Median and median absolute deviation of the log length of every (language, source).
+def measured(
+    lengths: "Sequence[pl.DataFrame]", spread: Literal["robust", "plain"] = "robust"
+) -> "pl.DataFrame":
+    """Middle and spread of the log length of every (language, source): median and median absolute
+    deviation, or mean and standard deviation (0 for one document).
 
     One frame per shard: `language`, `source`, `log_chars`. Columns of the result: `language`,
     `source`, `centre`, `deviation` (both in log characters), `documents`; sorted.
@@ -29,20 +34,28 @@ def measured(lengths: "Sequence[pl.DataFrame]") -> "pl.DataFrame":
     import polars as pl
 
     schema = {"language": pl.String, "source": pl.String, "log_chars": pl.Float64}
-    median = pl.col("log_chars").median()
+    chars = pl.col("log_chars")
+    centre, deviation = chars.median(), (chars - chars.median()).abs().median()
+    if spread == "plain":
+        centre, deviation = chars.mean(), chars.std().fill_null(0.0)
     return (
         pl.concat([pl.DataFrame(schema=schema), *lengths])
         .group_by(KEYS)
         .agg(
-            centre=median.round(DIGITS),
-            deviation=(pl.col("log_chars") - median).abs().median().round(DIGITS),
+            centre=centre.round(DIGITS),
+            deviation=deviation.round(DIGITS),
             documents=pl.len().cast(pl.Int64),
         )
         .sort(KEYS)
     )
 
 
-def carried_on(pinned: Corpus, fresh: "pl.DataFrame") -> "pl.DataFrame":
+def lengths_file(settings: FilterConfig) -> str:
+    """Name of the file that holds the lengths: another one for another kind of spread."""
+    return LENGTHS if settings.outlier_spread == "robust" else PLAIN_LENGTHS
+
+
+def carried_on(pinned: Corpus, fresh: "pl.DataFrame", settings: FilterConfig) -> "pl.DataFrame":
     """The lengths of an earlier filtered corpus; of `fresh` only groups that it did not know.
 
     What was decided on earlier shards stays so: a group that was there keeps its figures, however many
@@ -50,33 +63,34 @@ def carried_on(pinned: Corpus, fresh: "pl.DataFrame") -> "pl.DataFrame":
     """
     import polars as pl
 
-    path = pinned.files / LENGTHS
+    path = pinned.files / lengths_file(settings)
     if not path.is_file():
         raise ValueError(
-            f"filter: {pinned.path} holds no {LENGTHS}; a corpus that this version of filter made is "
-            "expected as `pinned`; run once without --extend, or name another"
+            f"filter: {pinned.path} holds no {path.name}; a corpus that this version of filter made with "
+            "the same `outlier_spread` is expected as `pinned`; run once without --extend, or name another"
         )
     known = pl.DataFrame(json.loads(path.read_text("utf-8")), schema=fresh.schema)
     return pl.concat([known, fresh.join(known, on=KEYS, how="anti")]).sort(KEYS)
 
 
-def write_lengths(files: Path, lengths: "pl.DataFrame") -> None:
+def write_lengths(files: Path, lengths: "pl.DataFrame", settings: FilterConfig) -> None:
     """Write the lengths beside the corpus."""
     content = json.dumps(lengths.to_dicts(), ensure_ascii=False, indent=1)
-    (files / LENGTHS).write_text(content + "\n", "utf-8")
+    (files / lengths_file(settings)).write_text(content + "\n", "utf-8")
 
 
 def with_sigmas(
     frame: "pl.DataFrame", lengths: "pl.DataFrame", settings: FilterConfig
 ) -> "pl.DataFrame":
-    """The frame with `sigmas`: the distance of `chars` from its group's centre, in robust standard
+    """The frame with `sigmas`: the distance of `chars` from its group's centre, in standard
     deviations; null where the group has too few documents."""
     import polars as pl
 
+    to_sigma = MAD_TO_SIGMA if settings.outlier_spread == "robust" else 1.0
     usual = lengths.filter(pl.col("documents") >= settings.outlier_min_documents).select(
         *KEYS,
         "centre",
-        spread=(MAD_TO_SIGMA * pl.col("deviation")).clip(lower_bound=settings.outlier_min_sigma),
+        spread=(to_sigma * pl.col("deviation")).clip(lower_bound=settings.outlier_min_sigma),
     )
     distance = (pl.col("chars").clip(lower_bound=1).log() - pl.col("centre")).abs()
     return (

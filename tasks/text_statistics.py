@@ -19,36 +19,28 @@ BATCH_ROWS = 4096
 GRAM_WORDS = (2, 3, 4, 5, 6, 7, 8, 9, 10)
 HAN_GRAM_WORDS = (3, 5, 6, 8, 10, 11, 13, 14, 16)
 """The same for text whose words are single characters: a Chinese word is about 1.6 of them."""
+GOPHER_STOP_WORDS = ("the", "be", "to", "of", "and", "that", "have", "with")
+"""Rae et al. 2021, appendix A."""
 STOP_WORDS = (
-    # Gopher's eight (Rae et al. 2021, appendix A).
-    *("the", "be", "to", "of", "and", "that", "have", "with"),
+    *GOPHER_STOP_WORDS,
     # What short texts have instead: articles, copulas, prepositions, pronouns.
-    *(
-        "a",
-        "is",
-        "are",
-        "was",
-        "in",
-        "it",
-        "for",
-        "on",
-        "as",
-        "at",
-        "this",
-        "you",
-        "i",
-        "not",
-        "he",
-    ),
-    *("she", "they", "we", "or", "by", "from", "its"),
+    *("a", "is", "are", "was", "in", "it", "for", "on", "as", "at", "this", "you", "i", "not"),
+    *("he", "she", "they", "we", "or", "by", "from", "its"),
 )
 STOP_CHARACTERS = "的一是了不在有我人这个他们来上大为和就也说到地你会着那要下而之以"
-_LOREM = re.compile("lorem ipsum", re.IGNORECASE)
-_POLICY = re.compile(
-    "terms of use|privacy policy|cookie policy|uses cookies|use of cookies|use cookies"
-    "|enable javascript|all rights reserved|使用条款|隐私政策|版权所有|ICP备",
-    re.IGNORECASE,
+FINEWEB2_STOP_CHARACTERS = "的年在月是和日了於為有被人中为他與後也而由"
+"""FineWeb2's configuration cmn_Hani, without the middle dot, which is no word."""
+_POLICY_PHRASES = (
+    *("terms of use", "privacy policy", "cookie policy", "uses cookies", "use of cookies"),
+    *("use cookies", "enable javascript", "all rights reserved", "使用条款", "隐私政策"),
+    *("版权所有", "icp备"),
 )
+_PHRASES = {
+    "lorem_ipsum": ("lorem ipsum",),
+    "policy_lines": _POLICY_PHRASES,
+    "javascript_lines": ("javascript",),
+}
+"""Column -> phrases, in lower case; the column counts the lines that have one (ASCII case ignored)."""
 WRAPPED_SHARE = 0.35
 """Share of lines that break off at 50 to 110 characters, from which a text is hard-wrapped."""
 WRAPPED_MIN_LINES = 5
@@ -100,6 +92,12 @@ def read_statistics(files: Path) -> "pl.DataFrame":
         "repeated_line_share": pl.col("repeated_lines") / pl.col("lines"),
         "repeated_line_char_share": pl.col("repeated_line_chars") / pl.col("chars"),
         "policy_line_share": pl.col("policy_lines") / pl.col("lines"),
+        "more_line_share": pl.col("more_lines") / pl.col("lines"),
+        "bracketed_share": pl.col("bracketed") / pl.col("chars"),
+        "hashes_per_char": pl.col("hashes") / pl.col("chars"),
+        "ellipses_per_char": pl.col("ellipses") / pl.col("chars"),
+        "repeated_paragraph_share": pl.col("repeated_paragraphs") / pl.col("paragraphs"),
+        "repeated_paragraph_char_share": pl.col("repeated_paragraph_chars") / pl.col("chars"),
         "newlines_per_word": pl.col("newlines") / pl.col("words"),
         "is_unwrapped": (
             (pl.col("wrapped_lines") < WRAPPED_SHARE * pl.col("lines"))
@@ -137,28 +135,29 @@ def batches(shard: Shard) -> Iterator[tuple[Any, list[str]]]:
 
 def _columns(text: Any, languages: list[str], bad_words: Sequence[str]) -> dict[str, Any]:
     import numpy as np
+    import polars as pl
 
     from tasks.kernels import statistics as kernel
 
     rows = len(text)
     counts = np.zeros((rows, len(kernel.COUNTS)), np.int64)
-    grams = np.zeros((rows, kernel.GRAMS), np.int64)
+    grams = np.zeros((rows, len(GRAM_WORDS)), np.int64)
     entropy = np.zeros(rows, np.float32)
     widths = np.array(
         [HAN_GRAM_WORDS if language == "zh" else GRAM_WORDS for language in languages], np.int64
-    ).reshape(rows, kernel.GRAMS)
+    ).reshape(rows, len(GRAM_WORDS))
     content, offsets = buffers(text)
-    kernel.measure(content, offsets, widths, _stop_hashes(), _common_han(), counts, grams, entropy)
-    texts: list[str] = text.to_pylist()
+    stops, lists = _stop_words()
+    kernel.measure(content, offsets, widths, stops, lists, _common_han(), counts, grams, entropy)
     columns: dict[str, Any] = {
         name: counts[:, k].astype(np.uint32) for k, name in enumerate(kernel.COUNTS)
     }
     columns |= {f"gram_{n}_chars": grams[:, k].astype(np.uint32) for k, n in enumerate(GRAM_WORDS)}
     columns["entropy"] = entropy
-    columns["lorem_ipsum"] = np.array([bool(_LOREM.search(t)) for t in texts], np.uint8)
-    columns["policy_lines"] = np.array([_policy_lines(t) for t in texts], np.uint32)
+    column = pl.Series(text, dtype=pl.String)
+    columns |= {name: _lines_with(column, phrases) for name, phrases in _PHRASES.items()}
     if bad_words:
-        columns["bad_words"] = _bad_word_counts(texts, bad_words)
+        columns["bad_words"] = _bad_word_counts(column, bad_words)
     return columns
 
 
@@ -175,19 +174,22 @@ def buffers(text: Any) -> "tuple[NDArray[np.uint8], NDArray[np.int64]]":
     return bytes_, starts
 
 
-def _policy_lines(text: str) -> int:
-    found, position = 0, 0
-    while match := _POLICY.search(text, position):
-        found += 1
-        position = text.find("\n", match.end())
-        if position < 0:
-            break
-    return found
+def _lines_with(texts: "pl.Series", phrases: Sequence[str]) -> "NDArray[np.uint32]":
+    """How many lines of each text hold one of the phrases. Nearly no text has any: those that have are
+    found by one automaton, and only they are looked at line by line."""
+    import numpy as np
+
+    pattern = re.compile("|".join(map(re.escape, phrases)), re.IGNORECASE | re.ASCII)
+    counts = np.zeros(len(texts), np.uint32)
+    for row in texts.str.contains_any(list(phrases), ascii_case_insensitive=True).arg_true():
+        counts[row] = sum(pattern.search(line) is not None for line in texts[row].split("\n"))
+    return counts
 
 
-def _bad_word_counts(texts: Sequence[str], bad_words: Sequence[str]) -> "NDArray[np.uint32]":
+def _bad_word_counts(texts: "pl.Series", bad_words: Sequence[str]) -> "NDArray[np.uint32]":
     """How often bad words occur: Latin ones as whole words, Chinese ones anywhere (no spaces there)."""
     import numpy as np
+    import polars as pl
 
     latin = sorted({w.lower() for w in bad_words if w.isascii()})
     others = sorted({w.lower() for w in bad_words if not w.isascii()})
@@ -197,27 +199,43 @@ def _bad_word_counts(texts: Sequence[str], bad_words: Sequence[str]) -> "NDArray
     if others:
         parts.append("|".join(map(re.escape, others)))
     pattern = re.compile("|".join(parts))
-    return np.array([sum(1 for _ in pattern.finditer(t.lower())) for t in texts], np.uint32)
+    lowered = [text.lower() for text in texts]
+    counts = np.zeros(len(texts), np.uint32)
+    found = pl.Series(lowered, dtype=pl.String).str.contains_any([*latin, *others])
+    for row in found.arg_true():
+        counts[row] = sum(1 for _ in pattern.finditer(lowered[row]))
+    return counts
 
 
 @functools.cache
-def _stop_hashes() -> "NDArray[np.uint64]":
+def _stop_words() -> "tuple[NDArray[np.uint64], NDArray[np.uint8]]":
+    """Hashes of all stop words, ours first, and the lists that each is on."""
     import numpy as np
 
-    hashes = [*word_hashes(" ".join(STOP_WORDS)), *word_hashes(STOP_CHARACTERS)]
-    return np.array(hashes, np.uint64)
+    from tasks.kernels import statistics as kernel
+
+    lists: dict[int, int] = {}
+    for text, member in (
+        (" ".join(STOP_WORDS), kernel.OURS),
+        (STOP_CHARACTERS, kernel.OURS),
+        (" ".join(GOPHER_STOP_WORDS), kernel.GOPHER),
+        (FINEWEB2_STOP_CHARACTERS, kernel.FINEWEB2),
+    ):
+        for word in word_hashes(text):
+            lists[word] = lists.get(word, 0) | member
+    return np.array(list(lists), np.uint64), np.array(list(lists.values()), np.uint8)
 
 
 def word_hashes(text: str) -> "list[int]":
     """Hashes of the words of a text, as the kernels compute them."""
     import numpy as np
 
-    from tasks.kernels import statistics as kernel
+    from tasks.kernels.characters import words_of
 
     content = np.frombuffer(text.encode("utf-8"), np.uint8)
     hashes, lengths = np.empty(len(content) + 1, np.uint64), np.empty(len(content) + 1, np.int64)
     ends = np.empty(len(content) + 1, np.int64)
-    found, _ = kernel.words_of(content, 0, len(content), hashes, lengths, ends)
+    found, _ = words_of(content, 0, len(content), hashes, lengths, ends)
     return [int(value) for value in hashes[:found]]
 
 

@@ -1,8 +1,8 @@
-"""Compiled loops of dedup: tokens, shingles, MinHash signatures, exact Jaccard, greedy choice.
+"""Compiled loops of dedup: tokens, shingles, MinHash and SimHash signatures, exact Jaccard, greedy choice.
 
-A token is one Han, kana or hangul character, or one run of letters, digits and `_` (ASCII lower-cased).
-A shingle is `shingle_tokens` tokens in a row; a document with fewer is one shingle, one without any
-token has none. Text comes as Arrow buffers: UTF-8 bytes and row offsets.
+A token is one Han, kana or hangul character, or one run of letters, digits and `_` (ASCII lower-cased),
+unless `how` says otherwise. A shingle is `shingle_tokens` tokens in a row; a document with fewer is one
+shingle, one without any token has none. Text comes as Arrow buffers: UTF-8 bytes and row offsets.
 """
 
 # numba's decorators and arrays carry no types that pyright could follow
@@ -26,6 +26,9 @@ from tasks.kernels.words import (
 U32 = np.uint32
 
 SEPARATOR, RUN, SINGLE = 0, 1, 2
+HOW = ("tokens", "characters", "windows", "words")
+TOKENS, CHARACTERS, WINDOWS, WORDS = range(4)
+"""What is a token: see above; every letter and digit; every character; every run, Han ones too."""
 
 
 @nb.njit(inline="always")
@@ -52,8 +55,18 @@ def _kind(cp):
     return SEPARATOR
 
 
+@nb.njit(inline="always")
+def _kind_for(cp, how):
+    kind = _kind(cp)
+    if how == TOKENS:
+        return kind
+    if how == WINDOWS or (how == CHARACTERS and kind == RUN):
+        return SINGLE
+    return RUN if how == WORDS and kind == SINGLE else kind
+
+
 @nb.njit(nogil=True, cache=True)
-def _token_hashes(text, start, end, out):
+def _token_hashes(text, start, end, how, out):
     """Write one 64-bit hash per token of text[start:end]; how many there are."""
     found = 0
     i = start
@@ -61,7 +74,7 @@ def _token_hashes(text, start, end, out):
     h = FNV_OFFSET
     while i < end:
         cp, width = code_point(text, i)
-        kind = _kind(cp)
+        kind = _kind_for(cp, how)
         if kind == RUN:
             if not is_in_run:
                 h = FNV_OFFSET
@@ -77,6 +90,8 @@ def _token_hashes(text, start, end, out):
                 found += 1
                 is_in_run = False
             if kind == SINGLE:
+                if how == CHARACTERS and 65 <= cp <= 90:
+                    cp += 32
                 out[found] = mix64(U64(cp) + GOLDEN)
                 found += 1
         i += width
@@ -87,9 +102,9 @@ def _token_hashes(text, start, end, out):
 
 
 @nb.njit(nogil=True, cache=True)
-def _shingle_hashes(text, start, end, shingle_tokens, tokens):
+def shingle_hashes(text, start, end, shingle_tokens, how, tokens):
     """Overwrite `tokens` with one 64-bit hash per shingle, repeats included; how many there are."""
-    found = _token_hashes(text, start, end, tokens)
+    found = _token_hashes(text, start, end, how, tokens)
     if found == 0:
         return 0
     width = min(shingle_tokens, found)
@@ -107,6 +122,7 @@ def sign(
     text: npt.NDArray[np.uint8],
     offsets: npt.NDArray[np.int64],
     shingle_tokens: int,
+    how: int,
     a: npt.NDArray[np.uint32],
     b: npt.NDArray[np.uint32],
     signatures: npt.NDArray[np.uint32],
@@ -125,7 +141,7 @@ def sign(
         if end - start > tokens.shape[0]:
             tokens = np.empty(2 * (end - start), np.uint64)
             mixed = np.empty(2 * (end - start), np.uint32)
-        found = _shingle_hashes(text, start, end, shingle_tokens, tokens)
+        found = shingle_hashes(text, start, end, shingle_tokens, how, tokens)
         shingles[row] = found
         for i in range(found):
             mixed[i] = _fmix32(U32(tokens[i] >> U64(32)))
@@ -151,7 +167,7 @@ def band_keys(
 
 @nb.njit(nogil=True, cache=True)
 def shingle_sets(
-    text: npt.NDArray[np.uint8], offsets: npt.NDArray[np.int64], shingle_tokens: int
+    text: npt.NDArray[np.uint8], offsets: npt.NDArray[np.int64], shingle_tokens: int, how: int
 ) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.int64]]:
     """The sorted distinct shingle hashes of every row, one row after another, and where each ends."""
     total = 0
@@ -162,7 +178,7 @@ def shingle_sets(
         start, end = offsets[row], offsets[row + 1]
         if end - start > tokens.shape[0]:
             tokens = np.empty(2 * (end - start), np.uint64)
-        found = _shingle_hashes(text, start, end, shingle_tokens, tokens)
+        found = shingle_hashes(text, start, end, shingle_tokens, how, tokens)
         ordered = np.sort(tokens[:found])
         for i in range(found):
             if i == 0 or ordered[i] != ordered[i - 1]:
@@ -173,10 +189,15 @@ def shingle_sets(
 
 
 @nb.njit(nogil=True, cache=True)
-def jaccard(values: npt.NDArray[np.uint64], ends: npt.NDArray[np.int64], x: int, y: int) -> float:
+def jaccard(
+    values: npt.NDArray[np.uint64],
+    begins: npt.NDArray[np.int64],
+    ends: npt.NDArray[np.int64],
+    x: int,
+    y: int,
+) -> float:
     """Exact Jaccard similarity of two rows of `shingle_sets`; 0 if either is empty."""
-    i = ends[x - 1] if x else 0
-    j = ends[y - 1] if y else 0
+    i, j = begins[x], begins[y]
     size = ends[x] - i + ends[y] - j
     shared = 0
     while i < ends[x] and j < ends[y]:
@@ -189,6 +210,69 @@ def jaccard(values: npt.NDArray[np.uint64], ends: npt.NDArray[np.int64], x: int,
         else:
             j += 1
     return shared / (size - shared) if size else 0.0
+
+
+@nb.njit(nogil=True, cache=True)
+def bits_between(x, y):
+    """Hamming distance of two 64-bit numbers."""
+    x = x ^ y
+    count = 0
+    while x:
+        x &= x - U64(1)
+        count += 1
+    return count
+
+
+@nb.njit(nogil=True, cache=True)
+def simhash(
+    text: npt.NDArray[np.uint8],
+    offsets: npt.NDArray[np.int64],
+    shingle_tokens: int,
+    how: int,
+    known: npt.NDArray[np.uint64],
+    rarity: npt.NDArray[np.float64],
+    rarest: float,
+    hashes: npt.NDArray[np.uint64],
+    shingles: npt.NDArray[np.uint32],
+) -> None:
+    """Write the 64-bit SimHash and the number of shingles of every row.
+
+    Bit k is set if the weights of the distinct shingles whose hash has bit k outweigh the others. A weight
+    is the shingle's count in the row times its `rarity` (of the sorted hashes `known`, else `rarest`);
+    all weights are 1 if `rarest` is 0. Source: Charikar 2002, section 3.
+    """
+    tokens = np.empty(1024, np.uint64)
+    sums = np.zeros(64, np.float64)
+    for row in range(offsets.shape[0] - 1):
+        start, end = offsets[row], offsets[row + 1]
+        if end - start > tokens.shape[0]:
+            tokens = np.empty(2 * (end - start), np.uint64)
+        found = shingle_hashes(text, start, end, shingle_tokens, how, tokens)
+        shingles[row] = found
+        ordered = np.sort(tokens[:found])
+        sums[:] = 0.0
+        i = 0
+        while i < found:
+            value, first = ordered[i], i
+            while i < found and ordered[i] == value:
+                i += 1
+            weight = 1.0
+            if rarest > 0:
+                weight = (i - first) * rarity_of(value, known, rarity, rarest)
+            for k in range(64):
+                sums[k] += weight if (value >> U64(k)) & U64(1) else -weight
+        bits = U64(0)
+        for k in range(64):
+            if sums[k] > 0:
+                bits |= U64(1) << U64(k)
+        hashes[row] = bits
+
+
+@nb.njit(nogil=True, cache=True)
+def rarity_of(value, known, rarity, rarest):
+    """The rarity of a shingle; `rarest` for one that is not among the known."""
+    place = np.searchsorted(known, value)
+    return rarity[place] if place < known.shape[0] and known[place] == value else rarest
 
 
 @nb.njit(nogil=True, cache=True)
@@ -223,8 +307,10 @@ def choose(
     buckets: npt.NDArray[np.int64],
     bucket_count: int,
     is_old: npt.NDArray[np.bool_],
+    owners: npt.NDArray[np.int64],
     signatures: npt.NDArray[np.uint32],
     values: npt.NDArray[np.uint64],
+    begins: npt.NDArray[np.int64],
     ends: npt.NDArray[np.int64],
     threshold: float,
     least_agreeing: float,
@@ -235,9 +321,10 @@ def choose(
     """Go through documents in order; drop one if an earlier kept one is as close as the threshold.
 
     `buckets` is (bands, documents): the number of the bucket a document is in, -1 if it is alone.
-    Documents with `is_old` were kept by an earlier landing and stay. Writes, per document, whether it is
-    dropped, and a kept document with its similarity: the earliest within the threshold for a dropped
-    one, else the nearest that was compared (-1 for none). Returns how many pairs were compared exactly.
+    Documents with `is_old` were kept by an earlier landing and stay; those of one owner are not
+    compared. Writes, per document, whether it is dropped, and a kept document with its similarity: the
+    earliest within the threshold for a dropped one, else the nearest that was compared (-1 for none).
+    Returns how many pairs were compared exactly.
 
     Only kept documents are candidates, so a bucket of ten thousand copies costs ten thousand
     comparisons, not their square. Pairs whose signatures agree in fewer than `least_agreeing` places
@@ -252,14 +339,48 @@ def choose(
         is_dropped[p], nearest[p], similarity[p] = False, -1, 0.0
         found = 0 if is_old[p] else _candidates(p, buckets, head, following, seen_by, out)
         for i in range(found):
+            if owners[out[i]] == owners[p]:
+                continue
             if np.sum(signatures[p] == signatures[out[i]]) < least_agreeing:
                 continue
             compared += 1
-            measured = jaccard(values, ends, out[i], p)
+            measured = jaccard(values, begins, ends, out[i], p)
             is_dropped[p] = measured >= threshold
             if is_dropped[p] or measured > similarity[p]:
                 nearest[p], similarity[p] = out[i], measured
             if is_dropped[p]:
+                break
+        if not is_dropped[p]:
+            _keep(p, buckets, head, following)
+    return compared
+
+
+@nb.njit(nogil=True, cache=True)
+def choose_by_bits(
+    buckets: npt.NDArray[np.int64],
+    bucket_count: int,
+    is_old: npt.NDArray[np.bool_],
+    owners: npt.NDArray[np.int64],
+    hashes: npt.NDArray[np.uint64],
+    distance_bits: int,
+    is_dropped: npt.NDArray[np.bool_],
+    nearest: npt.NDArray[np.int64],
+) -> int:
+    """As `choose`, by SimHashes: dropped if an earlier kept one differs in at most `distance_bits` bits."""
+    head = np.full(bucket_count, -1, np.int64)
+    following = np.full(buckets.shape, -1, np.int64)
+    seen_by = np.full(buckets.shape[1], -1, np.int64)
+    out = np.empty(buckets.shape[1], np.int64)
+    compared = 0
+    for p in range(buckets.shape[1]):
+        is_dropped[p], nearest[p] = False, -1
+        found = 0 if is_old[p] else _candidates(p, buckets, head, following, seen_by, out)
+        for i in range(found):
+            if owners[out[i]] == owners[p]:
+                continue
+            compared += 1
+            if bits_between(hashes[p], hashes[out[i]]) <= distance_bits:
+                is_dropped[p], nearest[p] = True, out[i]
                 break
         if not is_dropped[p]:
             _keep(p, buckets, head, following)

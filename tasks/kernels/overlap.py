@@ -7,7 +7,7 @@ import numba as nb
 import numpy as np
 import numpy.typing as npt
 
-from tasks.kernels.statistics import words_of
+from tasks.kernels.characters import words_of
 from tasks.kernels.words import GRAM_FACTOR, U64, mix64
 
 EMPTY = U64(0)
