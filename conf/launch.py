@@ -6,7 +6,6 @@ from pydantic import Field
 
 from conf.settings import Settings
 
-
 DEEPSPEED_ENGINES = ("zero1", "zero2", "zero3")
 """Engines that need DeepSpeed and its launcher."""
 SPREADING_ENGINES = ("fsdp", "zero3")

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from conf.launch import LaunchConfig
+from conf.launch import DEEPSPEED_ENGINES, LaunchConfig
 from conf.settings import RUNTIME, Settings
 from conf.shape import ShapeConfig
 
@@ -49,20 +49,37 @@ class PretrainConfig(Settings):
     """Share of the steps at the middle level; for cosine_stable_decay."""
     decay: Annotated[float, Field(ge=0, le=1)] = 0.2
     """Share of the steps of the last descent; for wsd and cosine_stable_decay (Hu et al. 2024: 0.1)."""
+    cycle: Annotated[float, Field(ge=1, le=1.25)] = 1.0
+    """Length of the cosine as a share of the part of the run that follows it; above 1 the run ends, or
+    the stable part begins, before it has come all the way down (Hoffmann et al. 2022, appendix B)."""
+    cosine_level: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Where the cosine of cosine_stable_decay ends, as a share of the highest; none for the stable level."""
+    stable_level: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Stable level of cosine_stable_decay as a share of the highest, also above where the cosine ended;
+    none for the middle between highest and `floor`."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """`muon` updates the matrices of the blocks by orthogonalised momentum (Jordan et al. 2024; scaled to
+    AdamW's rates as in Liu et al. 2025), embeddings, head and norms by AdamW."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     """AdamW's decay of matrices; norms and biases have none (Brown et al. 2020, appendix B)."""
     beta2: Annotated[float, Field(gt=0, lt=1)] = 0.95
     """Memory of AdamW's second moment (Brown et al. 2020, appendix B)."""
     clip: Annotated[float, Field(ge=0)] = 1.0
     """Largest norm of the gradients; 0 for no limit (Brown et al. 2020, appendix B)."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """What the model computes in; weights and optimizer are fp32 either way."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """What the model computes in; weights and optimizer are fp32 either way. `fp16` scales the loss, for
+    devices without bfloat16."""
     is_document_masked: bool = False
     """Whether a token is kept from seeing other documents of its row."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Of initial weights, order of the data and dropout."""
     bad_steps: Annotated[int, Field(ge=1)] = 5
-    """So many steps in a row whose loss or gradients are not finite end the job."""
+    """So many steps in a row whose update was left out end the job, with the names of their samples."""
+    guard_sigmas: Annotated[float, Field(ge=0)] = 6.0
+    """An update is left out when loss or gradient norm lies so many standard deviations above the mean of
+    the last 128 good steps of its phase (from 64 of them on); 0 for only when they are not finite."""
+    exclude: tuple[Annotated[str, Field(pattern=r"^.+/\d+$")], ...] = ()
+    """Samples, as the guard named them (`web/812`), whose labels train nothing."""
     held_tokens: Annotated[int, Field(ge=0), RUNTIME] = 65_536
     """Held-out tokens per domain, whole documents, on which the loss is followed; 0 for none."""
     evaluate_every_steps: Annotated[int, Field(ge=0), RUNTIME] = 100
@@ -84,6 +101,16 @@ class PretrainConfig(Settings):
             raise ValueError(
                 f"batch_tokens={self.batch_tokens} is not a multiple of the row of {self.row_tokens} "
                 f"tokens; use {nearest}"
+            )
+        if self.optimizer == "muon" and self.launch.engine not in ("plain", "ddp"):
+            raise ValueError(
+                f"optimizer=muon needs whole matrices, which launch.engine={self.launch.engine} spreads; "
+                f"use launch.engine=ddp or optimizer=adamw"
+            )
+        if self.precision == "fp16" and self.launch.engine in DEEPSPEED_ENGINES:
+            raise ValueError(
+                f"precision=fp16 does not run on launch.engine={self.launch.engine}; use precision=bf16 or "
+                f"launch.engine=fsdp"
             )
         total = sum(phase.tokens for phase in self.phases)
         if self.phases and abs(total - 1) > 1e-6:

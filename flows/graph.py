@@ -9,8 +9,9 @@ from typing import Any, cast
 from pydantic import ValidationError
 
 from conf.compose import compose_leniently
-from conf.launch import LaunchConfig
+from conf.launch import DEEPSPEED_ENGINES, SPREADING_ENGINES, LaunchConfig
 from conf.mistakes import Mistake, RecipeError, suggest
+from conf.pretrain import PretrainConfig
 from conf.settings import Settings, SourceSpec
 from conf.shape import ShapeConfig
 from storage.artifact import Artifact
@@ -284,15 +285,19 @@ def _value_mistakes(name: str, settings: Settings) -> Iterator[Mistake]:
     launch = getattr(settings, "launch", None)
     if isinstance(launch, LaunchConfig):
         yield from _launch_mistakes(f"stages.{name}.launch", launch)
+        if launch.engine in SPREADING_ENGINES and not isinstance(settings, PretrainConfig):
+            found = f"engine {launch.engine} spreads the weights, which this stage needs whole"
+            yield Mistake(f"stages.{name}.launch", found, "give it engine: ddp or zero2 of its own")
 
 
 def _launch_mistakes(place: str, launch: LaunchConfig) -> Iterator[Mistake]:
     if launch.engine == "plain" and launch.processes > 1:
         found = f"engine plain runs one process, {launch.processes} are asked for"
         yield Mistake(place, found, "choose engine: ddp, or processes: 1")
-    if (launch.engine == "zero2") != (launch.launcher == "deepspeed"):
+    if (launch.engine in DEEPSPEED_ENGINES) != (launch.launcher == "deepspeed"):
         found = f"engine {launch.engine} does not run under the {launch.launcher} launcher"
-        yield Mistake(place, found, "use zero2 with deepspeed, and plain or ddp with torchrun")
+        mend = "use zero1, zero2 and zero3 with deepspeed, plain, ddp and fsdp with torchrun"
+        yield Mistake(place, found, mend)
 
 
 def _input_mistakes(

@@ -40,7 +40,10 @@ class Batch:
         """The same on a device."""
         if device.type == "cpu":
             return self
-        moved = {name: x.to(device, non_blocking=True) for name, x in self.tensors.items()}
+        # From pinned memory the copy goes on while the next kernels are being launched.
+        moved = {
+            name: x.pin_memory().to(device, non_blocking=True) for name, x in self.tensors.items()
+        }
         return Batch(moved, self.weights, self.tokens, self.samples)
 
 

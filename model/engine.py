@@ -6,6 +6,7 @@ job may go on with another engine and another number of ranks.
 """
 
 import contextlib
+import math
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -19,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from conf.launch import LaunchConfig
 from model.batches import Batch
-from model.optimizer import LossScale, UpdateRule, build_optimizers, set_learning_rate
+from model.optimizer import LossScale, Precision, UpdateRule, build_optimizers, set_learning_rate
 from model.ranks import Ranks
 from model.transformer import Transformer
 from model.weights import load_tensors, save_tensors
@@ -47,10 +48,10 @@ class Engine(Protocol):
         """Add the gradients of a micro-batch; its figures, detached. `is_last` of the step's."""
         ...
 
-    def step(self, learning_rate: float) -> float:
+    def step(self, learning_rate: float, limit: float = math.inf) -> float:
         """Clip and apply the gradients; their norm before clipping.
 
-        A norm that is not finite means that nothing was changed.
+        A norm that is not finite, or above the limit, means that nothing was changed.
         """
         ...
 
@@ -142,7 +143,8 @@ def prepare_blocks(model: Transformer, launch: LaunchConfig) -> None:
             block.compile()
     if launch.compile:
         # Blocks share their code; the number of a layer, which dropout reads, must not tell them apart.
-        cast("Any", torch._dynamo.config).allow_unspec_int_on_nn_module = True
+        config = cast("Any", torch._dynamo.config)  # pyright: ignore[reportPrivateUsage]
+        config.allow_unspec_int_on_nn_module = True
 
 
 class Objective(nn.Module):
@@ -151,7 +153,8 @@ class Objective(nn.Module):
     def __init__(self, model: Transformer, rule: UpdateRule, device: torch.device) -> None:
         super().__init__()
         self.model = model
-        self._precision, self._device = rule.precision, device
+        self._precision: Precision = rule.precision
+        self._device = device
 
     def forward(
         self, loss: Callable[..., Any], batch: Batch | None = None, totals: Any = None
@@ -208,13 +211,13 @@ class TorchEngine:
             (figures["loss"] * weight).backward()
         return {name: value.detach() for name, value in figures.items()}
 
-    def step(self, learning_rate: float) -> float:
+    def step(self, learning_rate: float, limit: float = math.inf) -> float:
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         if self.scale:
             self.scale.undo(gradients)
         norm = torch.nn.utils.get_total_norm(gradients)
         is_finite = bool(norm.isfinite())
-        if is_finite:
+        if is_finite and norm <= limit:
             if self.rule.clip_norm:
                 torch.nn.utils.clip_grads_with_norm_(self._parameters, self.rule.clip_norm, norm)
             for optimizer in self._optimizers:

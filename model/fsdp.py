@@ -1,5 +1,6 @@
 """Torch FSDP2 behind the engine's face: weights, gradients and optimizer state spread over the ranks."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import cast
@@ -49,13 +50,13 @@ class FsdpEngine:
         (figures["loss"] * weight).backward()
         return {name: value.detach() for name, value in figures.items()}
 
-    def step(self, learning_rate: float) -> float:
+    def step(self, learning_rate: float, limit: float = math.inf) -> float:
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         if self.scale:
             self.scale.undo(gradients)
         norm = _whole(torch.nn.utils.get_total_norm(gradients))
         is_finite = bool(norm.isfinite())
-        if is_finite:
+        if is_finite and norm <= limit:
             if self.rule.clip_norm:
                 torch.nn.utils.clip_grads_with_norm_(self._parameters, self.rule.clip_norm, norm)
             set_learning_rate(self._optimizer.param_groups, learning_rate)
@@ -93,7 +94,9 @@ class FsdpEngine:
         weights, by_name = load_tensors(folder / MODEL_FILE), optimizer_states(folder)
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
-                cast("DTensor", parameter).to_local().copy_(_like(weights[name], parameter).to_local())
+                cast("DTensor", parameter).to_local().copy_(
+                    _like(weights[name], parameter).to_local()
+                )
                 if name in by_name:
                     self._optimizer.state[parameter] = {
                         # The step count stays on the host, as AdamW itself keeps it.

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from statistics import fmean, pstdev
 from typing import Any
 
 from conf.contract import ExitCode
@@ -26,9 +27,22 @@ class Stopped(Ended):
 
 
 class Diverged(Ended):
-    """Too many steps in a row had a loss or gradients that were not finite."""
+    """Too many steps in a row had a loss or gradients that were not finite, or far out of the usual."""
 
     code = ExitCode.DIVERGED
+
+
+USUAL_STEPS = 128
+"""So many good steps say what is usual."""
+USUAL_AT_LEAST = 64
+"""Before so many, everything is."""
+USUAL_SPREAD = 0.01
+"""A standard deviation is taken to be at least this share of the mean."""
+
+
+def as_it_is(sample: str) -> str:
+    """The name of a sample, said as it is."""
+    return sample
 
 
 @dataclass(frozen=True)
@@ -45,6 +59,16 @@ class LoopPlan:
     """Evaluate every so many steps, before the first and after the last; 0 for never."""
     bad_steps: int = 5
     """So many bad steps in a row end the job."""
+    guard_sigmas: float = 0.0
+    """A loss or gradient norm so many standard deviations above the mean of the last good steps makes a
+    step a bad one; 0 lets everything finite pass."""
+    fresh_starts: frozenset[int] = frozenset()
+    """Steps from which other data come, so that what was usual no longer is."""
+    flops_per_token: float = 0.0
+    peak_flops: float = 0.0
+    """Of all devices together, per second; 0 leaves out `mfu`."""
+    describe: Callable[[str], str] = as_it_is
+    """Name of a sample -> what a person needs to find it."""
 
 
 @dataclass
@@ -54,8 +78,12 @@ class LoopState:
     step: int = 0
     tokens: int = 0
     skipped: int = 0
-    """Steps whose update was left out, since loss or gradients were not finite."""
+    """Steps whose update was left out, since loss or gradients were not finite or far out of the usual."""
     bad_in_row: int = 0
+    overflows: int = 0
+    """Steps left out since gradients did not fit into float16 at the loss scale of then."""
+    usual: dict[str, list[float]] = field(default_factory=dict[str, list[float]])
+    """Loss and gradient norm of the last good steps."""
     seconds: float = 0.0
     """Spent in steps, over all attempts."""
     figures: dict[str, float] = field(default_factory=dict[str, float])
@@ -81,12 +109,12 @@ def train(
     checkpoint saved, and Diverged.
     """
     state = _resume(engine, checkpoints, journal)
-    run = _Run(engine, loss, plan, checkpoints, journal, evaluate, state)
+    run = _Run(engine, batch_at, loss, plan, checkpoints, journal, evaluate, state)
     journal.progress(state.step, plan.steps, state.figures, is_due=True)
     if state.step == 0:
         run.look_before()
     while state.step < plan.steps:
-        run.advance(batch_at(state.step))
+        run.advance()
     journal.progress(state.step, plan.steps, state.figures, is_due=True)
     return state
 
@@ -104,6 +132,7 @@ def _resume(engine: Engine, checkpoints: Checkpoints, journal: Journal) -> LoopS
 @dataclass
 class _Run:
     engine: Engine
+    batch_at: Callable[[int], Sequence[Batch]]
     loss: Loss
     plan: LoopPlan
     checkpoints: Checkpoints
@@ -120,16 +149,23 @@ class _Run:
         if self.evaluate is not None and self._is_looking:
             self.journal.write(0, self.evaluate(0))
 
-    def advance(self, batches: Sequence[Batch]) -> None:
+    def advance(self) -> None:
         """One step, its figures, and a checkpoint when it is time."""
+        state, plan = self.state, self.plan
         started = time.perf_counter()
-        rate = self.plan.learning_rate(self.state.step)
+        batches = self.batch_at(state.step)
+        waited = time.perf_counter() - started
+        if state.step in plan.fresh_starts:
+            state.usual = {}
+        rate = plan.learning_rate(state.step)
         figures, tokens = accumulate(self.engine, self.loss, batches)
-        is_finite = all(math.isfinite(value) for value in figures.values())
-        norm = self.engine.step(rate) if is_finite else math.nan
-        self._guard(is_finite and math.isfinite(norm), figures, norm, batches)
+        is_usual = all(map(math.isfinite, figures.values())) and figures["loss"] <= self._limit(
+            "loss"
+        )
+        limit = self._limit("norm")
+        norm = self.engine.step(rate, limit) if is_usual else math.nan
+        self._guard(is_usual, norm, limit, figures, batches)
         seconds = time.perf_counter() - started
-        state = self.state
         state.step, state.tokens = state.step + 1, state.tokens + tokens
         state.seconds += seconds
         state.figures = figures | {
@@ -138,27 +174,54 @@ class _Run:
             "tokens_per_second": tokens / seconds,
             "tokens": state.tokens,
             "skipped": state.skipped,
+            "data_wait_share": waited / seconds,
         }
+        if plan.peak_flops:
+            state.figures["mfu"] = plan.flops_per_token * tokens / seconds / plan.peak_flops
+        if self.engine.scale is not None:
+            state.figures |= {"loss_scale": self.engine.scale.value, "overflows": state.overflows}
         self._report()
         self._save_when_due()
 
+    def _limit(self, name: str) -> float:
+        """Up to where the loss or the norm of a step is usual."""
+        seen = self.state.usual.get(name, [])
+        if not self.plan.guard_sigmas or len(seen) < USUAL_AT_LEAST:
+            return math.inf
+        mean = fmean(seen)
+        return mean + self.plan.guard_sigmas * max(pstdev(seen), USUAL_SPREAD * abs(mean))
+
     def _guard(
-        self, is_good: bool, figures: Mapping[str, float], norm: float, batches: Sequence[Batch]
+        self,
+        is_usual: bool,
+        norm: float,
+        limit: float,
+        figures: Mapping[str, float],
+        batches: Sequence[Batch],
     ) -> None:
         state = self.state
-        if is_good:
+        if is_usual and math.isfinite(norm) and norm <= limit:
             state.bad_in_row = 0
+            for name, value in (("loss", figures["loss"]), ("norm", norm)):
+                state.usual[name] = [*state.usual.get(name, []), value][-USUAL_STEPS:]
             return
         self.engine.discard()
+        scale = self.engine.scale
+        if is_usual and scale is not None and not math.isfinite(norm) and scale.value >= 1:
+            state.overflows += 1
+            return
         state.skipped, state.bad_in_row = state.skipped + 1, state.bad_in_row + 1
         if state.bad_in_row >= self.plan.bad_steps:
-            own = ", ".join(name for batch in batches for name in batch.samples)
-            samples = ", ".join(self.engine.ranks.gather(own))
-            raise Diverged(
-                f"step {state.step + 1}: loss {figures['loss']}, gradient norm {norm}, the last of "
-                f"{state.bad_in_row} such steps in a row; its samples were {samples[:2000]}; "
-                f"lower the learning rate, or look at these samples"
-            )
+            self._give_up(norm, figures, batches)
+
+    def _give_up(self, norm: float, figures: Mapping[str, float], batches: Sequence[Batch]) -> None:
+        own = ", ".join(self.plan.describe(name) for batch in batches for name in batch.samples)
+        samples = ", ".join(self.engine.ranks.gather(own))
+        raise Diverged(
+            f"step {self.state.step + 1}: loss {figures['loss']}, gradient norm {norm}, the last of "
+            f"{self.state.bad_in_row} such steps in a row; its samples were {samples[:2000]}; "
+            f"lower the learning rate, or look at these samples"
+        )
 
     def _report(self) -> None:
         step, line = self.state.step, dict(self.state.figures)

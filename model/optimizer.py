@@ -45,7 +45,8 @@ class LossScale:
 
     def undo(self, gradients: list[Tensor]) -> None:
         """Divide gradients of the scaled loss by the scale, in place."""
-        torch._foreach_mul_(gradients, 1 / self.value)
+        for gradient in gradients:
+            gradient.mul_(1 / self.value)
 
     def note(self, *, is_finite: bool) -> None:
         """Learn whether a step's gradients were finite."""
@@ -125,17 +126,22 @@ def learning_rate(
     floor: float = 0.1,
     stable_share: float = 0.5,
     decay_share: float = 0.2,
+    cycle: float = 1.0,
+    cosine_level: float | None = None,
+    stable_level: float | None = None,
 ) -> float:
     """Learning rate of the update number `step`, 0 to steps - 1.
 
     The first `warmup_steps` updates rise linearly, the last of them to `peak`. After it:
     - constant: `peak` to the end;
     - linear: straight from `peak` to `floor` x peak;
-    - cosine: half a cosine from `peak` to `floor` x peak (Loshchilov and Hutter 2017, equation 5);
+    - cosine: half a cosine from `peak` to `floor` x peak (Loshchilov and Hutter 2017, equation 5); with
+      `cycle` above 1 the run ends before the cosine does (Hoffmann et al. 2022, appendix B: up to 1.25);
     - wsd: `peak`, then the last `decay_share` of all steps straight to `floor` x peak (Hu et al. 2024,
       MiniCPM, equation 1, with a linear decay);
-    - cosine_stable_decay: half a cosine to the middle between peak and floor, `stable_share` of all
-      steps at that level, then the last `decay_share` straight to `floor` x peak.
+    - cosine_stable_decay: half a cosine to `cosine_level` x peak, `stable_share` of all steps at
+      `stable_level` x peak, then the last `decay_share` straight to `floor` x peak. The stable level is
+      the middle between peak and floor unless given, and the cosine ends there unless told otherwise.
     """
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
@@ -148,15 +154,17 @@ def learning_rate(
         case "linear":
             return peak + (low - peak) * done
         case "cosine":
-            return low + (peak - low) * _half_cosine(done)
+            return low + (peak - low) * _half_cosine(done / cycle)
         case "wsd":
             return peak + (low - peak) * _decayed(step, steps, decay_share)
         case "cosine_stable_decay":
-            middle = (peak + low) / 2
+            stable = (peak + low) / 2 if stable_level is None else stable_level * peak
+            end = stable if cosine_level is None else cosine_level * peak
             falling = max(1.0, steps * (1 - decay_share - stable_share) - warmup_steps)
-            fallen = min(1.0, (step - warmup_steps) / falling)
-            level = middle + (peak - middle) * _half_cosine(fallen)
-            return level + (low - level) * _decayed(step, steps, decay_share)
+            fallen = (step - warmup_steps) / falling
+            if fallen < 1:
+                return end + (peak - end) * _half_cosine(fallen / cycle)
+            return stable + (low - stable) * _decayed(step, steps, decay_share)
 
 
 def _half_cosine(done: float) -> float:

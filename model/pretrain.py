@@ -1,7 +1,7 @@
 """Pretraining: next-token loss on a mixture of token files. Worker: `python -m model.pretrain JOBFILE`."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,12 @@ from conf.contract import JobFile
 from conf.pretrain import PretrainConfig, PretrainPlan
 from model.batches import BLOCK_SAMPLES, Batch, Ints, MixPhase, Mixture, Windows, micro_batch_rows
 from model.engine import Loss, build_engine
+from model.head import label_loss
 from model.journal import Journal
 from model.loop import LoopPlan, LoopState, train
 from model.optimizer import UpdateRule, learning_rate
 from model.ranks import Ranks
+from model.speed import Peak, device_peak, flops_per_token
 from model.transformer import AttentionMask, Noise, Transformer, token_logprobs
 from model.weights import Checkpoints, load_model, save_model
 from model.worker import identity_of_job, run
@@ -41,19 +43,23 @@ def work(job: JobFile, ranks: Ranks, journal: Journal) -> dict[str, Any]:
     engine = build_engine(model, job.launch, ranks, update_rule(settings))
     samples = Samples(files, settings, plan, ranks, job.launch.micro_batch)
     held = HeldOut(files, settings, ranks)
+    peak = device_peak(ranks.device, settings.precision, settings.launch.peak_tflops)
     state = train(
         engine,
         batch_at=samples.at,
         loss=pretrain_loss(settings),
-        plan=loop_plan(settings, plan),
+        plan=loop_plan(settings, plan, samples, ranks.add([peak.flops])[0]),
         checkpoints=Checkpoints(job.state / "checkpoints", identity_of_job(job, settings), ranks),
         journal=journal,
-        evaluate=lambda step: held.losses(model),
+        evaluate=lambda step: engine.look(held.losses),
     )
+    weights, tokenizer = engine.weights(), files.folder / TOKENIZER_FOLDER
     if ranks.is_first:
-        save_model(job.files, model, role="policy", tokenizer=files.folder / TOKENIZER_FOLDER)
+        save_model(job.files, model, role="policy", tokenizer=tokenizer, weights=weights)
         samples.read_windows().write(job.files)
-    return figures(state, model, samples, plan)
+    return figures(state, settings, samples, plan) | speed_figures(
+        state, settings, samples, peak, ranks
+    )
 
 
 def build_model(settings: PretrainConfig, files: TokenFiles, policy: str | None) -> Transformer:
@@ -88,11 +94,15 @@ def update_rule(settings: PretrainConfig) -> UpdateRule:
         betas=(0.9, settings.beta2),
         clip_norm=settings.clip,
         precision=settings.precision,
+        optimizer=settings.optimizer,
     )
 
 
-def loop_plan(settings: PretrainConfig, plan: PretrainPlan) -> LoopPlan:
-    """The settings' course."""
+def loop_plan(
+    settings: PretrainConfig, plan: PretrainPlan, samples: "Samples", peak_flops: float
+) -> LoopPlan:
+    """The settings' course; `peak_flops` is that of all devices together."""
+    ends = np.cumsum([steps for steps, _ in plan.phases]).tolist()
     return LoopPlan(
         steps=plan.steps,
         learning_rate=lambda step: learning_rate(
@@ -104,11 +114,19 @@ def loop_plan(settings: PretrainConfig, plan: PretrainPlan) -> LoopPlan:
             floor=settings.floor,
             stable_share=settings.stable,
             decay_share=settings.decay,
+            cycle=settings.cycle,
+            cosine_level=settings.cosine_level,
+            stable_level=settings.stable_level,
         ),
         checkpoint_steps=settings.checkpoint_every_steps,
         checkpoint_seconds=settings.launch.checkpoint_seconds,
         evaluate_steps=settings.evaluate_every_steps if settings.held_tokens else 0,
         bad_steps=settings.bad_steps,
+        guard_sigmas=settings.guard_sigmas,
+        fresh_starts=frozenset(ends),
+        flops_per_token=flops_per_token(settings.shape, samples.vocabulary, settings.row_tokens),
+        peak_flops=peak_flops,
+        describe=samples.described,
     )
 
 
@@ -118,10 +136,22 @@ def pretrain_loss(settings: PretrainConfig) -> Loss:
     def loss(model: Transformer, batch: Batch, totals: Mapping[str, float]) -> dict[str, Tensor]:
         noise = Noise(settings.seed, batch["rows"]) if settings.shape.dropout else None
         hidden = model.hidden(batch["ids"], mask=_mask(batch, settings), noise=noise)
-        logprobs = token_logprobs(model.head_weight, hidden, batch["labels"])
-        return {"loss": -logprobs.sum() / totals["tokens"]}
+        if _has_fused_head(settings, hidden):
+            nats = label_loss(
+                model.head_weight, hidden, batch["labels"], is_compiled=settings.launch.compile
+            )
+        else:
+            nats = -token_logprobs(model.head_weight, hidden, batch["labels"]).sum()
+        # A step of which every row is excluded has no labels, and is no bad one.
+        return {"loss": nats / max(totals["tokens"], 1)}
 
     return loss
+
+
+def _has_fused_head(settings: PretrainConfig, hidden: Tensor) -> bool:
+    """In float16 gradients that are not scaled yet would lose their small parts."""
+    wish = settings.launch.fused_head
+    return settings.precision != "fp16" and (wish == "on" or (wish == "auto" and hidden.is_cuda))
 
 
 def _mask(batch: Batch, settings: PretrainConfig) -> AttentionMask | None:
@@ -142,6 +172,9 @@ class Samples:
         micro_batch: int,
     ) -> None:
         self.domains, self.rows = plan.domains, settings.batch_rows
+        self.vocabulary = files.meta.vocabulary
+        self._ends = [files.ends(name, "train") for name in plan.domains]
+        self._excluded = self._numbers(settings.exclude)
         self._ranks, self._micro_batch, self._eos = ranks, micro_batch, files.meta.eos
         self._windows = [
             Windows(files.tokens(name, "train"), settings.row_tokens, files.meta.eos)
@@ -164,6 +197,29 @@ class Samples:
                 rows, self._ranks.rank, self._ranks.world, self._micro_batch
             )
         ]
+
+    def described(self, sample: str) -> str:
+        """A sample with the documents it comes from, both counted from 0."""
+        name, _, number = sample.rpartition("/")
+        source = self.domains.index(name)
+        first = int(number) * self._windows[source].context
+        last = min(first + self._windows[source].context, int(self._ends[source][-1])) - 1
+        begin, end = np.searchsorted(self._ends[source], [first, last], side="right").tolist()
+        documents = f"document {begin}" if begin == end else f"documents {begin} to {end}"
+        return f"{sample} ({documents})"
+
+    def _numbers(self, excluded: Sequence[str]) -> list[Ints]:
+        """Windows of each domain that train nothing."""
+        found: dict[str, list[int]] = {name: [] for name in self.domains}
+        for sample in excluded:
+            name, _, number = sample.rpartition("/")
+            if name not in found:
+                raise ValueError(
+                    f"exclude names sample {sample!r}, and there is no domain {name!r}; the data has "
+                    f"{', '.join(self.domains)}"
+                )
+            found[name].append(int(number))
+        return [np.array(numbers, np.int64) for numbers in found.values()]
 
     def epochs(self) -> dict[str, float]:
         """How often the whole schedule reads each domain."""
@@ -199,6 +255,8 @@ class Samples:
         for source in np.unique(sources):
             here = sources == source
             ids[here], labels[here] = self._windows[source].at(windows[here])
+            if len(self._excluded[source]):
+                labels[here & np.isin(windows, self._excluded[source])] = -1
         return Batch(
             tensors={
                 "ids": torch.from_numpy(ids),
@@ -258,24 +316,37 @@ class HeldOut:
 
 
 def figures(
-    state: LoopState, model: Transformer, samples: Samples, plan: PretrainPlan
+    state: LoopState, settings: PretrainConfig, samples: Samples, plan: PretrainPlan
 ) -> dict[str, Any]:
     """What the record keeps of the training."""
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    embedding = model.embedding.weight.numel()
+    parameters = settings.shape.parameters(samples.vocabulary)
     return {
         "steps": plan.steps,
         "tokens": state.tokens,
         "parameters": parameters,
-        "embedding_share": embedding / parameters,
+        "embedding_share": samples.vocabulary * settings.shape.dim / parameters,
         "tokens_per_parameter": state.tokens / parameters,
         "epochs": samples.epochs(),
         "loss": state.figures["loss"],
         "skipped_steps": state.skipped,
-        "seconds": state.seconds,
-        "tokens_per_second": state.tokens / state.seconds,
+        **({"overflows": state.overflows} if settings.precision == "fp16" else {}),
         **state.evaluation,
     }
+
+
+def speed_figures(
+    state: LoopState, settings: PretrainConfig, samples: Samples, peak: Peak, ranks: Ranks
+) -> dict[str, Any]:
+    """How fast it was, against what the machine could do."""
+    speed = state.tokens / state.seconds
+    needed = flops_per_token(settings.shape, samples.vocabulary, settings.row_tokens) * speed
+    found: dict[str, Any] = {"seconds": state.seconds, "tokens_per_second": speed}
+    if peak.flops:
+        found["mfu"] = needed / (peak.flops * ranks.world)
+    found |= {"peak_flops": peak.flops, "peak_source": peak.source}
+    if ranks.device.type == "cuda":
+        found["peak_memory_bytes"] = torch.cuda.max_memory_allocated(ranks.device)
+    return found
 
 
 if __name__ == "__main__":

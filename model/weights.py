@@ -30,20 +30,28 @@ class ForeignCheckpoint(BessemerError):
     """A checkpoint was written by another computation than the one that wants to go on from it."""
 
 
-def save_model(files: Path, model: Transformer, *, role: Role, tokenizer: Path) -> ModelCard:
+def save_model(
+    files: Path,
+    model: Transformer,
+    *,
+    role: Role,
+    tokenizer: Path,
+    weights: Mapping[str, Tensor] | None = None,
+) -> ModelCard:
     """Write a model artifact's content into `files`: fp32 weights, card, a copy of the tokenizer.
 
-    `tokenizer` is the folder to copy.
+    `tokenizer` is the folder to copy. `weights` are the model's, where it does not hold them whole.
     """
     files.mkdir(parents=True, exist_ok=True)
-    save_tensors(files / WEIGHTS, {name: w.float() for name, w in model.state_dict().items()})
+    state = model.state_dict() if weights is None else weights
+    save_tensors(files / WEIGHTS, {name: w.float() for name, w in state.items()})
     copy_tokenizer(tokenizer, files / TOKENIZER)
     card = ModelCard(
         shape=model.shape,
         vocabulary=model.vocabulary,
         role=role,
         tokenizer_digest=read_meta(tokenizer).digest,
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        parameters=sum(weight.numel() for weight in state.values()),
     )
     card.write(files)
     return card

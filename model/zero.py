@@ -1,6 +1,7 @@
 """DeepSpeed ZeRO behind the engine's face: optimizer state spread over the ranks (stage 1), gradients
 too (2), weights too (3)."""
 
+import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from model.batches import Batch
 from model.engine import MODEL_FILE, OPTIMIZER_FILE, Loss, Objective, Seen, optimizer_states
-from model.optimizer import UpdateRule, adamw, parameter_groups, set_learning_rate
+from model.optimizer import LossScale, UpdateRule, adamw, parameter_groups, set_learning_rate
 from model.ranks import Ranks
 from model.transformer import Transformer
 from model.weights import load_tensors, save_tensors
@@ -24,7 +25,7 @@ class ZeroEngine:
 
     def __init__(self, model: Transformer, ranks: Ranks, rule: UpdateRule, *, stage: int) -> None:
         self.model, self.ranks, self.rule, self.stage = model, ranks, rule, stage
-        self.scale = None
+        self.scale: LossScale | None = None
         self._objective = Objective(model, rule, ranks.device)
         self._engine = _initialise(self._objective, model, ranks, rule, stage)
         self._zero = self._engine.optimizer
@@ -38,11 +39,22 @@ class ZeroEngine:
         self._engine.backward(figures["loss"] * self.ranks.world, scale_wrt_gas=False)
         return {name: value.detach() for name, value in figures.items()}
 
-    def step(self, learning_rate: float) -> float:
+    def step(self, learning_rate: float, limit: float = math.inf) -> float:
+        if limit < math.inf and (norm := self._norm()) > limit:
+            self.discard()
+            return norm
         set_learning_rate(self._zero.param_groups, learning_rate)
         # A norm that is not finite is found inside, and the update left out.
         self._engine.step()
         return float(self._engine.get_global_grad_norm())
+
+    def _norm(self) -> float:
+        """Norm of all gradients, before the step that would tell it; -1 where it is not finite."""
+        if self.stage < 3:
+            return float(self._zero.scaled_global_norm())
+        from deepspeed.runtime.zero.stage3 import combine_grad_norm_groups
+
+        return float(combine_grad_norm_groups(self._zero._get_norm_groups()))
 
     def discard(self) -> None:
         self._zero.zero_grad(set_to_none=True)
@@ -94,8 +106,9 @@ class ZeroEngine:
         else:
             from deepspeed import zero
 
-            with torch.no_grad(), zero.GatheredParameters(
-                list(self.model.parameters()), modifier_rank=0
+            with (
+                torch.no_grad(),
+                zero.GatheredParameters(list(self.model.parameters()), modifier_rank=0),
             ):
                 self.model.load_state_dict(weights)
         self._zero.refresh_fp32_params()

@@ -270,7 +270,7 @@ REAL: list[tuple[str, dict[str, Any], dict[str, Any], str, str]] = [
         {},
         {"launch": {"engine": "zero2", "processes": 2}},
         "stages.pretrain.launch",
-        "use zero2 with deepspeed",
+        "use zero1, zero2 and zero3 with deepspeed",
     ),
     (
         "heads that do not divide the width",
