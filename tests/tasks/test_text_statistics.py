@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 from storage.corpus import Shard
 from tasks.text_statistics import (
+    FINEWEB2_STOP_CHARACTERS,
+    GOPHER_STOP_WORDS,
     GRAM_WORDS,
     HAN_GRAM_WORDS,
     STATISTICS,
@@ -24,6 +26,9 @@ from tests.storage.corpora import corpus_of
 SINGLE = "\u4e00-\u9fff\u3400-\u4dbf\uf900-\ufaff\U00020000-\U0003ffff\u3041-\u30ff\uac00-\ud7af"
 LETTER = "A-Za-z\xc0-\xd6\xd8-\xf6\xf8-\u1fff\uff21-\uff3a\uff41-\uff5a"
 WORD = re.compile(f"[{SINGLE}]|[{LETTER}0-9\uff10-\uff19_]+")
+IN_WORD = re.compile(f"[{SINGLE}{LETTER}0-9\uff10-\uff19]")
+SENTENCE_END = re.compile("[。！？．…]|[.!?](?=[ \\t\n\u3000\u2000\"'”’)\\]」』】]|$)")
+MORE = re.compile("(read ?more|展开|更多|。。。)$", re.IGNORECASE)
 ENDS = ".!?\"'):;’”…。》」』】！）．：；？"
 PIECES = [
     "the fox ",
@@ -43,6 +48,20 @@ PIECES = [
     "_x",
     "\ufffd",
     "𠀀",
+    "。。。",
+    "\n\n",
+    "【",
+    "】",
+    '."',
+    "!",
+    "3.5",
+    "更多",
+    "Read More",
+    "e\u0301",
+    "\0",
+    "👩\u200d👧",
+    "Use Javascript to",
+    "lorem Ipsum",
 ]
 
 
@@ -52,6 +71,7 @@ def by_hand(text: str, language: str) -> dict[str, Any]:
     lines = [line for raw in text.split("\n") if (line := raw.strip(" \t\u3000\u2000"))]
     head = Counter(words[:1000])
     total = sum(head.values())
+    blocks = paragraphs_of(text)
     widths = HAN_GRAM_WORDS if language == "zh" else GRAM_WORDS
     figures: dict[str, Any] = {
         "chars": len(text),
@@ -72,6 +92,19 @@ def by_hand(text: str, language: str) -> dict[str, Any]:
         "bullet_lines": sum(line[0] in "-*•" for line in lines),
         "ellipsis_lines": sum(line.endswith(("...", "…")) for line in lines),
         "repeated_lines": len(lines) - len({re.sub("[ \t\u3000\u2000]+", " ", x) for x in lines}),
+        "repeated_line_chars": len("".join(squeezed(lines)))
+        - len("".join(dict.fromkeys(squeezed(lines)))),
+        "thin_lines": sum(len(WORD.findall(line)) < 3 for line in lines),
+        "more_lines": sum(bool(MORE.search(line)) for line in lines),
+        "paragraphs": len(blocks),
+        "repeated_paragraphs": len(blocks) - len(set(blocks)),
+        "repeated_paragraph_chars": len("".join(blocks)) - len("".join(dict.fromkeys(blocks))),
+        "sentences": sum(bool(IN_WORD.search(piece)) for piece in SENTENCE_END.split(text)),
+        "bracketed": bracketed(text),
+        "gopher_stop_words": sum(word in GOPHER_STOP_WORDS for word in words),
+        "fineweb2_stop_words": sum(word in FINEWEB2_STOP_CHARACTERS for word in words),
+        "javascript_lines": sum("javascript" in raw.lower() for raw in text.split("\n")),
+        "lorem_ipsum": sum("lorem ipsum" in raw.lower() for raw in text.split("\n")),
         "head_unique": len(head),
         "entropy": -sum(n / total * log(n / total) for n in head.values()),
     }
@@ -79,6 +112,28 @@ def by_hand(text: str, language: str) -> dict[str, Any]:
         grams = [tuple(words[i : i + width]) for i in range(len(words) - width + 1)]
         figures[f"gram_{name}_chars"] = top(grams) if name < 5 else repeated(words, width)
     return figures
+
+
+def squeezed(lines: list[str]) -> list[str]:
+    """Runs of white space as one space."""
+    return [re.sub("[ \t\u3000\u2000]+", " ", line) for line in lines]
+
+
+def paragraphs_of(text: str) -> list[str]:
+    """Neighbouring lines that are not blank, joined by one character."""
+    found: list[list[str]] = [[]]
+    for raw in text.split("\n"):
+        if line := raw.strip(" \t\u3000\u2000"):
+            found[-1].append(line)
+        else:
+            found.append([])
+    return ["\n".join(squeezed(block)) for block in found if block]
+
+
+def bracketed(text: str) -> int:
+    """No bracketed part is counted where there is no Han (the brackets are Chinese ones)."""
+    has_han = re.search("[\u4e00-\u9fff\u3400-\u4dbf\uf900-\ufaff\U00020000-\U0003ffff]", text)
+    return sum(map(len, re.findall("【(.*?)】", text))) if has_han else 0
 
 
 def top(grams: list[tuple[str, ...]]) -> int:
