@@ -132,3 +132,14 @@ class ShapeConfig(Settings):
         block = attention + bias + norms + 3 * self.dim * self.ffn_width
         embeddings = vocabulary * self.dim * (1 if self.is_tied else 2)
         return embeddings + self.layers * block + self.dim
+
+    def training_flops(self, vocabulary: int, row_tokens: int) -> float:
+        """Floating-point operations of training on one token of a row, forward and backward.
+
+        6 for each weight that a token is multiplied with (the head counts, looking up an embedding does
+        not), and 12 x layers x heads x head width x row_tokens for attention, without credit for its
+        causal half. Recomputed activations do not count. Source: Chowdhery et al. 2022 (PaLM), appendix B.
+        """
+        looked_up = vocabulary * self.dim * (0 if self.is_tied else 1)
+        weights = self.parameters(vocabulary) - looked_up
+        return 6 * weights + 12 * self.layers * self.heads * self.head_width * row_tokens

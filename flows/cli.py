@@ -62,22 +62,53 @@ def plan(
     only: Only = None,
     force: Force = None,
     is_extension: Extend = False,
+    is_budget: Annotated[
+        bool,
+        typer.Option(
+            "--budget",
+            help="No recipe: answer what follows from parameters=160M, tokens=3B, flops=1e19, "
+            "accelerators=8 days=7 peak=989T, or loss=... at_parameters=...",
+        ),
+    ] = False,
+    peak: Annotated[
+        float, typer.Option(help="FLOP/s of one device, for the time that training takes.")
+    ] = 0.0,
     is_json: Json = False,
 ) -> None:
     """Show for every stage whether it is in the store, why not, and what it is expected to cost."""
+    if is_budget:
+        _print_budget([recipe, *(overrides or [])], is_json=is_json)
+        return
     from flows.plan import contract
     from flows.plan import plan as make_plan
     from flows.preparation import Request, prepare
 
     request = Request(recipe, overrides or [], start, until, only, tuple(force or ()), is_extension)
     execution = prepare(request, open_home(), base=Path.cwd(), appends=False)
-    planned = make_plan(execution, Path.cwd())
+    planned = make_plan(execution, Path.cwd(), peak_flops=peak)
     if is_json:
         print(json.dumps(contract(execution, planned), ensure_ascii=False))
         return
+    from flows.forecast import costs_table
     from flows.show import plan_table
 
     console().print(plan_table(execution.graph.recipe, planned))
+    if table := costs_table(planned):
+        console().print(table)
+    for item in planned:
+        for warning in item.costs.warnings if item.costs else ():
+            console().print(f"[yellow]{item.node}[/yellow]: {warning}", highlight=False)
+
+
+def _print_budget(words: list[str], *, is_json: bool) -> None:
+    from flows.budget import answer, read_question
+    from flows.forecast import budget_table
+
+    lines = answer(read_question(words))
+    if is_json:
+        print(json.dumps([vars(line) for line in lines], ensure_ascii=False))
+    else:
+        console().print(budget_table(lines))
 
 
 @app.command()

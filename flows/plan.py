@@ -4,19 +4,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from conf.shape import ShapeConfig
+from flows.costs import Costs, costs_of
 from flows.execution import Execution
-from flows.graph import Node
 from flows.lookup import Lookup
 from flows.preparation import find, nearest
 from storage.identity import differences
 from storage.record import Record
 from storage.store import Store
 
-FLOPS_PER_PARAMETER = 6
-"""Forward and backward pass, per parameter and token (Kaplan et al. 2020, section 2.1)."""
-TRAINING_BYTES_PER_PARAMETER = 16
-"""fp32 weights, gradients and AdamW's two moments; activations come on top."""
 MOST_DIFFERENCES = 6
 
 
@@ -36,13 +31,18 @@ class Planned:
     seconds: float | None = None
     """What the nearest artifact took to build."""
     expected: dict[str, float] = field(default_factory=dict[str, float])
-    """tokens, parameters, flops, memory_bytes, where they can be told beforehand."""
+    """Figures of `costs`: parameters, tokens, flops, memory_bytes, seconds, ..."""
+    costs: Costs | None = None
+    """Of a training stage, where they can be told beforehand."""
 
 
-def plan(execution: Execution, base: Path) -> list[Planned]:
-    """Look every selected node up, in order. Writes nothing."""
+def plan(execution: Execution, base: Path, *, peak_flops: float = 0.0) -> list[Planned]:
+    """Look every selected node up, in order. Writes nothing.
+
+    `peak_flops` is what one device could do at best per second; 0 to go by what was measured.
+    """
     lookup = Lookup(execution.graph, execution.lookup.store, base, execution.lookup.hashes, False)
-    return [_planned(execution, lookup, name) for name in execution.selected]
+    return [_planned(execution, lookup, name, peak_flops) for name in execution.selected]
 
 
 def contract(execution: Execution, planned: list[Planned]) -> dict[str, Any]:
@@ -59,20 +59,26 @@ def contract(execution: Execution, planned: list[Planned]) -> dict[str, Any]:
         "expected",
     )
     stages = {
-        item.node: {**{key: getattr(item, key) for key in keys}, "metrics": {}, "error": None}
+        item.node: {
+            **{key: getattr(item, key) for key in keys},
+            "warnings": list(item.costs.warnings) if item.costs else [],
+            "metrics": {},
+            "error": None,
+        }
         for item in planned
     }
     return {"recipe": execution.graph.recipe, "run_id": None, "report": None, "stages": stages}
 
 
-def _planned(execution: Execution, lookup: Lookup, name: str) -> Planned:
+def _planned(execution: Execution, lookup: Lookup, name: str, peak_flops: float) -> Planned:
     node = lookup.graph.nodes[name]
-    expected = _expected(lookup, node)
     missing = [other for other in node.upstream if other not in lookup.artifacts]
     close = nearest(lookup.store, node.spec.name, name)
     seconds = close[0].seconds if close else None
+    costs = costs_of(lookup, node, close, peak_flops=peak_flops)
     known: dict[str, Any] = {
-        "node": name, "stage": node.spec.name, "kind": node.spec.output.kind, "expected": expected,
+        "node": name, "stage": node.spec.name, "kind": node.spec.output.kind, "costs": costs,
+        "expected": costs.figures() if costs else {},
     }  # fmt: skip
     if missing:
         return Planned(
@@ -125,43 +131,3 @@ def _readable(line: str) -> str:
     if place.startswith("sources."):
         return f"{place}: other files"
     return f"{place}: {change}"
-
-
-def _expected(lookup: Lookup, node: Node) -> dict[str, float]:
-    shape = getattr(node.settings, "shape", None)
-    if not isinstance(shape, ShapeConfig):
-        return {}
-    vocabulary = _vocabulary(lookup, node)
-    if not vocabulary:
-        return {}
-    parameters = shape.parameters(vocabulary)
-    expected: dict[str, float] = {
-        "parameters": parameters,
-        "memory_bytes": parameters * TRAINING_BYTES_PER_PARAMETER,
-    }
-    if tokens := _tokens(lookup, node):
-        expected |= {"tokens": tokens, "flops": FLOPS_PER_PARAMETER * parameters * tokens}
-    return expected
-
-
-def _vocabulary(lookup: Lookup, node: Node) -> int:
-    """Size of the vocabulary that the node's token ids come from; 0 where it cannot be told."""
-    for name in lookup.graph.ancestors([node.name]):
-        other = lookup.graph.nodes[name]
-        if other.spec.output.kind == "tokenizer":
-            return int(getattr(other.settings, "vocabulary", 0))
-    return 0
-
-
-def _tokens(lookup: Lookup, node: Node) -> float:
-    """Tokens that a pretraining reads; 0 before its data are there, where it goes by epochs."""
-    asked = getattr(node.settings, "tokens", 0)
-    if asked:
-        return float(asked)
-    files = next((target for name, target in node.links if name == "tokens"), None)
-    if files is None or files not in lookup.artifacts:
-        return 0.0
-    meta = lookup.artifacts[files].record.metrics.get("tokens", 0)
-    found = meta.get("train", 0) if isinstance(meta, dict) else meta
-    epochs = float(getattr(node.settings, "epochs", 1.0))
-    return float(found) * epochs if isinstance(found, int | float) else 0.0

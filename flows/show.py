@@ -76,14 +76,13 @@ def plan_table(recipe: str, planned: list[Planned]) -> Table:
             item.node,
             _coloured(item.status),
             f"{item.seconds:,.1f}" if item.seconds is not None else "",
-            ", ".join(f"{name} {_short(value)}" for name, value in item.expected.items()),
             item.why,
         ]
         for item in planned
     ]
     return table_of(
         f"{recipe}: {sum(item.status == 'miss' for item in planned)} of {len(planned)} to build",
-        ["node", "store", "seconds last time", "expected", "why"],
+        ["node", "store", "seconds last time", "why"],
         rows,
     )
 

@@ -9,6 +9,7 @@ from flows.graph import load_graph
 from flows.plan import contract, plan
 from flows.preparation import Request, prepare
 from flows.runs import Home
+from tasks.processes import cuda_devices
 
 NEEDS_DATA = ("standard", "small")
 """Recipes that name no data of their own."""
@@ -35,12 +36,38 @@ def test_a_plan_of_the_demo_in_an_empty_home_misses_everything(tmp_path: Path) -
     # shape tiny: a block has 128 x 32 x (2 x 4 + 2 x 2) = 49,152 in attention, 3 x 128 x 344 =
     # 132,096 in its feed-forward and 2 x 128 in norms; 3 blocks, 1,000 x 128 embeddings, a last norm.
     parameters = 3 * (49_152 + 132_096 + 256) + 128_000 + 128
-    assert told["pretrain"]["expected"] == {
-        "parameters": parameters,
-        "memory_bytes": 16 * parameters,
-        "tokens": 2_000_000,
-        "flops": 6 * parameters * 2_000_000,
+    expected = told["pretrain"]["expected"]
+    # 2,000,000 tokens in steps of 2,048: 976.6; 5 % of 977 are 48.85. Attention is 12 x 3 x 128 x 128
+    # a token beyond the 6 of each weight.
+    assert expected["parameters"] == parameters
+    assert expected["embedding_share"] == pytest.approx(128_000 / parameters)
+    assert (expected["steps"], expected["warmup_steps"]) == (977, 49)
+    assert expected["tokens"] == 977 * 2048
+    assert expected["flops"] == 977 * 2048 * (6 * parameters + 12 * 3 * 128 * 128)
+    assert expected["weights_bytes"] == expected["gradients_bytes"] == 4 * parameters
+    assert expected["optimizer_bytes"] == 8 * parameters
+    assert expected["seconds"] > 0
+    # The stages after it train the same model; PPO holds two more and trains two.
+    assert {told[name]["expected"]["parameters"] for name in ("sft", "reward", "dpo", "ppo")} == {
+        parameters
     }
+    assert told["ppo"]["expected"]["weights_bytes"] == 16 * parameters
+    assert told["sft"]["expected"]["steps"] == 400
+
+
+def test_a_stated_peak_decides_the_time_and_a_model_of_embeddings_is_warned_about(
+    tmp_path: Path,
+) -> None:
+    overrides = ["tokenizer.vocabulary=32000", "pretrain.tokens=2048000"]
+    execution = prepare(Request("demo", overrides), Home(tmp_path), base=tmp_path, appends=False)
+    [told] = [x for x in plan(execution, tmp_path, peak_flops=1e12) if x.node == "pretrain"]
+    assert told.costs is not None
+    # One device at 85 % of the peak, which is what a CPU reaches, or 40 % of an accelerator's.
+    share = 0.4 if cuda_devices() else 0.85
+    assert told.costs.seconds == pytest.approx(told.costs.flops / (share * 1e12))
+    # 32,000 x 128 = 4,096,000 embeddings beside 3 blocks of 181,504 and a norm of 128: 88 %
+    [warning] = told.costs.warnings
+    assert "88% of the parameters are embeddings" in warning
 
 
 def test_the_controls_share_the_demo_and_leave_one_thing_out(tmp_path: Path) -> None:

@@ -1,0 +1,370 @@
+"""What a training stage will cost, told before it runs: steps, FLOPs, memory, time."""
+
+import functools
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+from conf.dpo import DpoConfig
+from conf.ppo import PpoConfig
+from conf.pretrain import PretrainConfig
+from conf.reward import RewardConfig
+from conf.sft import SftConfig
+from conf.shape import ShapeConfig
+from flows.graph import Node
+from flows.lookup import Lookup
+from flows.memory import EVALUATION_TOKENS, Memory, Pass, training_memory
+from storage.record import Record
+from tasks.processes import cores, cuda_devices
+
+TOKENS_PER_PARAMETER = 20
+"""Of a model that is trained best for its compute (Hoffmann et al. 2022, table 3)."""
+MOST_EPOCHS = 4
+"""Passes over data beyond which more of them teach little (Muennighoff et al. 2023, figure 1)."""
+LARGEST_EMBEDDING_SHARE = 0.5
+USUAL_SHARE_OF_PEAK = {"cpu": 0.85, "cuda": 0.4}
+"""Of the peak that a training reaches where no run has told yet: 83 to 91 % of the matrix product on a
+CPU in fp32 (measured), 40 % on an accelerator (PaLM: 46 %)."""
+PROBE_WIDTH, PROBE_SECONDS = 768, 0.2
+
+Trained = PretrainConfig | SftConfig | RewardConfig | DpoConfig | PpoConfig
+
+
+@dataclass(frozen=True)
+class Rate:
+    """How fast all ranks together compute."""
+
+    flops: float
+    """Per second; 0 where it cannot be told."""
+    source: str
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a training stage is expected to cost; 0 where it cannot be told before its data are there."""
+
+    parameters: int
+    embedding_share: float
+    steps: int = 0
+    warmup_steps: int = 0
+    tokens: float = 0.0
+    """That pass through the model; of stages whose rows differ in length, at most."""
+    flops: float = 0.0
+    memory: Memory | None = None
+    """Of one rank."""
+    seconds: float = 0.0
+    rate_source: str = ""
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def tokens_per_parameter(self) -> float:
+        """To be held against `TOKENS_PER_PARAMETER`."""
+        return self.tokens / self.parameters
+
+    def figures(self) -> dict[str, float]:
+        """What is known, by name, for `plan --json`."""
+        found: dict[str, float] = {
+            "parameters": self.parameters,
+            "embedding_share": self.embedding_share,
+            "steps": self.steps,
+            "warmup_steps": self.warmup_steps,
+            "tokens": self.tokens,
+            "tokens_per_parameter": self.tokens_per_parameter,
+            "flops": self.flops,
+            "seconds": self.seconds,
+        }
+        parts = self.memory.figures() if self.memory else {}
+        return {name: value for name, value in found.items() if value} | parts
+
+
+def costs_of(
+    lookup: Lookup, node: Node, earlier: list[Record], *, peak_flops: float = 0.0
+) -> Costs | None:
+    """What a node costs; none for a stage that trains nothing, or whose model is not known yet.
+
+    `earlier` are artifacts of the stage, the most telling first: what they reached is the measured
+    rate. `peak_flops` of one device, where it is stated, goes before.
+    """
+    if not isinstance(node.settings, Trained):
+        return None
+    settings = node.settings
+    shape, vocabulary = _shape(lookup, node), _vocabulary(lookup, node)
+    if shape is None or not vocabulary:
+        return None
+    steps, warmup = _steps(lookup, node, settings)
+    tokens, forward_tokens = _tokens(settings, shape, steps)
+    flops = shape.training_flops(vocabulary, _row_tokens(settings, shape)) * (
+        tokens + forward_tokens / 3
+    )
+    rate = _rate(settings, vocabulary, earlier, peak_flops)
+    costs = Costs(
+        parameters=shape.parameters(vocabulary),
+        embedding_share=shape.embedding_share(vocabulary),
+        steps=steps,
+        warmup_steps=warmup,
+        tokens=tokens,
+        flops=flops,
+        memory=_memory(settings, shape, vocabulary),
+        seconds=flops / rate.flops if rate.flops else 0.0,
+        rate_source=rate.source,
+    )
+    return replace(costs, warnings=tuple(_warnings(lookup, node, settings, costs)))
+
+
+def _shape(lookup: Lookup, node: Node) -> ShapeConfig | None:
+    """The node's own, else that of the model it goes on from."""
+    own = getattr(node.settings, "shape", None)
+    if isinstance(own, ShapeConfig):
+        return own
+    if (card := _card(lookup, node)) is not None:
+        return ShapeConfig.model_validate(card["shape"])
+    for target in _models_read(node):
+        if target in lookup.graph.nodes and (found := _shape(lookup, lookup.graph.nodes[target])):
+            return found
+    return None
+
+
+def _vocabulary(lookup: Lookup, node: Node) -> int:
+    """Size of the vocabulary that the node's token ids come from; 0 where it cannot be told."""
+    if (card := _card(lookup, node)) is not None:
+        return int(card["vocabulary"])
+    for name in sorted(lookup.graph.ancestors([node.name])):
+        other = lookup.graph.nodes[name]
+        if other.spec.output.kind == "tokenizer":
+            if name in lookup.artifacts:
+                return int(_json(lookup.artifacts[name].path, "tokenizer.meta.json")["vocabulary"])
+            return int(getattr(other.settings, "vocabulary", 0))
+    return 0
+
+
+def _card(lookup: Lookup, node: Node) -> dict[str, Any] | None:
+    """`config.json` of the node's model, or of one that it goes on from, where that is built."""
+    for name in (node.name, *_models_read(node)):
+        artifact = lookup.artifacts.get(name)
+        if artifact is not None and artifact.record.kind in ("policy", "reward_model"):
+            return _json(artifact.path, "config.json")
+    return None
+
+
+def _models_read(node: Node) -> list[str]:
+    return [target for name, target in node.links if name in ("policy", "reward")]
+
+
+def _json(artifact: Path, name: str) -> dict[str, Any]:
+    return json.loads((artifact / "files" / name).read_text("utf-8"))
+
+
+def _steps(lookup: Lookup, node: Node, settings: Trained) -> tuple[int, int]:
+    """Updates, and those of the warm-up."""
+    match settings:
+        case PretrainConfig():
+            steps = _pretrain_steps(settings, _train_tokens(lookup, node))
+        case PpoConfig():
+            per_iteration = settings.epochs * settings.rollout_rows // settings.minibatch_rows
+            steps = settings.iterations * per_iteration
+        case _:
+            rows = _train_rows(lookup, node)
+            steps = steps_of(settings.epochs * rows, settings.batch_rows)
+            limit = settings.max_steps
+            steps = min(steps or limit, limit) if limit else steps
+    return steps, round(settings.warmup * steps)
+
+
+def steps_of(samples: float, batch: int, accumulation: int = 1, ranks: int = 1) -> int:
+    """Updates that so many samples come to: samples / (batch x accumulation x ranks), rounded up."""
+    return math.ceil(samples / (batch * accumulation * ranks) - 1e-9)
+
+
+def _pretrain_steps(settings: PretrainConfig, domains: Mapping[str, int]) -> int:
+    if domains:
+        try:
+            return settings.plan(domains).steps
+        except ValueError:
+            # What is wrong with the data is the stage's to say; the plan tells what it can.
+            return 0
+    return steps_of(settings.tokens, settings.batch_tokens) if settings.tokens else 0
+
+
+def _train_tokens(lookup: Lookup, node: Node) -> dict[str, int]:
+    """Training tokens per domain, where they are there already."""
+    target = next((target for name, target in node.links if name == "tokens"), None)
+    if target is None or target not in lookup.artifacts:
+        return {}
+    domains = _json(lookup.artifacts[target].path, "meta.json")["domains"]
+    return {name: int(splits["train"]["tokens"]) for name, splits in domains.items()}
+
+
+def _train_rows(lookup: Lookup, node: Node) -> int:
+    """Conversations or pairs to train on, where they are there already."""
+    for name, target in node.links:
+        if name in ("conversations", "preferences") and target in lookup.artifacts:
+            return int(lookup.artifacts[target].record.metrics.get("train", 0))
+    return 0
+
+
+def _row_tokens(settings: Trained, shape: ShapeConfig) -> int:
+    match settings:
+        case PretrainConfig():
+            return settings.row_tokens
+        case PpoConfig():
+            return shape.context
+        case _:
+            return settings.context or shape.context
+
+
+def _tokens(settings: Trained, shape: ShapeConfig, steps: int) -> tuple[float, float]:
+    """Tokens that train, and tokens that are only read (rollouts, references); at most."""
+    row = _row_tokens(settings, shape)
+    match settings:
+        case PretrainConfig():
+            return float(steps * settings.batch_tokens), 0.0
+        case SftConfig():
+            return float(steps * settings.batch_rows * row), 0.0
+        case RewardConfig():
+            return float(2 * steps * settings.batch_rows * row), 0.0
+        case DpoConfig():
+            trained = 2 * steps * settings.batch_rows * row
+            return float(trained), float(trained)
+        case PpoConfig():
+            # Policy and value train; policy, reference, value and reward read every answer once, and
+            # the policy writes it.
+            read = settings.iterations * settings.rollout_rows * row
+            return float(2 * steps * settings.minibatch_rows * row), 5.0 * read
+
+
+def _memory(settings: Trained, shape: ShapeConfig, vocabulary: int) -> Memory:
+    launch, ranks = settings.launch, settings.launch.processes
+    match settings:
+        case PretrainConfig() | SftConfig():
+            step_rows, sides = settings.batch_rows, 1
+        case PpoConfig():
+            step_rows, sides = settings.minibatch_rows, 1
+        case _:
+            step_rows, sides = settings.batch_rows, 2
+    own = max(1, step_rows // ranks)
+    rows = min(launch.micro_batch or own, own)
+    is_cuda = launch.device == "cuda" or (launch.device == "auto" and bool(cuda_devices()))
+    is_pretraining = isinstance(settings, PretrainConfig)
+    has_held = isinstance(settings, PretrainConfig) and settings.held_tokens > 0
+    work = Pass(
+        rows=rows * sides,
+        row_tokens=_row_tokens(settings, shape),
+        precision=settings.precision,
+        has_head=not isinstance(settings, RewardConfig),
+        is_masked=isinstance(settings, PretrainConfig) and settings.is_document_masked,
+        is_recomputed=launch.checkpoint_activations,
+        is_fused=is_pretraining
+        and (launch.fused_head == "on" or (launch.fused_head == "auto" and is_cuda)),
+        has_noise=is_pretraining and shape.dropout > 0,
+    )
+    is_ppo = isinstance(settings, PpoConfig)
+    return training_memory(
+        shape,
+        vocabulary,
+        work,
+        engine=launch.engine,
+        processes=ranks,
+        is_accumulated=rows < own,
+        trained=2 if is_ppo else 1,
+        frozen=2 if is_ppo else 0,
+        evaluated_tokens=EVALUATION_TOKENS if has_held else 0,
+        is_cuda=is_cuda,
+    )
+
+
+def _rate(settings: Trained, vocabulary: int, earlier: list[Record], stated_flops: float) -> Rate:
+    launch = settings.launch
+    is_cuda = launch.device == "cuda" or (launch.device == "auto" and bool(cuda_devices()))
+    device = "cuda" if is_cuda else "cpu"
+    share = USUAL_SHARE_OF_PEAK[device]
+    stated = stated_flops or launch.peak_tflops * 1e12
+    if stated:
+        flops = stated * share * launch.processes
+        return Rate(flops, f"{share:.0%} of the stated {stated:.3g} FLOP/s a device")
+    for record in earlier:
+        if found := _reached(record, settings):
+            return Rate(found, f"what {record.node} reached on {record.created[:10]}")
+    if is_cuda:
+        return Rate(0.0, "no peak: state one with --peak, or launch.peak_tflops")
+    return Rate(measured_peak() * share, f"{share:.0%} of a matrix product measured now")
+
+
+def _reached(record: Record, settings: Trained) -> float:
+    """FLOP/s of an earlier pretraining that was launched alike; 0 where it does not tell."""
+    speed = record.metrics.get("tokens_per_second")
+    written = cast("dict[str, Any]", record.build.get("settings") or {})
+    if not isinstance(settings, PretrainConfig) or not isinstance(speed, int | float):
+        return 0.0
+    launch = cast("dict[str, Any]", written.get("launch") or {})
+    if written.get("precision") != settings.precision or any(
+        launch.get(name) != getattr(settings.launch, name) for name in ("device", "processes")
+    ):
+        return 0.0
+    try:
+        then = PretrainConfig.model_validate(written)
+    except ValueError:
+        # Written by a version whose settings were others.
+        return 0.0
+    parameters = int(record.metrics.get("parameters", 0))
+    tables = 1 if then.shape.is_tied else 2
+    vocabulary = (parameters - then.shape.parameters(0)) // (then.shape.dim * tables)
+    return float(speed) * then.shape.training_flops(vocabulary, then.row_tokens)
+
+
+@functools.cache
+def measured_peak() -> float:
+    """FLOP/s of a float32 matrix product on this machine's cores, the best of many."""
+    import numpy as np
+
+    matrix = np.full((PROBE_WIDTH, PROBE_WIDTH), 0.5, np.float32)
+    best, end = math.inf, time.perf_counter() + PROBE_SECONDS
+    while time.perf_counter() < end:
+        started = time.perf_counter()
+        np.matmul(matrix, matrix)
+        best = min(best, time.perf_counter() - started)
+    return 2 * PROBE_WIDTH**3 / best
+
+
+def host_memory() -> int:
+    """Bytes that processes of this host may use: what is built in, or the container's limit."""
+    built_in = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text("utf-8").strip() if limit.is_file() else "max"
+    return min(built_in, int(text)) if text.isdigit() else built_in
+
+
+def _warnings(lookup: Lookup, node: Node, settings: Trained, costs: Costs) -> list[str]:
+    found: list[str] = []
+    if isinstance(settings, PretrainConfig) and costs.embedding_share > LARGEST_EMBEDDING_SHARE:
+        found.append(embedding_warning(costs.embedding_share))
+    domains = _train_tokens(lookup, node) if isinstance(settings, PretrainConfig) else {}
+    if domains and costs.tokens > MOST_EPOCHS * sum(domains.values()):
+        epochs = costs.tokens / sum(domains.values())
+        found.append(
+            f"{epochs:.1f} passes over the data; more than {MOST_EPOCHS} teach little: add data, or "
+            f"lower pretrain.tokens"
+        )
+    ranks = settings.launch.processes
+    is_cuda = settings.launch.device == "cuda" or bool(cuda_devices())
+    memory = costs.memory.total * ranks if costs.memory and not is_cuda else 0.0
+    if memory > host_memory():
+        found.append(
+            f"needs {memory / 1e9:.1f} GB of the {host_memory() / 1e9:.1f} GB here: lower "
+            f"{node.name}.launch.micro_batch, or set {node.name}.launch.checkpoint_activations=true"
+        )
+    if ranks > cores() and not is_cuda:
+        found.append(f"{ranks} processes share {cores()} cores")
+    return found
+
+
+def embedding_warning(share: float) -> str:
+    """For a model most of which is a table."""
+    return (
+        f"{share:.0%} of the parameters are embeddings: take a smaller vocabulary, shape.is_tied=true, "
+        f"or a wider and deeper shape"
+    )
