@@ -68,6 +68,8 @@ class ExitFile(BaseModel):
     tail: list[str]
     """Last lines of the failing rank."""
     seconds: float
+    waited_seconds: float = 0.0
+    """How long other jobs had the host before this one could begin; not part of `seconds`."""
 
 
 class Progress(BaseModel):

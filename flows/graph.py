@@ -68,7 +68,7 @@ class Node:
     def flow(self) -> str:
         """Which of the four flows it belongs to, by what it makes out of what."""
         match self.spec.output.kind:
-            case "world" | "raw" | "corpus" | "tokenizer" | "tokens":
+            case "world" | "corpus" | "tokenizer" | "tokens":
                 return "corpus"
             case "scores" | "export":
                 return "evaluation"

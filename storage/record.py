@@ -45,6 +45,9 @@ class Record(BaseModel):
     build: dict[str, Any] = Field(default_factory=dict)
     """Runtime settings, host facts and library versions; never identity."""
     seconds: float = 0.0
+    """Time that building it took, without waiting."""
+    waited_seconds: float = 0.0
+    """Time that it had to wait: for the host's training slot, for another process at the same artifact."""
     created: str = ""
     """UTC, ISO 8601."""
     node: str = ""

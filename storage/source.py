@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from conf.settings import SourceSpec
 from storage import lease as leases
@@ -40,12 +40,6 @@ HASH_THREADS = 4
 
 Key = tuple[str, str, int]
 """Digest, format and index of the spec: what of a file enters identity."""
-
-
-class RawFiles(Artifact):
-    """Any folder of raw files, read by other stages as a source."""
-
-    kind: ClassVar[str] = "raw"
 
 
 @dataclass(frozen=True)

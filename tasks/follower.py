@@ -25,27 +25,11 @@ MAX_LINE_CHARS = 2000
 
 Report = Callable[[float, float, str], None]
 
-_active: set["Follower"] = set()
-
-
-def stop_jobs() -> int:
-    """Ask every torch job that this process follows to checkpoint and end; returns how many.
-
-    For the flow, when it is cancelled: the threads that follow the jobs raise JobStopped once the
-    jobs have ended. Safe to call from any thread; jobs that start later are not concerned.
-    """
-    followers = list(_active)
-    for follower in followers:
-        follower.stop.set()
-    return len(followers)
-
 
 class Follower:
     """One process's view of one attempt; within `with`, it counts as a follower."""
 
     def __init__(self, attempt: Path, say: Callable[[str], None], report: Report) -> None:
-        self.stop = threading.Event()
-        """Set when the flow wants the job to end."""
         self.attempt = attempt
         self._say = say
         self._report = report
@@ -55,7 +39,6 @@ class Follower:
         self._reported = 0.0
 
     def __enter__(self) -> "Follower":
-        _active.add(self)
         return self
 
     def __exit__(
@@ -64,7 +47,6 @@ class Follower:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        _active.discard(self)
         self._mark.unlink(missing_ok=True)
 
     def look(self) -> None:

@@ -199,6 +199,7 @@ def _result(job: "Job") -> dict[str, Any]:
         tail=tail_of(job.logs / OUTPUT),
         seconds=0.0,
     )
+    job.waited_seconds += ended.waited_seconds
     match ended.code:
         case ExitCode.DONE:
             return json.loads((job.logs / RESULT).read_text("utf-8"))
@@ -227,7 +228,7 @@ def _follow(job: "Job", is_over: Callable[[], bool]) -> None:
     """Relay output and progress until the job is over; when interrupted, stop the job first."""
     with Follower(job.path, job.log.info, job.report_progress) as follower:
         try:
-            while not is_over() and not follower.stop.is_set():
+            while not is_over():
                 follower.look()
                 time.sleep(POLL_SECONDS)
         # Also a cancelled flow or Ctrl-C: the job must get its checkpoint before we go.
@@ -235,18 +236,15 @@ def _follow(job: "Job", is_over: Callable[[], bool]) -> None:
             _leave(job, follower, is_over)
             raise
         follower.look()
-        if follower.stop.is_set() and not _leave(job, follower, is_over):
-            raise JobStopped(job.node, _LEFT, job.logs / OUTPUT)
 
 
-def _leave(job: "Job", follower: Follower, is_over: Callable[[], bool]) -> bool:
-    """Leave a job, and wait for its end unless somebody else follows it. Whether it has ended."""
-    if not is_over() and not follower.leave():
-        return False
+def _leave(job: "Job", follower: Follower, is_over: Callable[[], bool]) -> None:
+    """Leave a job: ask it to end, and wait until it has, unless somebody else follows it."""
+    if is_over() or not follower.leave():
+        return
     job.log.info("stopping the job; it saves a checkpoint first")
     while not is_over():
         time.sleep(POLL_SECONDS)
-    return True
 
 
 def follow_elsewhere(
@@ -260,41 +258,22 @@ def follow_elsewhere(
     """Follow the process that holds an artifact's lease until `take` gets it.
 
     Output and progress of a torch job that outlived its flow, or that another run started, appear
-    here as if it were ours, and it counts as followed. Raises JobStopped after `stop_jobs()`.
+    here as if it were ours, and it counts as followed. Who is interrupted here and was the last to
+    follow has asked the job to end.
     """
     log = logging.getLogger(f"bessemer.{node}")
     log.info("already being built by another process; following it")
     with contextlib.ExitStack() as stack:
         follower: Follower | None = None
-        while (claim := take()) is None:
-            if follower is None and (attempt := newest_attempt(store.root, fingerprint)):
-                follower = stack.enter_context(Follower(attempt, log.info, report_progress))
+        try:
+            while (claim := take()) is None:
+                if follower is None and (attempt := newest_attempt(store.root, fingerprint)):
+                    follower = stack.enter_context(Follower(attempt, log.info, report_progress))
+                if follower is not None:
+                    follower.look()
+                time.sleep(POLL_SECONDS * 2)
+        except BaseException:
             if follower is not None:
-                _look_or_leave(follower, node)
-            time.sleep(POLL_SECONDS * 2)
+                follower.leave()
+            raise
     return claim
-
-
-def _look_or_leave(follower: Follower, node: str) -> None:
-    try:
-        follower.look()
-    except BaseException:
-        follower.leave()
-        raise
-    if follower.stop.is_set():
-        ended = _ASKED if follower.leave() else _LEFT
-        raise JobStopped(node, ended, follower.attempt / "logs" / OUTPUT)
-
-
-_LEFT = ExitFile(
-    code=ExitCode.REQUEUE,
-    reason="no longer followed from here; the job goes on for those who still follow it",
-    tail=[],
-    seconds=0.0,
-)
-_ASKED = ExitFile(
-    code=ExitCode.REQUEUE,
-    reason="the process that builds it was asked to stop; run again to go on",
-    tail=[],
-    seconds=0.0,
-)

@@ -36,6 +36,13 @@ def _prctl(option: int, value: int) -> None:
         raise OSError(ctypes.get_errno(), f"prctl({option}, {value}) failed")
 
 
+def interrupt(thread: int) -> None:
+    """Raise in a thread of this process, which no signal reaches, what Ctrl-C means."""
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(
+        ctypes.c_ulong(thread), ctypes.py_object(KeyboardInterrupt)
+    )
+
+
 def is_alive(pid: int) -> bool:
     """Whether a process exists and is not a zombie."""
     return _stat(pid)[0] not in ("", "Z", "X")

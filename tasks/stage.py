@@ -73,6 +73,8 @@ class Job:
     """Figures of the result; plain JSON values. They enter the record."""
     parts: list[str] = field(default_factory=list[str])
     """Fingerprints of the shards that the files refer to."""
+    waited_seconds: float = 0.0
+    """Time that the stage could not begin its work because others had the host."""
     tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict[str, list[dict[str, Any]]])
     """Small tables for people, shown on the stage's page; written to `logs/tables.json`."""
     report_progress: Callable[[float, float, str], None] = lambda done, total, unit: None
@@ -215,6 +217,7 @@ def execute(
         artifact = spec.output(found)
         return Outcome("hit", artifact, artifact.record, time.monotonic() - started)
     claim = _claim(store, address, node, report_progress)
+    claimed = time.monotonic()
     with claim:
         if not is_forced and (found := store.find(address)):
             artifact = spec.output(found)
@@ -241,7 +244,10 @@ def execute(
         if job.tables:
             tables = json.dumps(job.tables, ensure_ascii=False, indent=1)
             (job.logs / "tables.json").write_text(tables, "utf-8")
-        seconds = time.monotonic() - started
+        elapsed = time.monotonic() - started
+        # A job that outlived its flow may have waited before this process began.
+        waited = min(elapsed, claimed - started + job.waited_seconds)
+        seconds = elapsed - waited
         record = Record(
             fingerprint=address,
             kind=spec.output.kind,
@@ -253,6 +259,7 @@ def execute(
             metrics=job.metrics,
             build=_build(settings, workers),
             seconds=round(seconds, 3),
+            waited_seconds=round(waited, 3),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             node=node,
         )

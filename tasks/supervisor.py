@@ -69,9 +69,12 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self._ask)
         placement = self._wait_for_host()
+        waited = time.time() - self.started
         if isinstance(placement, Ending):
-            return self._exit(placement, [])
-        return self._run_ranks(placement)
+            ended = self._exit(placement, [])
+        else:
+            ended = self._run_ranks(placement)
+        return ended.model_copy(update={"waited_seconds": round(waited, 3)})
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.is_asked = True

@@ -13,9 +13,9 @@ import pytest
 from conf.contract import EXIT, ExitFile
 from conf.launch import LaunchConfig
 from storage.store import Store
-from tasks.follower import FOLLOWERS, newest_attempt, stop_jobs
-from tasks.launch import JobFailed, JobStopped
-from tasks.processes import is_alive
+from tasks.follower import FOLLOWERS, newest_attempt
+from tasks.launch import JobFailed
+from tasks.processes import interrupt, is_alive
 from tasks.stage import execute
 from tests.tasks.launching import (
     CounterConfig,
@@ -125,42 +125,34 @@ def test_a_job_that_nobody_follows_ends_after_a_while_and_can_be_resumed(tmp_pat
     assert build(tmp_path / "store", steps=180).record.metrics["count"] == 180
 
 
-def test_a_flow_that_joined_stops_the_job_when_it_is_stopped(tmp_path: Path) -> None:
-    flow, attempt = start_flow(tmp_path / "store", 5000)
-    kill_flow(flow)
-    caught: list[JobStopped] = []
+def join_and_interrupt(root: Path, attempt: Path, *, steps: int) -> None:
+    """Follow a job that another flow started, then be interrupted as a cancelled flow is."""
+    caught: list[KeyboardInterrupt] = []
 
     def follow() -> None:
         try:
-            build(tmp_path / "store", steps=5000)
-        except JobStopped as error:
+            build(root, steps=steps)
+        except KeyboardInterrupt as error:
             caught.append(error)
 
     joined = threading.Thread(target=follow)
     joined.start()
     wait_for(lambda: len(list((attempt / "state" / FOLLOWERS).iterdir())) == 2)
-    assert stop_jobs() == 1
+    interrupt(joined.ident or 0)
     joined.join(60)
     assert caught
+
+
+def test_a_flow_that_joined_stops_the_job_when_it_is_stopped(tmp_path: Path) -> None:
+    flow, attempt = start_flow(tmp_path / "store", 5000)
+    kill_flow(flow)
+    join_and_interrupt(tmp_path / "store", attempt, steps=5000)
     wait_for(lambda: not processes_of(attempt))
 
 
 def test_a_follower_that_leaves_does_not_stop_the_job_of_another(tmp_path: Path) -> None:
     flow, attempt = start_flow(tmp_path / "store", 200)
-    caught: list[JobStopped] = []
-
-    def follow() -> None:
-        try:
-            build(tmp_path / "store", steps=200)
-        except JobStopped as error:
-            caught.append(error)
-
-    joined = threading.Thread(target=follow)
-    joined.start()
-    wait_for(lambda: len(list((attempt / "state" / FOLLOWERS).iterdir())) == 2)
-    assert stop_jobs() == 1
-    joined.join(60)
-    assert "goes on for those who still follow it" in str(caught[0])
+    join_and_interrupt(tmp_path / "store", attempt, steps=200)
     assert flow.wait(30) == 0
 
 

@@ -12,8 +12,9 @@ from conf.settings import SourceSpec
 from storage import source as module
 from storage.identity import fingerprint, hash_file
 from storage.record import Record
-from storage.source import HashCache, RawFiles, Source, SourceLedger, format_of, resolve
+from storage.source import HashCache, Source, SourceLedger, format_of, resolve
 from storage.store import Store
+from storage.world import World
 
 
 @pytest.fixture
@@ -185,9 +186,9 @@ def test_files_of_an_artifact_are_not_hashed_again(
         page = write(claim.path / "files" / "crawl" / "p.warc.gz", "x")
         digest = hash_file(page)
         record = Record(
-            fingerprint=address, kind="raw", stage="world", digest="", identity=identity
+            fingerprint=address, kind="world", stage="world", digest="", identity=identity
         )
-        artifact = RawFiles(store.commit(claim, record))
+        artifact = World(store.commit(claim, record))
     monkeypatch.setattr(module, "hash_file", lambda path: pytest.fail(f"{path} was hashed"))
     found = resolve(
         [SourceSpec(path="crawl/*", node="world")],

@@ -13,9 +13,9 @@ import pytest
 
 from conf.contract import EXIT, ExitCode, ExitFile
 from conf.launch import LaunchConfig
-from tasks.follower import CANCEL, stop_jobs
+from tasks.follower import CANCEL
 from tasks.launch import JobFailed, JobStopped, preflight
-from tasks.processes import cores, descendants, take_cpu
+from tasks.processes import cores, descendants, interrupt, take_cpu
 from tests.tasks.launching import (
     WORKER,
     count,
@@ -125,35 +125,35 @@ def test_the_deepspeed_launcher_is_stopped_rank_by_rank(tmp_path: Path) -> None:
     # This launcher does not pass on a request to stop.
     job = make_job(tmp_path)
     launch = {"processes": 2, "engine": "zero2", "launcher": "deepspeed"}
-    caught = stopped_in_the_middle(job, rank=1, launch=launch)
-    assert "a checkpoint was saved" in caught.ended.reason
+    assert "a checkpoint was saved" in stopped_in_the_middle(job, rank=1, launch=launch).reason
 
 
-def stopped_in_the_middle(job: Any, *, rank: int = 0, **settings: Any) -> JobStopped:
-    """Start a long job, stop it with `stop_jobs` once the rank has counted a little."""
-    caught: list[JobStopped] = []
+def stopped_in_the_middle(job: Any, *, rank: int = 0, **settings: Any) -> ExitFile:
+    """Start a long job, interrupt it as a flow does once the rank has counted a little."""
+    caught: list[KeyboardInterrupt] = []
 
     def follow() -> None:
         try:
             run(job, steps=5000, **settings)
-        except JobStopped as error:
+        except KeyboardInterrupt as error:
             caught.append(error)
 
     follower = threading.Thread(target=follow)
     follower.start()
-    wait_for(lambda: count(job, rank) > 2)
-    assert stop_jobs() == 1
+    # All ranks: one that is still starting has nothing to save.
+    wait_for(lambda: all(count(job, other) > 2 for other in range(rank + 1)))
+    interrupt(follower.ident or 0)
     follower.join(60)
     assert caught
     assert processes_of(job.path) == []
-    return caught[0]
+    return ended(job)
 
 
 def test_stopping_lets_every_rank_save_and_leaves_no_process(tmp_path: Path) -> None:
     job = make_job(tmp_path)
     caught = stopped_in_the_middle(job, rank=1, launch={"processes": 2, "engine": "ddp"})
-    assert caught.ended.code == ExitCode.REQUEUE
-    assert "a checkpoint was saved" in caught.ended.reason
+    assert caught.code == ExitCode.REQUEUE
+    assert "a checkpoint was saved" in caught.reason
     assert "rank 1 saved at" in (job.logs / "output.1.log").read_text()
     reached = count(job, 0)
     run(job, steps=reached + 1)
@@ -163,7 +163,7 @@ def test_stopping_lets_every_rank_save_and_leaves_no_process(tmp_path: Path) -> 
 def test_a_job_that_does_not_listen_is_killed_after_the_grace(tmp_path: Path) -> None:
     job = make_job(tmp_path)
     caught = stopped_in_the_middle(job, is_deaf=True, launch={"grace_seconds": 0.3})
-    assert "no new checkpoint was saved" in caught.ended.reason
+    assert "no new checkpoint was saved" in caught.reason
 
 
 def test_an_exception_in_the_follower_stops_the_job_first(tmp_path: Path) -> None:
@@ -200,12 +200,16 @@ def test_a_second_job_waits_for_the_processor_and_says_so(tmp_path: Path) -> Non
     seen: list[str] = []
 
     def see(done: float, total: float, unit: str) -> None:
+        if not seen:
+            time.sleep(0.5)
+            lock.release()
         seen.append(unit)
-        lock.release()
 
     job = make_job(tmp_path, see)
     assert run(job)["count"] == 3
     assert seen[0] == "waiting for another job"
+    assert job.waited_seconds > 0.5
+    assert ended(job).waited_seconds == job.waited_seconds
 
 
 def test_a_waiting_job_can_be_stopped(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from conf.settings import Settings
-from storage.source import RawFiles
+from storage.artifact import Artifact
 from storage.store import Store
 from tasks.stage import Job, Outcome, StageSpec, execute, stage
 
@@ -14,11 +14,17 @@ class NothingToChoose(Settings):
     """No settings."""
 
 
-def fails_first(job: Job, settings: NothingToChoose) -> RawFiles:
+class Written(Artifact):
+    """Whatever was written."""
+
+    kind = "written"
+
+
+def fails_first(job: Job, settings: NothingToChoose) -> Written:
     """Write one file and a checkpoint, fail; the second time write another."""
     if (job.state / "checkpoint").exists():
         (job.files / "second.txt").write_text("二")
-        return RawFiles(job.path)
+        return Written(job.path)
     (job.files / "first.txt").write_text("一")
     (job.state / "checkpoint").write_text("step 1")
     raise RuntimeError("the first time fails")
