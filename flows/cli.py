@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from conf.mistakes import RecipeError
+from flows.execution import Execution
 from flows.runs import Home, RunRecord, ServiceError, find_artifact, open_home
 from flows.show import Shown, console, effects, error_console, human_bytes, stage_table
 
@@ -132,14 +133,14 @@ def run(
 
     with error_console().status("starting the local Prefect server"):
         api = services.ensure_prefect(execution.home)
+    is_named = "PREFECT_API_URL" in os.environ
     os.environ.update(services.prefect_environment(execution.home, api))
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-
-    from flows.pipeline import run_pipeline
-
     shown = Shown(execution)
     with shown:
-        has_stopped = run_pipeline(execution, say=shown.say)
+        # A server of somebody else's may want what only Prefect's own client can give.
+        has_stopped = not is_named and _run_cached(execution, api, shown)
+        has_stopped = has_stopped or _run_pipeline(execution, shown)
     record = execution.record
     if is_json:
         print(json.dumps(record.contract(), ensure_ascii=False), flush=True)
@@ -151,6 +152,18 @@ def run(
         sys.stdout.flush()
         os._exit(code)
     raise typer.Exit(code)
+
+
+def _run_cached(execution: Execution, api: str, shown: Shown) -> bool:
+    from flows.cached import run_cached
+
+    return run_cached(execution, api, say=shown.say)
+
+
+def _run_pipeline(execution: Execution, shown: Shown) -> bool:
+    from flows.pipeline import run_pipeline
+
+    return run_pipeline(execution, say=shown.say)
 
 
 def _print_result(record: RunRecord, home: Home, api: str) -> None:
@@ -362,11 +375,15 @@ def up() -> None:
 
 
 @app.command()
-def down() -> None:
-    """End the local services."""
+def down(
+    waits: Annotated[
+        bool, typer.Option("--wait", help="Until no run needs them any more.")
+    ] = False,
+) -> None:
+    """End the local services; refused while a run needs them."""
     from flows import services
 
-    ended = services.down(open_home())
+    ended = services.down(open_home(), waits=waits)
     console().print(f"ended: {', '.join(service.name for service in ended) or 'nothing was up'}")
 
 

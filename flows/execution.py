@@ -3,7 +3,6 @@
 Knows nothing of Prefect: `flows/pipeline.py` asks it for nodes that are ready and runs them.
 """
 
-import ctypes
 import logging
 import os
 import threading
@@ -21,6 +20,7 @@ from flows.lookup import Address, Lookup
 from flows.runs import Home, RunRecord, StageRecord, StageStatus
 from storage.artifact import Artifact
 from storage.errors import DamagedArtifact
+from tasks.processes import interrupt
 from tasks.stage import Job, Outcome, execute
 
 DONE: tuple[StageStatus, ...] = ("hit", "built")
@@ -103,6 +103,32 @@ class Execution:
         self.record.ended = datetime.now(UTC).isoformat(timespec="seconds")
         self._write()
 
+    def take_all(self) -> bool:
+        """Take every node from the store, provided that all are there; else none is taken."""
+        known = self.lookup
+        if self.forced & set(self.selected):
+            return False
+        lookup = Lookup(self.graph, known.store, known.base, known.hashes, known.appends)
+        started = time.monotonic()
+        try:
+            if not all(lookup.find(name) for name in self.selected):
+                return False
+            addresses = {name: lookup.address(name) for name in self.selected if self._reads(name)}
+        except (ValueError, OSError) as error:
+            # Told again, with its node, by the run that follows.
+            _log.debug("not everything can be taken from the store: %s", error)
+            return False
+        seconds = (time.monotonic() - started) / max(1, len(self.selected))
+        for name in self.selected:
+            if name in addresses:
+                self.record.stages[name].sources = _identities(addresses[name])
+            self._arrived(name, lookup.artifacts[name], "hit", seconds)
+        return True
+
+    def _reads(self, name: str) -> bool:
+        """Whether a node reads files from outside, or of other nodes."""
+        return self.graph.nodes[name].pin is None and any(self.graph.nodes[name].sources)
+
     def next_ready(self, names: Iterable[str]) -> str | None:
         """The next of these nodes that can be run or must be skipped; None when none is left.
 
@@ -158,16 +184,13 @@ class Execution:
     def cancel(self, grace_seconds: float) -> bool:
         """Stop what is running and start nothing more; whether everything stopped in time.
 
-        Nodes run in threads, which no signal reaches: the exception that Ctrl-C means is raised in
-        each of them.
+        Nodes run in threads: a torch job is asked for a checkpoint by the thread that follows it.
         """
         with self._changed:
             self.is_cancelled = True
             self._changed.notify_all()
         for thread in list(self._threads.values()):
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(
-                ctypes.c_ulong(thread), ctypes.py_object(KeyboardInterrupt)
-            )
+            interrupt(thread)
         deadline = time.monotonic() + grace_seconds
         while self._threads and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -207,9 +230,7 @@ class Execution:
                 "out --from and --only"
             )
         with self._changed:
-            self.record.stages[name].sources = {
-                setting: source.identity() for setting, source in address.sources.items()
-            }
+            self.record.stages[name].sources = _identities(address)
         return execute(
             node.spec,
             node=name,
@@ -249,13 +270,15 @@ class Execution:
         with self._changed:
             self.lookup.artifacts[name] = artifact
         record = artifact.record
+        waited = min(seconds, record.waited_seconds) if status == "built" else 0.0
         return self._set(
             name,
             status=status,
             fingerprint=record.fingerprint,
             digest=record.digest,
             path=str(artifact.path),
-            seconds=round(seconds, 3),
+            seconds=round(seconds - waited, 3),
+            waited_seconds=waited,
             metrics=record.metrics,
             error=None,
         )
@@ -284,6 +307,10 @@ class Execution:
     def _write(self) -> None:
         with self._changed:
             self.record.write(self.folder)
+
+
+def _identities(address: Address) -> dict[str, Any]:
+    return {setting: source.identity() for setting, source in address.sources.items()}
 
 
 def workers_of(environment: Mapping[str, str] = os.environ) -> int:

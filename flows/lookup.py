@@ -60,6 +60,21 @@ class Lookup:
         identity = identity_of(node.spec, node.settings, inputs, sources)
         return Address(identity, fingerprint(identity), inputs, sources)
 
+    def find(self, name: str) -> Artifact | None:
+        """A node's artifact where it is stored, which is then known to the nodes below.
+
+        None also where something above is not known. Raises ValueError as `address` does.
+        """
+        node = self.graph.nodes[name]
+        if any(other not in self.artifacts for other in node.upstream):
+            return None
+        artifact = self.pinned(name)
+        if artifact is None and (path := self.store.find(self.address(name).fingerprint)):
+            artifact = node.spec.output(path)
+        if artifact is not None:
+            self.artifacts[name] = artifact
+        return artifact
+
     def pinned(self, name: str) -> Artifact | None:
         """The artifact that a node is pinned to; None when it runs as usual."""
         node = self.graph.nodes[name]

@@ -22,11 +22,10 @@ from prefect.futures import PrefectFuture
 from prefect.states import Cancelled, Completed, Failed
 from prefect.task_runners import ThreadPoolTaskRunner
 
+from flows.cached import CACHED, cached_message
 from flows.execution import CANCELLED, Execution
-from flows.runs import StageRecord
+from flows.runs import StageRecord, node_title
 
-SHORT = 8
-"""Digits of a fingerprint that are shown."""
 PROGRESS_SECONDS = 2.0
 """Least time between two progress reports to the server."""
 MOST_THREADS = 64
@@ -45,8 +44,7 @@ def run_part(flow: str) -> State[Any]:
     names = [name for name in execution.selected if execution.graph.nodes[name].flow == flow]
     futures: list[PrefectFuture[Any]] = []
     while (name := execution.next_ready(names)) is not None:
-        fingerprint = execution.fingerprint(name)
-        title = f"{name} {fingerprint[:SHORT]}" if fingerprint else name
+        title = node_title(name, execution.fingerprint(name))
         named = run_stage.with_options(
             name=execution.graph.nodes[name].spec.name, task_run_name=title
         )
@@ -85,7 +83,7 @@ def run_stage(node: str) -> State[Any]:
         return Cancelled(message=CANCELLED)
     match stage.status:
         case "hit":
-            return Completed(name="Cached", message=f"{stage.stage} {stage.fingerprint}")
+            return Completed(name=CACHED, message=cached_message(stage))
         case "built":
             publish(node, stage)
             return Completed(message=f"built in {stage.seconds:.1f} s")
@@ -100,6 +98,7 @@ def publish(node: str, stage: StageRecord) -> None:
     lines = [
         f"## {node}",
         f"{stage.kind} `{stage.fingerprint}`, digest `{stage.digest}`, {stage.seconds:.1f} s",
+        f"waited {stage.waited_seconds:.1f} s for others" if stage.waited_seconds >= 1 else "",
         f"`{stage.path}`",
         f"| figure | value |\n|---|---|\n{rows}" if rows else "",
     ]

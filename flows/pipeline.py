@@ -8,7 +8,7 @@ import contextvars
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,13 +18,14 @@ from prefect.exceptions import TerminationSignal
 from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 
 from flows.alignment import alignment
+from flows.closing import Say, attach_report
 from flows.corpus import corpus
 from flows.evaluation import evaluation
 from flows.execution import Execution, Listener
 from flows.part import current, verdict
 from flows.pretraining import pretraining
-from flows.runs import RunRecord, StageRecord
-from flows.settle import flow_run_name, settle_dead_runs
+from flows.runs import StageRecord
+from flows.settle import settle_dead_runs
 from tasks.stage import Job
 from tasks.tracking import Tracking
 
@@ -33,7 +34,6 @@ CANCEL_SECONDS = 45.0
 """How long running stages get to stop: a training job checkpoints for up to its grace time (30 s)."""
 JOIN_SECONDS = 0.5
 
-Say = Callable[[str], None]
 _TRACKED: dict[str, Literal["finished", "failed", "cancelled"]] = {
     "done": "finished",
     "failed": "failed",
@@ -58,12 +58,12 @@ def run_pipeline(execution: Execution, *, say: Say = lambda text: None) -> bool:
         # A flow waits up to a second for its heart-beat thread when it ends; the run's record has
         # the process's id and start time instead.
         with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
-            name = flow_run_name(execution.record)
+            name = execution.record.title
             pipeline.with_options(flow_run_name=name)(return_state=True)
     finally:
         execution.finish(time.monotonic() - started)
         current.reset(token)
-        report = _write_report(execution, say)
+        report = attach_report(execution, say)
         if tracking:
             tracking.end(_TRACKED[execution.record.status], report)
     return not execution.is_busy
@@ -135,38 +135,3 @@ def _tracker(execution: Execution, tracking: Tracking) -> Listener:
         )
 
     return Listener(on_node=on_node, on_job=on_job)
-
-
-def _write_report(execution: Execution, say: Say) -> Path | None:
-    """The page of the run; the one that another run wrote of the very same artifacts is taken again."""
-    if path := _earlier_report(execution):
-        execution.record.report = str(path)
-        execution.record.write(execution.folder)
-        return path
-    from flows.report import write_report
-
-    try:
-        path = write_report(execution.folder, execution.lookup.store)
-    except Exception as error:  # noqa: BLE001 - the artifacts are there, whatever the page lacks
-        say(f"the report could not be written: {type(error).__name__}: {error}")
-        return None
-    execution.record.report = str(path)
-    execution.record.write(execution.folder)
-    return path
-
-
-def _earlier_report(execution: Execution) -> Path | None:
-    """Where nothing was built there is nothing new to draw, and drawing costs seconds."""
-    ours = _results(execution.record)
-    if any(status in ("built", "failed") for status, _ in ours.values()):
-        return None
-    for record in execution.home.records():
-        theirs = {name: fingerprint for name, (_, fingerprint) in _results(record).items()}
-        is_same = theirs == {name: fingerprint for name, (_, fingerprint) in ours.items()}
-        if is_same and record.status == "done" and record.report and Path(record.report).is_file():
-            return Path(record.report)
-    return None
-
-
-def _results(record: RunRecord) -> dict[str, tuple[str, str | None]]:
-    return {name: (stage.status, stage.fingerprint) for name, stage in record.stages.items()}

@@ -131,19 +131,10 @@ def _check_hits(execution: Execution, base: Path) -> None:
 
 def find(lookup: Lookup, name: str) -> bool:
     """Take a node's artifact from the store into the lookup; whether it is there."""
-    node = lookup.graph.nodes[name]
-    if any(other not in lookup.artifacts for other in node.upstream):
-        return False
     try:
-        artifact = lookup.pinned(name)
-        if artifact is None and (path := lookup.store.find(lookup.address(name).fingerprint)):
-            artifact = node.spec.output(path)
+        return lookup.find(name) is not None
     except ValueError as error:
         raise RecipeError([Mistake(f"stages.{name}", str(error), "see above")]) from error
-    if artifact is None:
-        return False
-    lookup.artifacts[name] = artifact
-    return True
 
 
 def _named_artifacts(graph: Graph, home: Home, store: Store) -> dict[str, str]:

@@ -1,11 +1,12 @@
 """What is known of the runs of a home: where things lie, what each run did, what a name means."""
 
 import fcntl
+import itertools
 import os
 import secrets
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +21,12 @@ RUN_FILE = "run.json"
 START_TOLERANCE_SECONDS = 2.0
 """Start times of a process as told by the kernel and as noted differ by at most this."""
 SHORTEST_FINGERPRINT = 6
+SHORT = 8
+"""Digits of a fingerprint that are shown."""
+FAREWELL_SECONDS = 60.0
+"""How long after its end a run's process is taken to be still busy with telling Prefect."""
+NEWEST_RUNS = 20
+"""Older runs are not asked how they are: each look reads a file."""
 
 StageStatus = Literal["waiting", "running", "hit", "built", "failed", "skipped"]
 RunStatus = Literal["running", "done", "failed", "cancelled"]
@@ -49,6 +56,8 @@ class StageRecord(BaseModel):
     path: str | None = None
     """Folder of the artifact."""
     seconds: float = 0.0
+    waited_seconds: float = 0.0
+    """Time that it waited for others (the host's training slot); not part of `seconds`."""
     metrics: dict[str, Any] = Field(default_factory=dict[str, Any])
     error: str | None = None
     sources: dict[str, Any] = Field(default_factory=dict[str, Any])
@@ -104,6 +113,11 @@ class RunRecord(BaseModel):
         return self.status == "done" and all(
             node.status in ("hit", "built") for node in self.stages.values()
         )
+
+    @property
+    def title(self) -> str:
+        """What the run is called on the Prefect page."""
+        return f"{self.recipe} {self.run_id}"
 
     def contract(self) -> dict[str, Any]:
         """What `run --json` prints."""
@@ -162,6 +176,22 @@ class Home:
             if (folder / RUN_FILE).is_file():
                 yield RunRecord.read(folder)
 
+    def dead_runs(self) -> list[RunRecord]:
+        """Newer runs that died without a word, and of which Prefect has not been told yet."""
+        newest = itertools.islice(self.records(), NEWEST_RUNS)
+        return [record for record in newest if record.state == "died" and record.ended is None]
+
+    def live_runs(self) -> list[RunRecord]:
+        """Newer runs of other processes that go on, or ended a moment ago and still tell Prefect so."""
+        lately = (datetime.now(UTC) - timedelta(seconds=FAREWELL_SECONDS)).isoformat()
+        return [
+            record
+            for record in itertools.islice(self.records(), NEWEST_RUNS)
+            if (record.ended is None or record.ended > lately)
+            and record.pid != os.getpid()
+            and is_alive(record.pid, record.pid_started)
+        ]
+
     def newest(self, recipe: str | None = None, *, is_complete: bool = False) -> RunRecord | None:
         """The newest run, of a recipe where one is named, and complete where that is asked for."""
         for record in self.records():
@@ -173,6 +203,11 @@ class Home:
 def open_home() -> Home:
     """`$BESSEMER_HOME`, else `.bessemer` in the working directory."""
     return Home(Path(os.environ.get("BESSEMER_HOME") or ".bessemer").expanduser().absolute())
+
+
+def node_title(node: str, fingerprint: str | None) -> str:
+    """What a node is called on the Prefect page."""
+    return f"{node} {fingerprint[:SHORT]}" if fingerprint else node
 
 
 def new_run_id() -> str:

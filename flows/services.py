@@ -25,7 +25,7 @@ from urllib.parse import urlsplit
 import psutil
 from pydantic import BaseModel, ConfigDict
 
-from flows.runs import FileLock, Home, ServiceError, is_alive
+from flows.runs import FileLock, Home, RunRecord, ServiceError, is_alive
 
 HOST = "127.0.0.1"
 START_SECONDS = 90.0
@@ -114,8 +114,16 @@ def up(home: Home) -> list[Service]:
     return running(home)
 
 
-def down(home: Home) -> list[Service]:
-    """End every service of the home with all its processes; those that were running."""
+def down(home: Home, *, waits: bool = False) -> list[Service]:
+    """End every service of the home with all its processes; those that were running.
+
+    A run that goes on would ask for its server until it ends: raises ServiceError that names it, or,
+    with `waits`, stays until no run is left.
+    """
+    while live := home.live_runs():
+        if not waits:
+            raise ServiceError(_still_needed(live))
+        time.sleep(POLL_SECONDS)
     (_folder(home) / "keep").unlink(missing_ok=True)
     ended = running(home)
     for service in ended:
@@ -123,6 +131,15 @@ def down(home: Home) -> list[Service]:
     for file in _folder(home).glob("*.json"):
         file.unlink(missing_ok=True)
     return ended
+
+
+def _still_needed(live: list[RunRecord]) -> str:
+    runs = ", ".join(f"{record.run_id} ({record.recipe}, process {record.pid})" for record in live)
+    pids = " ".join(str(record.pid) for record in live)
+    return (
+        f"not ended, for the services are in use by the run {runs}; `bessemer down --wait` waits for "
+        f"its end, and `kill -INT {pids}` or the Prefect page cancels it, to be gone on with later"
+    )
 
 
 def running(home: Home) -> list[Service]:
@@ -367,8 +384,9 @@ def _watch(home: Home, activity: Activity, server: Any, idle_seconds: float) -> 
         time.sleep(min(WATCH_SECONDS, idle_seconds / 4))
         service = read_service(home, "prefect")
         is_ours = service is not None and service.pid == os.getpid()
-        is_kept = (_folder(home) / "keep").exists()
-        if not is_ours or (activity.idle_seconds > idle_seconds and not is_kept):
+        is_idle = activity.idle_seconds > idle_seconds and not (_folder(home) / "keep").exists()
+        # A stage may have nothing to tell for longer than that.
+        if not is_ours or (is_idle and not home.live_runs()):
             server.should_exit = True
 
 

@@ -15,15 +15,7 @@ from prefect.states import Crashed
 
 from flows.runs import Home, RunRecord
 
-NEWEST_RUNS = 20
-"""Older runs are not looked at: each look reads a file."""
-
 GOING = FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.RUNNING, StateType.PENDING]))
-
-
-def flow_run_name(record: RunRecord) -> str:
-    """What the run is called on the Prefect page."""
-    return f"{record.recipe} {record.run_id}"
 
 
 def settle_dead_runs(home: Home) -> list[str]:
@@ -31,11 +23,7 @@ def settle_dead_runs(home: Home) -> list[str]:
 
     What they had begun stays where it is, to be resumed by the next run.
     """
-    dead = [
-        record
-        for record, _ in zip(home.records(), range(NEWEST_RUNS), strict=False)
-        if record.state == "died" and record.ended is None
-    ]
+    dead = home.dead_runs()
     if dead:
         with get_client(sync_client=True) as client:
             for record in dead:
@@ -52,7 +40,7 @@ def settle_dead_runs(home: Home) -> list[str]:
 
 def _flow_runs(client: SyncPrefectClient, record: RunRecord) -> list[FlowRun]:
     """The run's flow and its four parts, as far as Prefect takes them for running."""
-    name = FlowRunFilterName(any_=[flow_run_name(record)])
+    name = FlowRunFilterName(any_=[record.title])
     whole = client.read_flow_runs(flow_run_filter=FlowRunFilter(name=name, state=GOING))
     parents = FlowRunFilterParentFlowRunId(any_=[flow_run.id for flow_run in whole])
     parts = client.read_flow_runs(

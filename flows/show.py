@@ -59,7 +59,7 @@ def stage_table(record: RunRecord) -> Table:
         [
             name,
             _coloured(stage.status),
-            f"{stage.seconds:,.1f}",
+            _duration(stage),
             (stage.fingerprint or "")[:SHORT],
             _headline(stage),
         ]
@@ -152,7 +152,7 @@ class Shown:
             return
         if name in self._bars:
             self._progress.remove_task(self._bars.pop(name))
-        text = f"{_coloured(stage.status)} {name} {stage.seconds:,.1f} s"
+        text = f"{_coloured(stage.status)} {name} {_duration(stage)} s"
         self._progress.console.print(text, highlight=False)
         if stage.status == "failed" and stage.error:
             self.say(stage.error)
@@ -161,6 +161,11 @@ class Shown:
         if name in self._bars:
             told = f"{done:,.0f}/{total:,.0f} {unit}"
             self._progress.update(self._bars[name], completed=done, total=total, told=told)
+
+
+def _duration(stage: StageRecord) -> str:
+    waited = f" (waited {stage.waited_seconds:,.0f})" if stage.waited_seconds >= 1 else ""
+    return f"{stage.seconds:,.1f}{waited}"
 
 
 def _coloured(status: str) -> str:
