@@ -10,14 +10,17 @@ Per domain and split (`train`, `held`):
 import functools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import numpy as np
-import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict
 
 from storage.artifact import Artifact
 from storage.tokenizer import ChatTokenizer
+
+if TYPE_CHECKING:
+    # The graph process knows this kind of artifact and reads none: numpy costs it 0.1 s to import.
+    import numpy as np
+    import numpy.typing as npt
 
 Split = Literal["train", "held"]
 SPLITS: tuple[Split, ...] = ("train", "held")
@@ -25,9 +28,10 @@ SPLITS: tuple[Split, ...] = ("train", "held")
 META_FILE = "meta.json"
 TOKENIZER_FOLDER = "tokenizer"
 
-TOKEN = np.dtype("<u2")
-END = np.dtype("<u8")
-BYTES = np.dtype("<u4")
+TOKEN = "<u2"
+END = "<u8"
+BYTES = "<u4"
+"""As numpy writes them: little-endian, unsigned, that many bytes."""
 
 
 class SplitCount(BaseModel):
@@ -81,28 +85,30 @@ class TokenFiles:
             raise ValueError(f"no domain {domain!r} in {self.folder}; it has {self.domains}")
         return self.meta.domains[domain][split]
 
-    def tokens(self, domain: str, split: Split) -> npt.NDArray[np.uint16]:
+    def tokens(self, domain: str, split: Split) -> "npt.NDArray[np.uint16]":
         """(tokens,) uint16, all documents after one another."""
         count = self.count(domain, split).tokens
         return _map(token_path(self.folder, domain, split), count, TOKEN)
 
-    def ends(self, domain: str, split: Split) -> npt.NDArray[np.uint64]:
+    def ends(self, domain: str, split: Split) -> "npt.NDArray[np.uint64]":
         """(documents,) uint64, where each document ends; document i is `tokens[ends[i-1]:ends[i]]`."""
         count = self.count(domain, split).documents
         return _map(end_path(self.folder, domain, split), count, END)
 
-    def text_bytes(self, domain: str) -> npt.NDArray[np.uint32]:
+    def text_bytes(self, domain: str) -> "npt.NDArray[np.uint32]":
         """(documents,) uint32, UTF-8 bytes of every held-out document."""
         count = self.count(domain, "held").documents
         return _map(bytes_path(self.folder, domain), count, BYTES)
 
     def held_documents(
         self, domain: str, limit: int = 0
-    ) -> list[tuple[npt.NDArray[np.uint16], int]]:
+    ) -> "list[tuple[npt.NDArray[np.uint16], int]]":
         """Ids without the eos, and UTF-8 bytes, of the held-out documents that have text.
 
         With a `limit` at most so many of them, spread evenly.
         """
+        import numpy as np
+
         ends = self.ends(domain, "held").astype(np.int64)
         starts = np.concatenate([np.zeros(1, np.int64), ends])
         sizes, ids = self.text_bytes(domain), self.tokens(domain, "held")
@@ -151,15 +157,18 @@ def write_meta(folder: Path, meta: TokensMeta) -> None:
     (folder / META_FILE).write_text(meta.model_dump_json(indent=2) + "\n", "utf-8")
 
 
-def _check_size(path: Path, count: int, dtype: np.dtype[Any]) -> None:
-    if path.stat().st_size != count * dtype.itemsize:
+def _check_size(path: Path, count: int, dtype: str) -> None:
+    width = int(dtype[-1])
+    if path.stat().st_size != count * width:
         raise ValueError(
-            f"{path} has {path.stat().st_size} bytes, {META_FILE} counts {count} x {dtype.itemsize}; "
+            f"{path} has {path.stat().st_size} bytes, {META_FILE} counts {count} x {width}; "
             "the artifact is damaged: run `bessemer verify`, then the recipe again"
         )
 
 
-def _map(path: Path, count: int, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+def _map(path: Path, count: int, dtype: str) -> "npt.NDArray[Any]":
+    import numpy as np
+
     if count == 0:  # an empty file cannot be mapped
         return np.empty(0, dtype)
     return np.memmap(path, dtype=dtype, mode="r", shape=(count,))

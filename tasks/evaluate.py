@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from conf.evaluate import EvaluateConfig
 from storage.artifact import Artifact
@@ -14,8 +14,10 @@ from storage.tokens import TokenFiles, Tokens
 from storage.world import World
 from tasks.exams import Request, exam_requests, preset_hash, read_minimal_pairs, read_questions
 from tasks.launch import run_worker
-from tasks.ngram import KneserNey, TokenArray, tokens_read, xz_bits_per_byte
 from tasks.stage import Job, stage
+
+if TYPE_CHECKING:
+    from tasks.ngram import TokenArray
 
 BASELINE_ORDERS = (2, 5)
 NATS_PER_BIT = 0.6931471805599453
@@ -69,6 +71,8 @@ def evaluate(
     if tokens is not None:
         figures |= _document_figures(_read_lines(job.state / "documents.jsonl"))
         if settings.has_baselines:
+            from tasks.ngram import tokens_read
+
             read = ReadWindows.read(policy.files)
             training = tokens_read(tokens.reader, read)
             job.metrics["baseline_tokens"] = len(training)
@@ -171,12 +175,14 @@ def _document_figures(rows: Sequence[dict[str, Any]]) -> dict[str, Figure]:
 
 def _baseline_figures(
     files: TokenFiles,
-    training: TokenArray,
+    training: "TokenArray",
     settings: EvaluateConfig,
     report: Callable[[float, float, str], None],
 ) -> dict[str, Figure]:
     """The same documents under counting models of the training tokens, and under `xz -9`."""
     import numpy as np
+
+    from tasks.ngram import KneserNey, xz_bits_per_byte
 
     rows: list[dict[str, Any]] = []
     documents = {

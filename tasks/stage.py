@@ -160,10 +160,16 @@ def _input_spec(hint: Any) -> InputSpec:
 
 @functools.cache
 def stages() -> Mapping[str, StageSpec]:
-    """Every stage of `tasks/`, by name: a module whose function of the same name is a stage."""
+    """Every stage of `tasks/`, by name: a module whose function of the same name is a stage.
+
+    A stage has its settings in `conf/` under the same name, so that nothing else need be imported.
+    """
     found: dict[str, StageSpec] = {}
     package = importlib.import_module("tasks")
+    settings = {module.name for module in pkgutil.iter_modules(importlib.import_module("conf").__path__)}
     for module in pkgutil.iter_modules(package.__path__):
+        if module.name not in settings:
+            continue
         function = getattr(importlib.import_module(f"tasks.{module.name}"), module.name, None)
         if isinstance(spec := getattr(function, "spec", None), StageSpec):
             found[module.name] = spec
