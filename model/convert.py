@@ -9,6 +9,7 @@ import torch
 
 from conf.contract import JobFile
 from conf.export import ExportConfig
+from model.gguf import read_gguf, write_gguf
 from model.huggingface import generation_config, hf_config, read_hf, to_hf, tokenizer_config
 from model.journal import Journal
 from model.ranks import Ranks
@@ -18,6 +19,7 @@ from model.worker import run
 from storage.checkpoint import CONFIG, TOKENIZER, WEIGHTS
 from storage.tokenizer import CHAT_TEMPLATE, MODEL_FILE, read_meta
 
+GGUF_FILE = "model.gguf"
 LARGEST_DIFFERENCE = {"fp32": 1e-5, "bf16": 0.25}
 """Between the logits of the policy and of what was written and read again."""
 PROBE_ROWS, PROBE_TOKENS = 4, 64
@@ -29,12 +31,18 @@ def main() -> None:
 
 
 def work(job: JobFile, ranks: Ranks, journal: Journal) -> dict[str, Any]:
-    """Write the job's policy as a Hugging Face folder and compare the logits of what was written."""
+    """Write the job's policy in the form asked for and compare the logits of what was written."""
     settings = ExportConfig.model_validate(job.settings)
     policy = Path(job.inputs["policy"])
-    model = load_model(policy, is_scalar=False)
-    write_hf(job.files, model, policy / TOKENIZER, precision=settings.precision)
-    difference = compare(model, read_hf(job.files))
+    model, precision = load_model(policy, is_scalar=False), settings.precision
+    match settings.target:
+        case "hf":
+            write_hf(job.files, model, policy / TOKENIZER, precision=precision)
+            written = read_hf(job.files)
+        case "gguf":
+            write_gguf(job.files / GGUF_FILE, model, policy / TOKENIZER, precision=precision)
+            written = read_gguf(job.files / GGUF_FILE, rope_scaling=model.shape.rope_scaling)
+    difference = compare(model, written)
     if not difference <= LARGEST_DIFFERENCE[settings.precision]:
         raise ValueError(
             f"logits of the written model differ by {difference} from the policy's, at most "

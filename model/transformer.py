@@ -342,13 +342,20 @@ def _linear(width_in: int, width_out: int, *, has_bias: bool = False) -> nn.Line
     return cast("nn.Linear", skip_init(nn.Linear, width_in, width_out, bias=has_bias))
 
 
-def _rotations(shape: ShapeConfig) -> tuple[Tensor, Tensor]:
-    """Cosine and signed sine of every position, (context, E). Source: Su et al. 2021, equation 34."""
+def rope_frequencies(shape: ShapeConfig) -> Tensor:
+    """Radians per position of each rotated pair, (E / 2,) float64.
+
+    Source: Su et al. 2021, section 3.2.2.
+    """
     half = shape.head_width // 2
     frequency = shape.rope_theta ** -(torch.arange(half, dtype=torch.float64) / half)
-    if shape.rope_scaling is not None:
-        frequency = _stretched(frequency, shape.rope_scaling)
-    angle = torch.outer(torch.arange(shape.context, dtype=torch.float64), frequency)
+    return frequency if shape.rope_scaling is None else _stretched(frequency, shape.rope_scaling)
+
+
+def _rotations(shape: ShapeConfig) -> tuple[Tensor, Tensor]:
+    """Cosine and signed sine of every position, (context, E). Source: Su et al. 2021, equation 34."""
+    positions = torch.arange(shape.context, dtype=torch.float64)
+    angle = torch.outer(positions, rope_frequencies(shape))
     cosine, sine = angle.cos().float(), angle.sin().float()
     return torch.cat([cosine, cosine], -1), torch.cat([-sine, sine], -1)
 

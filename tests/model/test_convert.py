@@ -107,16 +107,26 @@ def test_a_shape_that_no_architecture_has_is_refused(
         write_hf(tmp_path / "hf", odd, tmp_path / "tokenizer")
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("target", "precision", "wanted"),
+    [
+        (
+            "hf",
+            "fp32",
+            {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"},
+        ),
+        ("gguf", "bf16", {"model.gguf"}),
+    ],
+)
 def test_the_worker_checks_what_it_wrote(
-    precision: str, tmp_path: Path, tokenizer: ChatTokenizer
+    target: str, precision: str, wanted: set[str], tmp_path: Path, tokenizer: ChatTokenizer
 ) -> None:
     save_model(tmp_path / "policy", model(), role="policy", tokenizer=tmp_path / "tokenizer")
-    settings = ExportConfig.model_validate({"precision": precision})
+    settings = ExportConfig.model_validate({"target": target, "precision": precision})
     inputs = {"policy": tmp_path / "policy"}
     job = write_job(tmp_path / "attempt", "export", settings, inputs, LaunchConfig(threads=1))
     finish(start("model.convert", job))
     result = json.loads((tmp_path / "attempt" / "logs" / "result.json").read_text())
     assert result["logit_difference"] <= {"fp32": 1e-6, "bf16": 0.05}[precision]
     names = {path.name for path in (tmp_path / "attempt" / "files").iterdir()}
-    assert {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"} <= names
+    assert names >= wanted
