@@ -6,6 +6,8 @@ from pydantic import Field
 
 from conf.settings import RUNTIME, Settings, SourceSpec
 
+PersonalData = Literal["email", "ip", "phone", "identity"]
+
 
 class NormaliseConfig(Settings):
     """How a text is brought into one form."""
@@ -56,6 +58,9 @@ class ExtractConfig(Settings):
     """Share of documents held out of training, by a hash of the document; once and for all."""
     text_documents: Literal["blank_line", "file", "line"] = "blank_line"
     """What one document is in a plain text file."""
+    mask_personal: tuple[PersonalData, ...] = ()
+    """Personal data that is replaced by its kind, as `[EMAIL]`: mail and public IP addresses, phone and
+    identity numbers of China."""
     normalise: NormaliseConfig = NormaliseConfig()
     """How a text is brought into one form."""
     pages: PageConfig = PageConfig()

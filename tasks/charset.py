@@ -47,8 +47,8 @@ def decode(content: bytes, declared: str | None = None) -> str:
     declarations = [_known(name) for name in (declared, _meta(content)) if name]
     if b"\x1b$" in content and "iso2022_jp" in declarations:
         return content.decode("iso2022_jp", "replace")
-    if _is_utf8(content):
-        return content.decode("utf-8", "replace")
+    if (text := _as_utf8(content)) is not None:
+        return text
     return content.decode(_best(content, [name for name in declarations if name]), "replace")
 
 
@@ -69,15 +69,15 @@ def _known(name: str) -> str | None:
     return _WIDER.get(found, found)
 
 
-def _is_utf8(content: bytes) -> bool:
-    """Whether the bytes are UTF-8, a few damaged places (a cut-off end, one bad include) allowed."""
+def _as_utf8(content: bytes) -> str | None:
+    """The text when the bytes are UTF-8, a few damaged places (a cut-off end, a bad include) allowed."""
     try:
-        content.decode("utf-8")
+        return content.decode("utf-8")
     except UnicodeDecodeError:
         text = content.decode("utf-8", "replace")
-        damaged = text.count("\ufffd")
-        return damaged * 50 <= sum(character > "\x7f" for character in text) - damaged
-    return True
+    damaged = text.count("\ufffd")
+    beyond = sum(character > "\x7f" for character in text) - damaged
+    return text if damaged * 50 <= beyond else None
 
 
 def _best(content: bytes, declarations: list[str]) -> str:

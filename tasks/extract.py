@@ -13,9 +13,11 @@ from conf.extract import ExtractConfig
 from storage.corpus import SHARD, Corpus, ShardEntry, ShardWriter, document_of
 from storage.source import Source, SourceFile
 from tasks.fanout import Part, PartItem, fan_out
+from tasks.han import traditional_share
 from tasks.language import language_of, script_shares
 from tasks.main_text import PageReader, page_reader
 from tasks.normalise import normalise
+from tasks.pii import mask
 from tasks.records import RawRecord, Refusal, read_records
 from tasks.stage import Job, stage
 from tasks.url_rules import UrlRules, write_blocked
@@ -23,10 +25,10 @@ from tasks.url_rules import UrlRules, write_blocked
 REFUSED = "refused.parquet"
 """Beside a shard: `url` and `reason` of every record that became no document."""
 EXAMPLES = 20
-SHARD_VERSION = 1
+SHARD_VERSION = 2
 
 
-@stage(version=1)
+@stage(version=2)
 def extract(job: Job, settings: ExtractConfig) -> Corpus:
     """Make documents of raw files.
 
@@ -183,6 +185,7 @@ class Counts:
         self.cheap_pages = 0
         self.chars = 0
         self.bytes = 0
+        self.masked: Counter[str] = Counter()
         self.documents: Counter[tuple[str, str]] = Counter()
 
     def add(self, document: Mapping[str, Any]) -> None:
@@ -205,6 +208,7 @@ class Counts:
             "bytes": self.bytes,
             "cheap_pages": self.cheap_pages,
             "languages": dict(sorted(languages.items())),
+            "masked": dict(sorted(self.masked.items())),
             "refused": dict(sorted(Counter(refusal.reason for refusal in refused).items())),
         }
 
@@ -234,7 +238,11 @@ def _text_of(
         text = record.text or ""
     if len(text) > settings.max_record_chars:
         return Refusal(record.url, "large")
-    return normalise(text, settings.normalise) or Refusal(record.url, "empty")
+    text = normalise(text, settings.normalise)
+    if settings.mask_personal:
+        text, masked = mask(text, settings.mask_personal)
+        counts.masked.update(masked)
+    return text or Refusal(record.url, "empty")
 
 
 def pieces_of(text: str, settings: ExtractConfig) -> Iterator[str]:
@@ -276,6 +284,7 @@ def _document(
         language=language,
         han_share=shares.han,
         latin_share=shares.latin,
+        traditional_share=traditional_share(text) if shares.han else 0.0,
         split=file.spec.split,
         held_share=settings.held_share,
     )
@@ -319,7 +328,7 @@ def _report(job: Job, shards: Sequence[ShardPlan], parts: Sequence[Part]) -> Non
 def _summed(figures: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     keys = ("records", "documents", "held", "raw_bytes", "chars", "bytes", "cheap_pages")
     total: dict[str, Any] = {key: sum(int(figure[key]) for figure in figures) for key in keys}
-    for key in ("languages", "refused"):
+    for key in ("languages", "masked", "refused"):
         counter: Counter[str] = Counter()
         for figure in figures:
             counter.update(figure[key])

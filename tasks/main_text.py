@@ -5,6 +5,7 @@ crashes takes this process with it and nothing else.
 """
 
 import functools
+import html
 import json
 import logging
 import os
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -29,6 +30,17 @@ from tasks.processes import die_with_parent
 
 LANGUAGE_MIN_CHARS = 100
 """A shorter main text says too little about its language; the whole visible text is asked then."""
+GLANCE_CHARS = 600
+GLANCE_MIN_CHARS = 200
+"""Between so many characters of text tell the language of a page before it is parsed."""
+AMPLE_CHARS = 250
+AMPLE_SHARE = 0.5
+"""A text this long, and this share of the cheap main text, is believed without trafilatura's second
+opinions: they change little then and take as long again."""
+_PARAGRAPH = re.compile(r"<p(?:\s[^<>]*)?>\s*([^<{}]{40,})", re.IGNORECASE)
+_RUN = re.compile(
+    r"<(?:p|li|td|div|span|h[1-6]|br|a|b|strong|em|i|dd)\b[^<>]*>\s*([^<{}]{25,})", re.IGNORECASE
+)
 _FRAME = struct.Struct("<II")
 _RETRIES = 1
 _LAYOUT_ROW = re.compile(r"^\|[ \t]*([^|\n]*?)[ \t]*\|?[ \t]*$", re.MULTILINE)
@@ -57,21 +69,52 @@ def main_text(
     # Elements are counted before anything is built from them.
     if page.count(b"<") > 2 * settings.max_elements:
         return PageText(None, "elements")
-    html = decode(page, charset)
-    cheap, reason = _gated(html, settings, languages)
+    page_html = decode(page, charset)
+    if languages and (foreign := _foreign_language(page_html, languages)):
+        return PageText(None, f"language:{foreign}")
+    cheap, reason = _gated(page_html, settings, languages)
     if reason or settings.engine == "cheap":
         return PageText(None if reason else cheap, reason)
-    text = _trafilatura(html)
+    text = _trafilatura(page_html, len(cheap))
     if text:
         return PageText(text)
     return PageText(cheap, is_cheap=True) if cheap else PageText(None, "empty")
 
 
-def _gated(html: str, settings: PageConfig, languages: tuple[str, ...]) -> tuple[str, str | None]:
+def _foreign_language(page_html: str, languages: tuple[str, ...]) -> str | None:
+    """The language of a page that is plainly in none of `languages`, found without parsing it."""
+    sample = _glance(page_html)
+    if len(sample) < GLANCE_MIN_CHARS:
+        return None
+    language = language_of(sample, script_shares(sample))
+    return None if language in languages or language in ("und", "zxx") else language
+
+
+def _glance(page_html: str) -> str:
+    """Text of the first paragraphs; where there are few, the page's longest runs of text."""
+    sample = _first(match.group(1) for match in _PARAGRAPH.finditer(page_html))
+    if len(sample) < GLANCE_MIN_CHARS:
+        sample = _first(sorted(_RUN.findall(page_html), key=len, reverse=True))
+    return html.unescape(sample)
+
+
+def _first(runs: Iterable[str]) -> str:
+    taken, size = list[str](), 0
+    for run in runs:
+        taken.append(run[: GLANCE_CHARS - size])
+        size += len(taken[-1])
+        if size >= GLANCE_CHARS:
+            break
+    return "\n".join(taken)
+
+
+def _gated(
+    page_html: str, settings: PageConfig, languages: tuple[str, ...]
+) -> tuple[str, str | None]:
     from resiliparse.extract.html2text import extract_plain_text
     from resiliparse.parse.html import HTMLTree
 
-    tree = HTMLTree.parse(html)
+    tree = HTMLTree.parse(page_html)
     visible = extract_plain_text(tree, alt_texts=False)
     if len(visible) < settings.min_chars:
         return "", "short"
@@ -88,19 +131,27 @@ def _gated(html: str, settings: PageConfig, languages: tuple[str, ...]) -> tuple
     return cheap, None
 
 
-def _trafilatura(html: str) -> str | None:
+def _trafilatura(page_html: str, cheap_chars: int) -> str | None:
+    """Main text by trafilatura's own extractor; where that finds little, by its whole cascade."""
+    text = _extract(page_html, is_fast=True)
+    if text is None or len(text) < max(AMPLE_CHARS, AMPLE_SHARE * cheap_chars):
+        text = _extract(page_html, is_fast=False)
+    return None if text is None else _LAYOUT_ROW.sub(r"\1", text)
+
+
+def _extract(page_html: str, *, is_fast: bool) -> str | None:
     import trafilatura
 
     # deduplicate keeps state between pages: the text would depend on what was read before.
-    text = trafilatura.extract(
-        html,
+    return trafilatura.extract(
+        page_html,
+        fast=is_fast,
         include_comments=False,
         include_tables=True,
         deduplicate=False,
         output_format="txt",
         config=_trafilatura_config(),
     )
-    return None if text is None else _LAYOUT_ROW.sub(r"\1", text)
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 import pytest
 
+from tasks.han import traditional_share
 from tasks.language import language_of, script_shares
 
 
@@ -40,3 +41,11 @@ def test_shares_are_of_letters() -> None:
 
 def test_long_texts_are_judged_by_three_samples() -> None:
     assert language("The old man went down to the river. " * 5000) == "en"
+
+
+def test_traditional_characters_are_told_from_simplified_ones() -> None:
+    # 臺灣氣: in Big5 only; 台湾气: the last two in GB 2312 only (台 is in both, as 天 and 的)
+    assert traditional_share("臺灣的天氣") == 1.0
+    assert traditional_share("台湾的天气") == 0.0
+    assert traditional_share("臺湾") == 0.5
+    assert traditional_share("天的 plain words") == 0.0
