@@ -1,20 +1,32 @@
-"""Finds copies: a signature per document, then a fold over landings that keeps the first of each kind.
+"""Finds copies: a fold over landings that keeps one of each kind.
 
-Both steps are parts of the store. A landing's part depends on the landings before it and on nothing
-later, so appended data never changes what was decided, and costs only itself.
+A landing's decision is a part of the store. It depends on the landings before it and on nothing later,
+so appended data never changes what was decided, and costs only itself. What is compared is a unit: a
+document, or a paragraph; tables here name a unit by its shard's place in the order of landings and its own
+place in that shard's signatures (for documents: the row).
 
-Source: Broder 1997 (resemblance, min-wise signatures); Leskovec, Rajaraman and Ullman, Mining of
-Massive Datasets, section 3.4 (banding).
+Source: Leskovec, Rajaraman and Ullman, Mining of Massive Datasets, section 3.4 (banding).
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from conf.dedup import DedupConfig
 from storage.corpus import Shard
+from tasks.signatures import (
+    BANDS,
+    SCORES,
+    SHINGLES,
+    SIGNATURES,
+    TEXT_HASHES,
+    UNITS,
+    keys_of,
+    shingle_sets,
+    sign_texts,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,20 +35,11 @@ if TYPE_CHECKING:
 
     Rows = npt.NDArray[np.int64]
 
-SIGNATURES = "signatures.npy"
-"""(rows, permutations) uint32, datasketch's hash values."""
-BANDS = "bands.npy"
-"""(bands, rows) uint64."""
-SHINGLES = "shingles.npy"
-"""(rows,) uint32, how many shingles a document has, repeats included."""
-TEXT_HASHES = "text_hashes.npy"
-"""(rows,) uint64, xxh3 of the UTF-8 text."""
 DUPLICATES = "duplicates.parquet"
 """What a landing dropped: shard, row, kind (exact, near), of_shard, of_row, jaccard."""
 NEAR_MISSES = "near_misses.parquet"
-"""Some kept documents that are nearest to being dropped; the same columns."""
+"""Some kept units that are nearest to being dropped; the same columns."""
 
-SIGN_ROWS = 16_384
 NEAR_MISSES_KEPT = 100
 ESTIMATE_SIGMAS = 6.0
 """Signatures that agree less than this far below the threshold are not compared exactly: about one
@@ -50,22 +53,47 @@ class SignedShard:
     shard: Shard
     signed: Path
 
+    def rows(self) -> "Rows":
+        """The row that every unit belongs to."""
+        import numpy as np
+        import polars as pl
+
+        if not (self.signed / UNITS).exists():
+            return np.arange(self.shard.rows, dtype=np.int64)
+        return pl.read_parquet(self.signed / UNITS, columns=["row"])["row"].to_numpy().astype("i8")
+
+    def texts(self, units: "Rows") -> "pl.Series":
+        """The texts of some units."""
+        import polars as pl
+
+        texts = self.shard.read(["text"], kept_only=False)["text"]
+        if not (self.signed / UNITS).exists():
+            return texts.gather(units)
+        spans = pl.read_parquet(self.signed / UNITS)[units]
+        pieces = spans.with_columns(text=texts.gather(spans["row"]))
+        piece = pl.col("text").str.slice("start", pl.col("end") - pl.col("start"))
+        return pieces.select(piece.str.strip_chars())["text"]
+
 
 @dataclass(frozen=True)
 class _Documents:
-    """The documents that a landing's decision is about, in order: all kept before, and the new ones."""
+    """The units that a landing's decision is about, in order: all kept before, and the new ones."""
 
     shards: Sequence[SignedShard]
     starts: "Rows"
-    """Position of each shard's first row in the list of all rows, and the end of the list."""
+    """Position of each shard's first unit in the list of all units, and the end of the list."""
     positions: "Rows"
+    owners: "Rows"
+    """A number for the document that each belongs to."""
     is_new: "npt.NDArray[np.bool_]"
 
     def select(self, mask: "npt.NDArray[np.bool_]") -> "_Documents":
-        return _Documents(self.shards, self.starts, self.positions[mask], self.is_new[mask])
+        return _Documents(
+            self.shards, self.starts, self.positions[mask], self.owners[mask], self.is_new[mask]
+        )
 
     def by_shard(self) -> "list[tuple[SignedShard, Rows]]":
-        """Every shard with the rows of it that are meant, empty ones too."""
+        """Every shard with the units of it that are meant, empty ones too."""
         import numpy as np
 
         cuts = np.searchsorted(self.positions, self.starts)
@@ -75,7 +103,7 @@ class _Documents:
         ]
 
     def gather(self, name: str, *, band: int | None = None) -> "npt.NDArray[Any]":
-        """One value (or row of values) per document from the shards' sidecar `name`."""
+        """One value (or row of values) per unit from the shards' sidecar `name`."""
         import numpy as np
 
         values = [
@@ -84,88 +112,18 @@ class _Documents:
         ]
         return np.concatenate(values)
 
+    def order(self, settings: DedupConfig) -> "Rows":
+        """Places in the order of choice: what was kept before, then the new ones, best first."""
+        import numpy as np
 
-def build_signatures(files: Path, shard: Shard, settings: DedupConfig) -> dict[str, Any]:
-    """Write the sidecars of a shard, for every row: a row dropped today may be kept tomorrow.
-
-    Without `near`, only the text hashes. Cost: about 100 MB of text a second.
-    """
-    import numpy as np
-    import xxhash
-
-    has_cuts = "cuts" in shard.decisions().columns
-    frame = shard.read(["text", "text_hash"], kept_only=False)
-    hashes = frame["text_hash"].to_numpy()
-    if has_cuts:
-        hashes = np.array(
-            [xxhash.xxh3_64_intdigest(t.encode("utf-8")) for t in frame["text"]], np.uint64
-        )
-    np.save(files / TEXT_HASHES, hashes)
-    if settings.mode == "near":
-        signatures, shingles = sign_texts(frame["text"], settings)
-        np.save(files / SIGNATURES, signatures)
-        np.save(files / BANDS, keys_of(signatures, settings))
-        np.save(files / SHINGLES, shingles)
-    return {"documents": frame.height}
-
-
-def sign_texts(
-    texts: "pl.Series", settings: DedupConfig
-) -> "tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint32]]":
-    """(documents, bands * band_rows) MinHash signatures, and (documents,) numbers of shingles."""
-    import numpy as np
-    from datasketch import MinHash
-
-    from tasks.kernels import minhash
-
-    count = settings.bands * settings.band_rows
-    oracle = MinHash(num_perm=count, seed=settings.permutation_seed, scheme="affine32")
-    multiply, add = cast("tuple[Any, Any]", oracle.permutations)
-    a, b = np.asarray(multiply).astype(np.uint32), np.asarray(add).astype(np.uint32)
-    signatures = np.empty((len(texts), count), np.uint32)
-    shingles = np.empty(len(texts), np.uint32)
-    for start in range(0, len(texts), SIGN_ROWS):
-        end = min(start + SIGN_ROWS, len(texts))
-        text, offsets = text_buffers(texts[start:end])
-        minhash.sign(
-            text,
-            offsets,
-            settings.shingle_tokens,
-            a,
-            b,
-            signatures[start:end],
-            shingles[start:end],
-        )
-    return signatures, shingles
-
-
-def keys_of(
-    signatures: "npt.NDArray[np.uint32]", settings: DedupConfig
-) -> "npt.NDArray[np.uint64]":
-    """(bands, documents) keys; documents with an equal key of a band are compared."""
-    import numpy as np
-
-    from tasks.kernels import minhash
-
-    keys = np.empty((settings.bands, len(signatures)), np.uint64)
-    minhash.band_keys(signatures, settings.bands, settings.band_rows, keys)
-    return keys
-
-
-def text_buffers(
-    texts: "pl.Series",
-) -> "tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]":
-    """The UTF-8 bytes of all texts, and where each begins (one more than texts)."""
-    import numpy as np
-    import polars as pl
-    import pyarrow as pa
-
-    found: Any = texts.fill_null("").rechunk().to_arrow(compat_level=pl.CompatLevel.oldest())
-    array = found.cast(pa.large_binary())
-    offsets = np.frombuffer(array.buffers()[1], np.int64)
-    offsets = offsets[array.offset : array.offset + len(array) + 1]
-    buffer = array.buffers()[2]
-    return np.frombuffer(buffer if buffer is not None else b"", np.uint8), offsets
+        match settings.keep:
+            case "first":
+                return np.arange(len(self.positions))
+            case "source":
+                worse = np.concatenate([_source_ranks(*item, settings) for item in self.by_shard()])
+            case _:
+                worse = -self.gather(SCORES)
+        return np.lexsort((self.positions, np.where(self.is_new, worse, 0), self.is_new))
 
 
 def build_landing(
@@ -177,27 +135,56 @@ def build_landing(
 ) -> dict[str, Any]:
     """Decide on the shards from `first_new` on; `earlier` are the files of the landings before.
 
-    Shards are in order of landing; a shard's place in that order names it in the tables. A document is
-    dropped if its text equals a kept one's, or if some earlier kept document is at least as similar as
-    the threshold. There is no transitive closure: what is dropped always has a kept partner within the
+    Shards are in order of landing; a shard's place in that order names it in the tables. A unit is
+    dropped if its text equals a kept one's, or if some kept one that comes before it is at least as similar
+    as the threshold. There is no transitive closure: what is dropped always has a kept partner within the
     threshold, chains of small changes are not collapsed.
     """
     documents = _documents_of(shards, first_new, earlier)
-    exact, remaining = _exact_copies(documents)
+    exact, remaining = _exact_copies(documents, settings)
     near, misses, compared, candidates = empty_table(), empty_table(), 0, 0
-    if settings.mode == "near":
+    if settings.mode in ("near", "simhash"):
         near, misses, compared, candidates = _near_copies(remaining, settings)
         exact = _with_kept_partners(exact, near)
     table = _sorted_table(exact, near)
     table.write_parquet(files / DUPLICATES, compression="zstd")
     misses.write_parquet(files / NEAR_MISSES, compression="zstd")
     return {
-        "documents": int(documents.is_new.sum()),
+        "units": int(documents.is_new.sum()),
         "exact": exact.height,
         "near": near.height,
         "candidates": candidates,
         "pairs_checked": compared,
     }
+
+
+def copies_among(texts: "pl.Series", settings: DedupConfig) -> "list[int | None]":
+    """For every text the place of the earlier kept one that it is a near-copy of, or None: it is kept.
+
+    For texts that fit in memory, such as conversations; as in the mode `near`, equal texts included. Texts
+    without a token are copies only of equal ones.
+    """
+    import numpy as np
+
+    signatures, shingles = sign_texts(texts, settings)
+    places = np.flatnonzero(shingles >= settings.min_shingles)
+    is_new = np.ones(len(places), np.bool_)
+    buckets, bucket_count = _numbered(keys_of(signatures[places], settings), is_new)
+    values, ends = shingle_sets(texts.gather(places), settings)
+    chosen = _choose(
+        buckets, bucket_count, ~is_new, places, signatures[places], (values, ends), settings
+    )
+    found: list[int | None] = [None] * len(texts)
+    for place, is_dropped, nearest in zip(places, chosen[0], chosen[1], strict=True):
+        if is_dropped:
+            found[place] = int(places[nearest])
+    first: dict[str, int] = {}
+    for place, text in enumerate(texts):
+        original = first.setdefault(text, place)
+        if original != place:
+            kept = found[original]
+            found[place] = original if kept is None else kept
+    return found
 
 
 def _documents_of(
@@ -206,33 +193,54 @@ def _documents_of(
     import numpy as np
     import polars as pl
 
-    starts = np.cumsum([0, *(signed.shard.rows for signed in shards)])
+    rows = [signed.rows() for signed in shards]
+    starts = np.cumsum([0, *(len(of_shard) for of_shard in rows)])
+    first_rows = np.cumsum([0, *(signed.shard.rows for signed in shards)])
+    owners = np.concatenate([r + first for r, first in zip(rows, first_rows, strict=False)])
     is_kept = np.ones(starts[-1], np.bool_)
-    for start, end, signed in zip(starts, starts[1:], shards, strict=False):
+    for start, end, of_shard, signed in zip(starts, starts[1:], rows, shards, strict=False):
         if (keep := signed.shard.keep) is not None:
-            is_kept[start:end] = keep.to_numpy()
+            is_kept[start:end] = keep.to_numpy()[of_shard]
     for folder in earlier:
         dropped = pl.read_parquet(folder / DUPLICATES, columns=["shard", "row"])
         is_kept[starts[dropped["shard"].to_numpy()] + dropped["row"].to_numpy()] = False
     positions = np.flatnonzero(is_kept)
-    return _Documents(shards, starts, positions, positions >= starts[first_new])
+    return _Documents(shards, starts, positions, owners[positions], positions >= starts[first_new])
 
 
-def _exact_copies(documents: _Documents) -> "tuple[pl.DataFrame, _Documents]":
-    """What equals an earlier text, byte for byte; and the documents without it."""
+def _source_ranks(
+    signed: SignedShard, units: "Rows", settings: DedupConfig
+) -> "npt.NDArray[np.int64]":
+    import polars as pl
+
+    rank = {name: place for place, name in enumerate(settings.source_order)}
+    last = len(rank)
+    columns = signed.shard.read(["source", "domain"], kept_only=False)
+    ranks = [columns[name].replace_strict(rank, default=last) for name in ("source", "domain")]
+    best = pl.DataFrame({"x": ranks[0], "y": ranks[1]}).min_horizontal()
+    return best.cast(pl.Int64).to_numpy()[signed.rows()[units]]
+
+
+def _exact_copies(
+    documents: _Documents, settings: DedupConfig
+) -> "tuple[pl.DataFrame, _Documents]":
+    """What equals another text of 128-bit hash; and the documents without it."""
     import numpy as np
+    import polars as pl
 
-    hashes = documents.gather(TEXT_HASHES)
-    _, first, group = np.unique(hashes, return_index=True, return_inverse=True)
-    original = first[group]
-    is_copy = original != np.arange(len(original))
-    table = _table(
-        documents,
-        np.flatnonzero(is_copy),
-        original[is_copy],
-        np.ones(is_copy.sum()),
-        "exact",
+    order = documents.order(settings)
+    hashes = documents.gather(TEXT_HASHES)[order]
+    firsts = (
+        pl.DataFrame({"low": hashes[:, 0], "high": hashes[:, 1], "place": np.arange(len(order))})
+        .select(pl.col("place").min().over("low", "high"))["place"]
+        .to_numpy()
     )
+    original = np.empty(len(order), np.int64)
+    original[order] = order[firsts]
+    # A paragraph that its own document repeats is not a copy across documents.
+    is_copy = documents.owners[original] != documents.owners
+    copies = np.flatnonzero(is_copy)
+    table = _table(documents, copies, original[is_copy], np.ones(len(copies)), "exact")
     return table, documents.select(~is_copy)
 
 
@@ -242,62 +250,144 @@ def _near_copies(
     """What is dropped, what was nearly dropped, pairs compared, documents with a possible partner."""
     import numpy as np
 
-    from tasks.kernels import minhash
-
-    documents = documents.select(documents.gather(SHINGLES) > 0)
-    buckets, bucket_count = _buckets(documents, settings.bands)
+    documents = documents.select(documents.gather(SHINGLES) >= settings.min_shingles)
+    buckets, bucket_count = _buckets(documents, settings)
     is_possible = np.logical_or.reduce(buckets >= 0, axis=0)
     documents, buckets = documents.select(is_possible), buckets[:, is_possible]
     count = len(documents.positions)
     if not count:
         return empty_table(), empty_table(), 0, 0
-    values, ends = _shingle_sets(documents, settings.shingle_tokens)
-    signatures = documents.gather(SIGNATURES)
-    is_dropped, nearest = np.zeros(count, np.bool_), np.full(count, -1, np.int64)
-    similarity = np.zeros(count)
-    compared = minhash.choose(
+    is_dropped, nearest, similarity, compared = _choose(
         buckets,
         bucket_count,
         ~documents.is_new,
-        signatures,
-        values,
-        ends,
-        settings.threshold,
-        _least_agreeing(settings),
-        is_dropped,
-        nearest,
-        similarity,
+        documents.owners,
+        documents.gather(SIGNATURES),
+        None if settings.mode == "simhash" else _shingle_sets(documents, settings),
+        settings,
+        documents.order(settings),
     )
+    if settings.mode == "simhash":
+        similarity = _similarities(documents, is_dropped, nearest, settings)
     dropped = np.flatnonzero(is_dropped)
     table = _table(documents, dropped, nearest[dropped], similarity[dropped], "near")
     missed = np.flatnonzero(~is_dropped & (nearest >= 0))
     missed = missed[np.argsort(-similarity[missed], kind="stable")][:NEAR_MISSES_KEPT]
     misses = _table(documents, missed, nearest[missed], similarity[missed], "near")
-    return table, misses, int(compared), count
+    return table, misses, compared, count
+
+
+def _choose(
+    buckets: "npt.NDArray[np.int64]",
+    bucket_count: int,
+    is_old: "npt.NDArray[np.bool_]",
+    owners: "Rows",
+    signatures: "npt.NDArray[Any]",
+    sets: "tuple[npt.NDArray[np.uint64], Rows] | None",
+    settings: DedupConfig,
+    order: "Rows | None" = None,
+) -> "tuple[npt.NDArray[np.bool_], Rows, npt.NDArray[np.float64], int]":
+    """Per unit: whether it is dropped, its partner (-1: none) and their similarity; and pairs compared.
+
+    By SimHash where there are no shingle sets; the similarity is then 0.
+    """
+    import numpy as np
+
+    from tasks.kernels import minhash
+
+    count = len(is_old)
+    is_dropped, nearest = np.zeros(count, np.bool_), np.full(count, -1, np.int64)
+    similarity = np.zeros(count)
+    order = np.arange(count) if order is None else order
+    if not (is_in_order := np.array_equal(order, np.arange(count))):
+        buckets, signatures = np.ascontiguousarray(buckets[:, order]), signatures[order]
+        is_old, owners = is_old[order], owners[order]
+    if sets is None:
+        compared = minhash.choose_by_bits(
+            buckets, bucket_count, is_old, owners, signatures, settings.distance_bits,
+            is_dropped, nearest,
+        )  # fmt: skip
+    else:
+        begins, ends = _limits(sets[1])
+        compared = minhash.choose(
+            buckets, bucket_count, is_old, owners, signatures, sets[0], begins[order], ends[order],
+            settings.threshold, _least_agreeing(settings), is_dropped, nearest, similarity,
+        )  # fmt: skip
+    if is_in_order:
+        return is_dropped, nearest, similarity, int(compared)
+    back = np.empty(count, np.int64)
+    back[order] = np.arange(count)
+    nearest = np.where(nearest >= 0, order[nearest], -1)
+    return is_dropped[back], nearest[back], similarity[back], int(compared)
+
+
+def _limits(ends: "Rows") -> "tuple[Rows, Rows]":
+    """Where each set begins and ends."""
+    import numpy as np
+
+    return np.concatenate([np.zeros(1, np.int64), ends])[: len(ends)], ends
+
+
+def _similarities(
+    documents: _Documents,
+    is_dropped: "npt.NDArray[np.bool_]",
+    nearest: "Rows",
+    settings: DedupConfig,
+) -> "npt.NDArray[np.float64]":
+    """Exact Jaccard similarity of everything dropped to its partner; 0 for the others."""
+    import numpy as np
+
+    from tasks.kernels import minhash
+
+    similarity = np.zeros(len(is_dropped))
+    is_meant = is_dropped.copy()
+    is_meant[nearest[is_dropped]] = True
+    if not is_meant.any():
+        return similarity
+    values, ends = _shingle_sets(documents.select(is_meant), settings)
+    begins, ends = _limits(ends)
+    place_of = np.cumsum(is_meant) - 1
+    for place in np.flatnonzero(is_dropped):
+        similarity[place] = minhash.jaccard(
+            values, begins, ends, int(place_of[place]), int(place_of[nearest[place]])
+        )
+    return similarity
 
 
 def _least_agreeing(settings: DedupConfig) -> float:
     """Signature places that a pair must agree in to be compared: far below the expected number."""
-    places = settings.bands * settings.band_rows
-    spread = math.sqrt(settings.threshold * (1 - settings.threshold) / places)
-    return places * (settings.threshold - ESTIMATE_SIGMAS * spread)
+    bands, rows = settings.banding()
+    spread = math.sqrt(settings.threshold * (1 - settings.threshold) / (bands * rows))
+    return bands * rows * (settings.threshold - ESTIMATE_SIGMAS * spread)
 
 
-def _buckets(documents: _Documents, bands: int) -> "tuple[npt.NDArray[np.int64], int]":
-    """(bands, documents) number of the bucket, -1 where it holds no other or no new document."""
+def _buckets(documents: _Documents, settings: DedupConfig) -> "tuple[npt.NDArray[np.int64], int]":
     import numpy as np
 
+    bands = settings.distance_bits + 1 if settings.mode == "simhash" else settings.banding()[0]
     buckets = np.full((bands, len(documents.positions)), -1, np.int64)
     found = 0
     for band in range(bands):
-        keys = documents.gather(BANDS, band=band)
-        if not len(keys):
-            continue
-        order = np.argsort(keys, kind="stable")
-        ordered = keys[order]
+        of_band, count = _numbered(documents.gather(BANDS, band=band)[None], documents.is_new)
+        buckets[band] = np.where(of_band[0] >= 0, of_band[0] + found, -1)
+        found += count
+    return buckets, found
+
+
+def _numbered(
+    keys: "npt.NDArray[np.uint64]", is_new: "npt.NDArray[np.bool_]"
+) -> "tuple[npt.NDArray[np.int64], int]":
+    """(bands, documents) number of the bucket, -1 where it holds no other or no new document."""
+    import numpy as np
+
+    buckets = np.full(keys.shape, -1, np.int64)
+    found = 0
+    for band in range(len(keys) if keys.shape[1] else 0):
+        order = np.argsort(keys[band], kind="stable")
+        ordered = keys[band][order]
         starts = np.flatnonzero(np.concatenate(([True], ordered[1:] != ordered[:-1])))
         sizes = np.diff(np.append(starts, len(ordered)))
-        is_used = (sizes > 1) & np.logical_or.reduceat(documents.is_new[order], starts)
+        is_used = (sizes > 1) & np.logical_or.reduceat(is_new[order], starts)
         numbers = np.where(is_used, found + np.cumsum(is_used) - 1, -1)
         buckets[band, order] = np.repeat(numbers, sizes)
         found += int(is_used.sum())
@@ -305,21 +395,17 @@ def _buckets(documents: _Documents, bands: int) -> "tuple[npt.NDArray[np.int64],
 
 
 def _shingle_sets(
-    documents: _Documents, shingle_tokens: int
+    documents: _Documents, settings: DedupConfig
 ) -> "tuple[npt.NDArray[np.uint64], npt.NDArray[np.int64]]":
-    """Sorted distinct shingles of every document, after one another, and where each one's end."""
     import numpy as np
-
-    from tasks.kernels import minhash
 
     values: list[npt.NDArray[np.uint64]] = []
     ends: list[npt.NDArray[np.int64]] = []
     total = 0
-    for signed, rows in documents.by_shard():
-        if not len(rows):
+    for signed, units in documents.by_shard():
+        if not len(units):
             continue
-        texts = signed.shard.read(["text"], kept_only=False)["text"].gather(rows)
-        of_shard, ends_of_shard = minhash.shingle_sets(*text_buffers(texts), shingle_tokens)
+        of_shard, ends_of_shard = shingle_sets(signed.texts(units), settings)
         values.append(of_shard)
         ends.append(ends_of_shard + total)
         total += len(of_shard)

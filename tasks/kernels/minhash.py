@@ -118,6 +118,18 @@ def shingle_hashes(text, start, end, shingle_tokens, how, tokens):
 
 
 @nb.njit(nogil=True, cache=True)
+def token_counts(
+    text: npt.NDArray[np.uint8], offsets: npt.NDArray[np.int64]
+) -> npt.NDArray[np.int64]:
+    """Number of tokens of every row."""
+    counts = np.empty(offsets.shape[0] - 1, np.int64)
+    for row in range(counts.shape[0]):
+        tokens = np.empty(offsets[row + 1] - offsets[row], np.uint64)
+        counts[row] = _token_hashes(text, offsets[row], offsets[row + 1], TOKENS, tokens)
+    return counts
+
+
+@nb.njit(nogil=True, cache=True)
 def sign(
     text: npt.NDArray[np.uint8],
     offsets: npt.NDArray[np.int64],

@@ -16,7 +16,7 @@ from conf.tokenize import TokenizeConfig
 from conf.tokenizer import TokenizerConfig
 from storage.corpus import Corpus
 from tasks.dedup import dedup
-from tasks.near_duplicates import keys_of, sign_texts
+from tasks.signatures import keys_of, sign_texts
 from tasks.tokenize import tokenize
 from tasks.tokenizer import tokenizer
 from tests.storage.corpora import corpus_of

@@ -17,7 +17,7 @@ from conf.dedup import DedupConfig
 from storage.corpus import Corpus
 from tasks.dedup import dedup
 from tasks.kernels import minhash
-from tasks.near_duplicates import sign_texts, text_buffers
+from tasks.signatures import shingle_sets, sign_texts
 from tests.storage.corpora import corpus_of
 from tests.tasks.text_jobs import digest_of, job_at, with_landings
 
@@ -74,7 +74,7 @@ def varied(tokens: list[str], changes: int) -> list[str]:
 def test_signatures_are_those_of_datasketch(texts: list[str]) -> None:
     config = DedupConfig()
     signatures, counts = sign_texts(pl.Series(texts), config)
-    values, ends = minhash.shingle_sets(*text_buffers(pl.Series(texts)), 5)
+    values, ends = shingle_sets(pl.Series(texts), config)
     start = 0
     for i, text in enumerate(texts):
         oracle = MinHash(num_perm=120, seed=1, scheme="affine32", hashfunc=int)
@@ -89,8 +89,9 @@ def test_signatures_are_those_of_datasketch(texts: list[str]) -> None:
 @given(TEXT, TEXT)
 def test_exact_jaccard_is_that_of_the_token_sets(x: str, y: str) -> None:
     y = x[: len(x) // 2] + y if len(x) > 20 else y
-    values, ends = minhash.shingle_sets(*text_buffers(pl.Series([x, y])), 5)
-    assert minhash.jaccard(values, ends, 0, 1) == pytest.approx(jaccard_of(x, y))
+    values, ends = shingle_sets(pl.Series([x, y]), DedupConfig())
+    begins = np.array([0, ends[0]])
+    assert minhash.jaccard(values, begins, ends, 0, 1) == pytest.approx(jaccard_of(x, y))
 
 
 def test_a_han_character_beyond_the_basic_plane_is_one_token() -> None:

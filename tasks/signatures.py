@@ -1,0 +1,287 @@
+"""What dedup knows of every document (or paragraph) of a shard, computed once: hashes and signatures.
+
+Source: Broder 1997 (resemblance, min-wise signatures); Charikar 2002 (SimHash).
+"""
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from conf.dedup import DedupConfig
+from storage.corpus import Shard
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    import polars as pl
+
+TEXT_HASHES = "text_hashes.npy"
+"""(units, 2) uint64, the 128 bits of xxh3 of the UTF-8 text."""
+SIGNATURES = "signatures.npy"
+"""(units, permutations) uint32, datasketch's hash values; or (units,) uint64 SimHashes."""
+BANDS = "bands.npy"
+"""(bands, units) uint64."""
+SHINGLES = "shingles.npy"
+"""(units,) uint32, how many shingles a unit has, repeats included."""
+UNITS = "units.parquet"
+"""Paragraphs only: row, and start and end in characters of the row's text, of every unit."""
+SCORES = "scores.npy"
+"""(units,) float32, larger for those to keep; only where length or quality decide."""
+FREQUENCIES = "frequencies.npz"
+"""Sorted `shingles` that more than one document has, their `counts`, and the number of `documents`."""
+
+SIGN_ROWS = 16_384
+SKETCH_SLOTS = 1 << 24
+SENTENCE_END = r"[.!?。！？…][\"'”’」』）)]*$"
+
+
+def build_signatures(
+    files: Path, shard: Shard, settings: DedupConfig, frequencies: Path | None
+) -> dict[str, Any]:
+    """Write the sidecars of a shard, for every row: a row dropped today may be kept tomorrow.
+
+    In the mode `exact` only the text hashes. `frequencies` is for TF-IDF weights. Cost: about 100 MB of
+    text a second.
+    """
+    import numpy as np
+    import xxhash
+
+    from tasks.kernels.compiling import alone
+
+    texts = shard.read(["text"], kept_only=False)["text"]
+    if settings.unit == "paragraph":
+        units = paragraphs_of(texts, settings.min_paragraph_tokens)
+        texts = units["text"]
+        units.drop("text").write_parquet(files / UNITS, compression="zstd")
+    digests = b"".join(xxhash.xxh3_128_digest(text.encode("utf-8")) for text in texts)
+    np.save(files / TEXT_HASHES, np.frombuffer(digests, np.uint64).reshape(-1, 2))
+    if settings.keep in ("longest", "quality"):
+        np.save(files / SCORES, _scores(texts, settings))
+    if settings.mode in ("near", "simhash"):
+        with alone():
+            _sign(texts[:1], settings, frequencies)
+        signatures, shingles = _sign(texts, settings, frequencies)
+        np.save(files / SIGNATURES, signatures)
+        np.save(files / BANDS, keys_of(signatures, settings))
+        np.save(files / SHINGLES, shingles)
+    return {"units": len(texts)}
+
+
+def paragraphs_of(texts: "pl.Series", min_tokens: int) -> "pl.DataFrame":
+    """Every line with so many tokens: row, start, end (characters, its line break included) and text."""
+    import polars as pl
+
+    from tasks.kernels import minhash
+
+    lines = (
+        pl.DataFrame({"line": texts.fill_null("").str.split("\n")})
+        .with_row_index("row")
+        .explode("line")
+        .with_columns(size=pl.col("line").str.len_chars() + 1)
+        .with_columns(end=pl.col("size").cum_sum().over("row"))
+    )
+    units = lines.select(
+        "row",
+        start=pl.col("end") - pl.col("size"),
+        end="end",
+        text=pl.col("line").str.strip_chars(),
+    )
+    counts = minhash.token_counts(*text_buffers(units["text"]))
+    return units.filter(pl.Series(counts >= min_tokens))
+
+
+def _scores(texts: "pl.Series", settings: DedupConfig) -> "npt.NDArray[np.float32]":
+    import polars as pl
+
+    if settings.keep == "longest":
+        return texts.str.len_chars().cast(pl.Float32).to_numpy()
+    lines = (
+        pl.DataFrame({"line": texts.fill_null("").str.split("\n")})
+        .with_row_index("row")
+        .explode("line")
+    )
+    size, line = pl.col("line").str.len_chars(), pl.col("line").str.strip_chars()
+    ended = size.filter(line.str.contains(SENTENCE_END)).sum()
+    shares = lines.group_by("row", maintain_order=True).agg(share=ended / size.sum())
+    return shares["share"].fill_nan(0).fill_null(0).cast(pl.Float32).to_numpy()
+
+
+def _sign(
+    texts: "pl.Series", settings: DedupConfig, frequencies: Path | None
+) -> "tuple[npt.NDArray[Any], npt.NDArray[np.uint32]]":
+    if settings.mode == "near":
+        return sign_texts(texts, settings)
+    return simhash_texts(texts, settings, frequencies)
+
+
+def sign_texts(
+    texts: "pl.Series", settings: DedupConfig
+) -> "tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint32]]":
+    """(documents, bands * band_rows) MinHash signatures, and (documents,) numbers of shingles."""
+    import numpy as np
+    from datasketch import MinHash
+
+    from tasks.kernels import minhash
+
+    bands, rows = settings.banding()
+    oracle = MinHash(num_perm=bands * rows, seed=settings.permutation_seed, scheme="affine32")
+    multiply, add = cast("tuple[Any, Any]", oracle.permutations)
+    a, b = np.asarray(multiply).astype(np.uint32), np.asarray(add).astype(np.uint32)
+    signatures = np.empty((len(texts), bands * rows), np.uint32)
+    shingles = np.empty(len(texts), np.uint32)
+    for start, end, (text, offsets, width, how) in pieces_of(texts, settings):
+        minhash.sign(text, offsets, width, how, a, b, signatures[start:end], shingles[start:end])
+    return signatures, shingles
+
+
+def simhash_texts(
+    texts: "pl.Series", settings: DedupConfig, frequencies: Path | None = None
+) -> "tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint32]]":
+    """(documents,) SimHashes, and (documents,) numbers of shingles."""
+    import numpy as np
+
+    from tasks.kernels import minhash
+
+    known, rarity, rarest = rarities(frequencies)
+    hashes = np.empty(len(texts), np.uint64)
+    shingles = np.empty(len(texts), np.uint32)
+    for start, end, piece in pieces_of(texts, settings):
+        minhash.simhash(*piece, known, rarity, rarest, hashes[start:end], shingles[start:end])
+    return hashes, shingles
+
+
+def rarities(
+    frequencies: Path | None,
+) -> "tuple[npt.NDArray[np.uint64], npt.NDArray[np.float64], float]":
+    """Known shingles with their inverse document frequency ln((1 + n) / (1 + count)) + 1, and that of a
+    shingle that one document has; nothing and 0 without frequencies."""
+    import numpy as np
+
+    if frequencies is None:
+        return np.zeros(0, np.uint64), np.zeros(0), 0.0
+    with np.load(frequencies, allow_pickle=False) as arrays:
+        known, counts, documents = arrays["shingles"], arrays["counts"], int(arrays["documents"])
+    rarity = np.log((1 + documents) / (1 + counts.astype(np.float64))) + 1
+    return known, rarity, math.log((1 + documents) / 2) + 1 if documents else 1.0
+
+
+def build_frequencies(
+    files: Path, shards: Sequence[Shard], settings: DedupConfig
+) -> dict[str, Any]:
+    """Write `frequencies.npz`: in how many kept documents of these shards a shingle is.
+
+    Two passes: the first marks in a table of 16 MB what may occur twice, the second counts that exactly.
+    """
+    import numpy as np
+
+    from tasks.kernels import frequencies as kernel
+
+    sketch = np.zeros(SKETCH_SLOTS, np.uint8)
+    documents = 0
+    for shard in shards:
+        texts = shard.read(["text"])["text"]
+        documents += len(texts)
+        for _, _, piece in pieces_of(texts, settings):
+            kernel.mark(*piece, sketch)
+    known, counts = np.zeros(0, np.uint64), np.zeros(0, np.int64)
+    for shard in shards:
+        for _, _, piece in pieces_of(shard.read(["text"])["text"], settings):
+            found, times = np.unique(kernel.marked(*piece, sketch), return_counts=True)
+            known, place = np.unique(np.concatenate([known, found]), return_inverse=True)
+            counts = np.bincount(place, np.concatenate([counts, times])).astype(np.int64)
+    is_common = counts > 1
+    with (files / FREQUENCIES).open("wb") as stream:
+        np.savez(
+            stream,
+            shingles=known[is_common],
+            counts=counts[is_common],
+            documents=np.int64(documents),
+        )
+    return {"documents": documents, "shingles": int(is_common.sum())}
+
+
+def keys_of(signatures: "npt.NDArray[Any]", settings: DedupConfig) -> "npt.NDArray[np.uint64]":
+    """(bands, documents) keys; documents with an equal key of a band are compared.
+
+    Of a SimHash the bands are `distance_bits + 1` blocks of bits: two that differ in no more bits have a
+    block in common.
+    """
+    import numpy as np
+
+    from tasks.kernels import minhash
+
+    if settings.mode == "simhash":
+        cuts = np.linspace(0, 64, settings.distance_bits + 2).astype(np.uint64)
+        blocks = [
+            (signatures >> low) & np.uint64((1 << int(high - low)) - 1)
+            for low, high in itertools.pairwise(cuts)
+        ]
+        return np.stack(blocks)
+    bands, rows = settings.banding()
+    keys = np.empty((bands, len(signatures)), np.uint64)
+    minhash.band_keys(signatures, bands, rows, keys)
+    return keys
+
+
+def shingle_sets(
+    texts: "pl.Series", settings: DedupConfig
+) -> "tuple[npt.NDArray[np.uint64], npt.NDArray[np.int64]]":
+    """Sorted distinct shingles of every text, after one another, and where each one's end."""
+    import numpy as np
+
+    from tasks.kernels import minhash
+
+    values: list[npt.NDArray[np.uint64]] = [np.zeros(0, np.uint64)]
+    ends: list[npt.NDArray[np.int64]] = [np.zeros(0, np.int64)]
+    total = 0
+    for _, _, piece in pieces_of(texts, settings):
+        of_piece, ends_of_piece = minhash.shingle_sets(*piece)
+        values.append(of_piece)
+        ends.append(ends_of_piece + total)
+        total += len(of_piece)
+    return np.concatenate(values), np.concatenate(ends)
+
+
+def pieces_of(
+    texts: "pl.Series", settings: DedupConfig
+) -> "Iterator[tuple[int, int, tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64], int, int]]]":
+    """Some thousand texts at a time: first and last place, and what every kernel asks for."""
+    from tasks.kernels.minhash import HOW
+
+    how = HOW.index(settings.shingles)
+    for start in range(0, len(texts), SIGN_ROWS):
+        end = min(start + SIGN_ROWS, len(texts))
+        piece = texts[start:end]
+        if settings.shingles == "words":
+            piece = _in_words(piece)
+        text, offsets = text_buffers(piece)
+        yield start, end, (text, offsets, settings.shingle_tokens, how)
+
+
+def _in_words(texts: "pl.Series") -> "pl.Series":
+    """The texts with a space between jieba's words."""
+    import logging
+
+    import jieba
+    import polars as pl
+
+    jieba.setLogLevel(logging.WARNING)
+    return pl.Series([" ".join(jieba.cut(text)) for text in texts], dtype=pl.String)
+
+
+def text_buffers(
+    texts: "pl.Series",
+) -> "tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]":
+    """The UTF-8 bytes of all texts, and where each begins (one more than texts)."""
+    import numpy as np
+    import polars as pl
+    import pyarrow as pa
+
+    found: Any = texts.fill_null("").rechunk().to_arrow(compat_level=pl.CompatLevel.oldest())
+    array = found.cast(pa.large_binary())
+    offsets = np.frombuffer(array.buffers()[1], np.int64)
+    offsets = offsets[array.offset : array.offset + len(array) + 1]
+    buffer = array.buffers()[2]
+    return np.frombuffer(buffer if buffer is not None else b"", np.uint8), offsets
