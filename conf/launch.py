@@ -37,6 +37,9 @@ class LaunchConfig(Settings):
     fused_head: Literal["auto", "on", "off"] = "auto"
     """Whether pretraining takes loss and gradient of the output head together, piece by piece, so that
     the logits of a batch never exist at once; `auto` does so on CUDA."""
+    is_deterministic: bool = True
+    """Whether CUDA takes kernels that give the same bits every time, so that a resumed job ends like an
+    unbroken one; a few are slower. On CPU all are."""
     peak_tflops: Annotated[float, Field(ge=0)] = 0.0
     """Peak of one device in 10^12 FLOP/s, to which `mfu` refers; 0 takes the data sheet's of a known
     accelerator, and measures a CPU."""

@@ -162,7 +162,7 @@ def learning_rate(
             end = stable if cosine_level is None else cosine_level * peak
             falling = max(1.0, steps * (1 - decay_share - stable_share) - warmup_steps)
             fallen = (step - warmup_steps) / falling
-            if fallen < 1:
+            if fallen < 1 - 1e-9:
                 return end + (peak - end) * _half_cosine(fallen / cycle)
             return stable + (low - stable) * _decayed(step, steps, decay_share)
 

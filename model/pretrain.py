@@ -18,7 +18,7 @@ from model.journal import Journal
 from model.loop import LoopPlan, LoopState, train
 from model.optimizer import UpdateRule, learning_rate
 from model.ranks import Ranks
-from model.speed import Peak, device_peak, flops_per_token
+from model.speed import Peak, device_peak
 from model.transformer import AttentionMask, Noise, Transformer, token_logprobs
 from model.weights import Checkpoints, load_model, save_model
 from model.worker import identity_of_job, run
@@ -124,7 +124,7 @@ def loop_plan(
         bad_steps=settings.bad_steps,
         guard_sigmas=settings.guard_sigmas,
         fresh_starts=frozenset(ends),
-        flops_per_token=flops_per_token(settings.shape, samples.vocabulary, settings.row_tokens),
+        flops_per_token=settings.shape.training_flops(samples.vocabulary, settings.row_tokens),
         peak_flops=peak_flops,
         describe=samples.described,
     )
@@ -339,7 +339,7 @@ def speed_figures(
 ) -> dict[str, Any]:
     """How fast it was, against what the machine could do."""
     speed = state.tokens / state.seconds
-    needed = flops_per_token(settings.shape, samples.vocabulary, settings.row_tokens) * speed
+    needed = settings.shape.training_flops(samples.vocabulary, settings.row_tokens) * speed
     found: dict[str, Any] = {"seconds": state.seconds, "tokens_per_second": speed}
     if peak.flops:
         found["mfu"] = needed / (peak.flops * ranks.world)

@@ -81,10 +81,21 @@ def join_ranks(launch: LaunchConfig) -> Ranks:
     device = _device(launch)
     cores = len(os.sched_getaffinity(0))
     torch.set_num_threads(launch.threads or max(1, cores // world))
-    if world > 1:
+    if device.type == "cuda" and launch.is_deterministic:
+        _be_deterministic()
+    # Engines that spread weights or states exchange them even where one rank has them all.
+    if world > 1 or launch.engine not in ("plain", "ddp"):
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
     return Ranks(rank=rank, world=world, device=device)
+
+
+def _be_deterministic() -> None:
+    # cuBLAS reads it when its first handle is made; without it its split sums may differ from run to run.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    # Memory that is written before it is read needs no filling; that costs a pass over every tensor.
+    torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def _device(launch: LaunchConfig) -> torch.device:

@@ -1,11 +1,9 @@
-"""How near a training comes to what its machine can do: FLOPs of a token, and the peak of a device."""
+"""What a device could do at best, to say how near a training comes to it."""
 
 import time
 from dataclasses import dataclass
 
 import torch
-
-from conf.shape import ShapeConfig
 
 DENSE_PEAKS = {
     "H100": {"bf16": 989e12, "fp16": 989e12, "fp32": 67e12},
@@ -30,19 +28,6 @@ class Peak:
     flops: float
     """Per second; 0 where it is not known."""
     source: str
-
-
-def flops_per_token(shape: ShapeConfig, vocabulary: int, row_tokens: int) -> float:
-    """Floating-point operations of training on one token, forward and backward.
-
-    6 for each weight that a token is multiplied with (the head counts, looking up an embedding does
-    not), and 12 x layers x heads x head width x row_tokens for attention, without credit for its causal
-    half. Recomputed activations do not count. Source: Chowdhery et al. 2022 (PaLM), appendix B.
-    """
-    looked_up = vocabulary * shape.dim * (0 if shape.is_tied else 1)
-    weights = shape.parameters(vocabulary) - looked_up
-    attention = 12 * shape.layers * shape.heads * shape.head_width * row_tokens
-    return 6 * weights + attention
 
 
 def device_peak(device: torch.device, precision: str, stated_tflops: float = 0.0) -> Peak:

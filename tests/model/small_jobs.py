@@ -36,11 +36,16 @@ def write_job(
     return path
 
 
-def start(module: str, job: Path, *, processes: int = 1, **environment: str) -> list[Any]:
-    """The ranks of a job, started as a launcher would; environment variables as keywords."""
+def free_port() -> int:
+    """A port of this host that nobody listens on."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+def start(module: str, job: Path, *, processes: int = 1, **environment: str) -> list[Any]:
+    """The ranks of a job, started as a launcher would; environment variables as keywords."""
+    port = free_port()
     ranks: list[Any] = []
     for rank in range(processes):
         variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment

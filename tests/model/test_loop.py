@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -68,8 +69,10 @@ def run(
     checkpoint_steps: int = 0,
     seed: int = 0,
     evaluate: Callable[[int], dict[str, float]] | None = None,
+    **options: Any,
 ) -> LoopState:
     plan = LoopPlan(
+        **options,
         steps=steps,
         learning_rate=lambda step: 1e-2,
         checkpoint_steps=checkpoint_steps,
@@ -197,6 +200,136 @@ def test_a_bad_step_is_left_out_and_counted(tmp_path: Path) -> None:
 def test_bad_steps_in_a_row_end_the_job_and_name_the_samples(tmp_path: Path) -> None:
     with pytest.raises(Diverged, match=r"step 5: loss nan.*in a row; its samples were step4"):
         run(tmp_path, fresh_engine(), at=poisoned({2, 3, 4}))
+
+
+def with_spike(steps: set[int], size: float) -> Callable[[int], list[Batch]]:
+    """Batches whose gradients are so many times larger at those steps: their total is smaller."""
+
+    def at(step: int) -> list[Batch]:
+        [batch] = batches(8)(step)
+        share = size if step in steps else 1.0
+        return [Batch(batch.tensors, {"tokens": batch.weights["tokens"] / share}, 1, batch.samples)]
+
+    return at
+
+
+def test_a_step_far_out_of_the_usual_is_left_out(tmp_path: Path) -> None:
+    steps = {70, 72}
+    guarded = run(
+        tmp_path / "on", fresh_engine(), steps=75, at=with_spike(steps, 9), guard_sigmas=6.0
+    )
+    free = run(tmp_path / "off", fresh_engine(), steps=75, at=with_spike(steps, 9))
+    assert (guarded.skipped, guarded.bad_in_row) == (2, 0)
+    assert free.skipped == 0
+    # What was left out tells nothing of what is usual.
+    assert max(guarded.usual["loss"]) < 5
+    assert len(guarded.usual["loss"]) == 73
+
+
+def test_nothing_is_unusual_before_enough_steps_or_at_a_fresh_start(tmp_path: Path) -> None:
+    early = run(
+        tmp_path / "early", fresh_engine(), steps=40, at=with_spike({30}, 9), guard_sigmas=6.0
+    )
+    assert early.skipped == 0
+    other_data = run(
+        tmp_path / "fresh",
+        fresh_engine(),
+        steps=72,
+        at=with_spike({70, 71}, 9),
+        guard_sigmas=6.0,
+        fresh_starts=frozenset({70}),
+    )
+    assert other_data.skipped == 0
+    assert len(other_data.usual["loss"]) == 2
+
+
+def test_unusual_steps_in_a_row_end_the_job_and_say_where_to_look(tmp_path: Path) -> None:
+    with pytest.raises(Diverged, match=r"in a row; its samples were <step72>"):
+        run(
+            tmp_path,
+            fresh_engine(),
+            steps=80,
+            at=with_spike({70, 71, 72}, 9),
+            guard_sigmas=6.0,
+            describe=lambda sample: f"<{sample}>",
+        )
+
+
+def fp16_engine() -> Engine:
+    return build_engine(
+        Transformer(SHAPE, 20, seed=3), LaunchConfig(), Ranks(), UpdateRule(precision="fp16")
+    )
+
+
+def test_gradients_too_large_for_float16_lower_the_scale_and_are_no_bad_steps(
+    tmp_path: Path,
+) -> None:
+    engine = fp16_engine()
+    assert engine.scale is not None
+    engine.scale.value = 2.0**24
+    state = run(tmp_path, engine, steps=20)
+    halvings = math.log2(2.0**24 / engine.scale.value)
+    assert state.overflows == halvings > 5
+    assert (state.skipped, state.bad_in_row) == (0, 0)
+    assert metrics(tmp_path)[-1]["loss_scale"] == engine.scale.value
+    # The first updates came late; after that it is the same training.
+    run(tmp_path / "wide", fresh_engine(), steps=20)
+    wide = metrics(tmp_path / "wide")[-1]["loss"]
+    assert metrics(tmp_path)[-1]["loss"] == pytest.approx(wide, abs=0.1)
+
+
+def test_float16_goes_on_from_its_scale_to_the_same_bits(tmp_path: Path) -> None:
+    unbroken, resumed = fp16_engine(), fp16_engine()
+    run(tmp_path / "unbroken", unbroken)
+
+    def break_at_five(step: int) -> list[Batch]:
+        if step == 5:
+            raise KeyboardInterrupt
+        return batches(8)(step)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "broken", fp16_engine(), checkpoint_steps=2, at=break_at_five)
+    run(tmp_path / "broken", resumed, checkpoint_steps=2)
+    assert resumed.scale == unbroken.scale
+    for name, weight in unbroken.model.state_dict().items():
+        assert torch.equal(weight, resumed.model.state_dict()[name]), name
+
+
+def test_recomputed_activations_change_no_bit(tmp_path: Path) -> None:
+    kept = fresh_engine()
+    again = build_engine(
+        Transformer(SHAPE, 20, seed=3),
+        LaunchConfig(checkpoint_activations=True),
+        Ranks(),
+        UpdateRule(),
+    )
+    run(tmp_path / "kept", kept, steps=3)
+    run(tmp_path / "again", again, steps=3)
+    for name, weight in kept.model.state_dict().items():
+        assert torch.equal(weight, again.model.state_dict()[name]), name
+
+
+@pytest.mark.soak
+def test_compiled_blocks_give_the_same_losses_under_the_same_names(tmp_path: Path) -> None:
+    plain, compiled = (
+        build_engine(
+            Transformer(SHAPE, 20, seed=3), LaunchConfig(compile=is_it), Ranks(), UpdateRule()
+        )
+        for is_it in (False, True)
+    )
+    run(tmp_path / "plain", plain, steps=4)
+    run(tmp_path / "compiled", compiled, steps=4)
+    assert set(compiled.weights()) == set(plain.weights())
+    assert [m["loss"] for m in metrics(tmp_path / "compiled")] == pytest.approx(
+        [m["loss"] for m in metrics(tmp_path / "plain")], rel=0, abs=1e-5
+    )
+
+
+def test_the_share_of_the_peak_is_flops_over_time(tmp_path: Path) -> None:
+    run(tmp_path, fresh_engine(), flops_per_token=1e3, peak_flops=1e9)
+    for line in metrics(tmp_path):
+        assert line["mfu"] == pytest.approx(line["tokens_per_second"] * 1e3 / 1e9)
+        assert 0 <= line["data_wait_share"] < 1
 
 
 def test_evaluation_comes_before_the_first_and_after_the_last_step(tmp_path: Path) -> None:

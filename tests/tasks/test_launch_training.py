@@ -1,6 +1,7 @@
 """A real torch job under the launchers: the stage's result does not depend on who starts the ranks."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,17 +33,26 @@ def train(root: Path, tokens: Tokens, launch: LaunchConfig) -> Job:
 
 
 @pytest.mark.slow
-def test_zero2_under_the_deepspeed_launcher_gives_the_plain_loss(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("launcher", "engine", "sign"),
+    [
+        ("deepspeed", "zero2", "deepspeed.launcher"),
+        pytest.param("deepspeed", "zero1", "deepspeed.launcher", marks=pytest.mark.soak),
+        pytest.param("deepspeed", "zero3", "deepspeed.launcher", marks=pytest.mark.soak),
+        pytest.param("torchrun", "fsdp", "engine fsdp", marks=pytest.mark.soak),
+    ],
+)
+def test_engines_under_their_launchers_give_the_plain_loss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launcher: Any, engine: Any, sign: str
 ) -> None:
     monkeypatch.setenv("BESSEMER_HOME", str(tmp_path))
     write_small_tokens(tmp_path / "tokens" / "files")
     tokens = Tokens(tmp_path / "tokens")
     plain = train(tmp_path / "plain", tokens, LaunchConfig(threads=1))
-    zero2 = LaunchConfig(threads=1, launcher="deepspeed", engine="zero2", processes=2)
-    spread = train(tmp_path / "zero2", tokens, zero2)
+    spread_launch = LaunchConfig(threads=1, launcher=launcher, engine=engine, processes=2)
+    spread = train(tmp_path / engine, tokens, spread_launch)
     assert spread.metrics["loss"] == pytest.approx(plain.metrics["loss"], abs=2e-6)
-    assert "deepspeed.launcher" in (spread.logs / "output.log").read_text()
+    assert sign in (spread.logs / "output.log").read_text()
     assert (spread.files / "model.safetensors").stat().st_size == (
         plain.files / "model.safetensors"
     ).stat().st_size
