@@ -41,3 +41,6 @@ class DecontaminateConfig(Settings):
     """Characters cut on both sides of a passage (GPT-3: 200)."""
     max_cuts: Annotated[int, Field(ge=1)] = 10
     """A document that would lose more passages is dropped (GPT-3: 10)."""
+    held_overlap: Annotated[float | None, Field(gt=0, le=1)] = None
+    """Share of a held-out document's distinct runs of `ngram_words` words, found in training documents, from
+    which it is dropped: held-out loss shall not measure memory. Without it nothing is compared."""

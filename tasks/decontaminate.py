@@ -11,6 +11,7 @@ from storage.corpus import Corpus, Shard, joined_spans
 from storage.source import Source
 from tasks.exam_questions import ExamText, read_exams
 from tasks.fanout import Part, PartItem, fan_out
+from tasks.held_overlap import held_overlaps
 from tasks.stage import Job, stage
 from tasks.text_statistics import batches, buffers, word_hashes
 
@@ -26,11 +27,12 @@ WORDS_PER_HAN = 0.625
 LISTED_HITS = 200
 
 
-@stage(version=1)
+@stage(version=2)
 def decontaminate(job: Job, corpus: Corpus, settings: DecontaminateConfig) -> Corpus:
-    """Drop (or cut) documents that hold exam questions.
+    """Drop (or cut) documents that hold exam questions; drop held-out documents that training ones hold.
 
-    reads Corpus, exam files   writes Corpus   cost one pass over the words of every shard
+    reads Corpus, exam files   writes Corpus, `exam_hits.parquet` (every hit) and `held_hits.parquet`
+    cost one pass over the words of every shard, another one with `held_overlap`
     """
     questions = list(read_exams(job.sources.get("exams", Source()), settings.fields))
     index = Index.of(questions, settings)
@@ -41,7 +43,12 @@ def decontaminate(job: Job, corpus: Corpus, settings: DecontaminateConfig) -> Co
         job, build_hits, _items(job, corpus, shards, settings, path), version=HITS_VERSION
     )
     report = Report(questions, index)
-    Corpus.write(job.files, corpus, _decisions(shards, parts, settings, report), "decontaminate")
+    held = _held_hits(job, corpus, settings)
+    frames = _without_held(shards, _decisions(shards, parts, settings, report), held)
+    Corpus.write(job.files, corpus, frames, "decontaminate")
+    held.write_parquet(job.files / "held_hits.parquet", compression="zstd")
+    report.hits().write_parquet(job.files / "exam_hits.parquet", compression="zstd")
+    report.dropped += held.height
     job.parts += [s.entry.part for s in shards if s.entry.part not in job.parts]
     report.write(job)
     return Corpus(job.path)
@@ -201,6 +208,34 @@ def _decisions(
             )
 
 
+def _held_hits(job: Job, corpus: Corpus, settings: DecontaminateConfig) -> "pl.DataFrame":
+    """Held-out documents of which training documents hold too much; no rows where it is not asked."""
+    import polars as pl
+
+    names = ("shard", "row", "share", "of_shard", "of_row")
+    if settings.held_overlap is None:
+        return pl.DataFrame(schema={n: pl.Float64 if n == "share" else pl.UInt32 for n in names})
+    found = held_overlaps(job, corpus, words=settings.ngram_words)
+    hits = found.filter(pl.col("share") >= settings.held_overlap)
+    held = sum(int((frame["split"] == "held").sum()) for frame in corpus.scan(["split"]))
+    job.metrics["held"] = {"documents": held, "overlapping": found.height, "dropped": hits.height}
+    job.tables["held_hits"] = hits.head(LISTED_HITS).to_dicts()
+    return hits
+
+
+def _without_held(
+    shards: Sequence[Shard], frames: "Iterator[pl.DataFrame]", held: "pl.DataFrame"
+) -> "Iterator[pl.DataFrame]":
+    import polars as pl
+
+    for shard, frame in zip(shards, frames, strict=True):
+        rows = held.filter(pl.col("shard") == shard.index)["row"].to_list()
+        hits = pl.Series([False] * shard.rows, dtype=pl.Boolean).scatter(rows, True)
+        is_hit = frame["keep"] & hits
+        reason = pl.when(is_hit).then(pl.lit("held_out:in_training")).otherwise(pl.col("reason"))
+        yield frame.with_columns(keep=frame["keep"] & ~is_hit, reason=reason)
+
+
 def _drop(
     rows: dict[int, tuple[int, ...]], report: "Report", keep: list[bool], reason: list[Any]
 ) -> None:
@@ -246,9 +281,11 @@ class Report:
         self._hit_documents = 0
         self._by_exam: Counter[str] = Counter()
         self._listed: list[dict[str, Any]] = []
+        self._hits: list[tuple[int, ...]] = []
 
     def add(self, shard: Shard, hits: Sequence[tuple[int, ...]], documents: int) -> None:
         """Count the hits of one shard."""
+        self._hits += [(shard.index, *hit) for hit in hits]
         self._documents += documents
         pairs = list(dict.fromkeys((row, question) for row, _, _, question in hits))
         self._hit_documents += len({row for row, _ in pairs})
@@ -258,6 +295,21 @@ class Report:
         room = LISTED_HITS - len(self._listed)
         if pairs and room > 0:
             self._list(shard, pairs[:room])
+
+    def hits(self) -> "pl.DataFrame":
+        """Every hit in a kept document: where (in UTF-8 bytes of its text), exam and question."""
+        import polars as pl
+
+        names = ("shard", "row", "start", "end", "number")
+        frame = pl.DataFrame(self._hits, dict.fromkeys(names, pl.UInt32), orient="row")
+        questions = pl.DataFrame(
+            {
+                "exam": [question.exam for question in self.questions],
+                "question": [question.question for question in self.questions],
+            },
+            {"exam": pl.String, "question": pl.String},
+        ).with_row_index("number")
+        return frame.join(questions, on="number", how="left", maintain_order="left").drop("number")
 
     def _list(self, shard: Shard, pairs: Sequence[tuple[int, int]]) -> None:
         frame = shard.read(["url", "domain"], kept_only=False)

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tasks.kernels.characters import words_of
+from tasks.kernels.minhash import TOKENS, shingle_hashes
 from tasks.kernels.words import GRAM_FACTOR, U64, mix64
 
 EMPTY = U64(0)
@@ -110,3 +111,28 @@ def hits(
                 found[n, 2], found[n, 3] = ends[i] - start, owner
                 n += 1
     return found[:n].copy()
+
+
+@nb.njit(nogil=True, cache=True)
+def first_rows(
+    text: npt.NDArray[np.uint8],
+    offsets: npt.NDArray[np.int64],
+    width: int,
+    table: npt.NDArray[np.uint64],
+    values: npt.NDArray[np.int32],
+    first: npt.NDArray[np.int64],
+) -> None:
+    """Write, for every shingle of `width` tokens that the table knows, the first row that has it.
+
+    `first` begins with -1 everywhere and is indexed by the table's values.
+    """
+    tokens = np.empty(1024, np.uint64)
+    for row in range(offsets.shape[0] - 1):
+        start, end = offsets[row], offsets[row + 1]
+        if end - start > tokens.shape[0]:
+            tokens = np.empty(2 * (end - start), np.uint64)
+        found = shingle_hashes(text, start, end, width, TOKENS, tokens)
+        for i in range(found):
+            number = _find(table, values, tokens[i])
+            if number >= 0 and first[number] < 0:
+                first[number] = row

@@ -1,9 +1,12 @@
 """Decontaminate: planted leaks go, texts that merely speak of the same things stay."""
 
 import json
+import random
+import re
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 
 from conf.decontaminate import DecontaminateConfig
@@ -135,3 +138,85 @@ def test_real_exams_have_few_hits_in_real_text(shared_data: Path, tmp_path: Path
     assert metrics["questions"] > 10_000
     # Of 3,987 abstracts; the 8 found quote the same official names and slogans.
     assert metrics["overlapping"] <= 10
+
+
+def test_every_hit_is_in_a_file(tmp_path: Path) -> None:
+    leak = f"问：{QUESTION['zh']}答。"
+    outcome = run(tmp_path, [SOUND[0], leak])
+    hits = pl.read_parquet(outcome.artifact.files / "exam_hits.parquet")
+    words = re.findall(r"[\u4e00-\u9fff]", QUESTION["zh"])
+    assert hits.height == len(words) - 12  # runs of 13 words
+    assert set(hits.select("shard", "row", "exam", "question").rows()) == {
+        (0, 1, "cave_val.csv", QUESTION["zh"])
+    }
+    first = hits.row(0, named=True)
+    assert leak.encode()[first["start"] : first["end"]].decode().strip("：") == QUESTION["zh"][:14]
+
+
+def test_layouts_of_the_usual_exams_are_read(tmp_path: Path) -> None:
+    question = "A farmer has 17 sheep in one field and 25 goats in another field; how many animals are there"
+    han = "农夫在一块地里有十七只绵羊，在另一块地里有二十五只山羊，一共有多少只动物"
+    files = {
+        "ceval.csv": f"id,question,A,B,C,D,answer\n0,{han},1,2,3,42,D\n",
+        "cmmlu.csv": f",Question,A,B,C,D,Answer\n0,{han},1,2,3,42,D\n",
+        "mmlu.csv": f"{question},1,2,3,42,D\n",
+        "gsm8k.jsonl": json.dumps({"question": question + "?", "answer": "17+25=42 #### 42"})
+        + "\n",
+        "own.txt": f"{question}\n{han}\n",
+    }
+    texts_ = [*SOUND, f"So: {question}. Well.", f"题目：{han}。"]
+    for name, content in files.items():
+        (tmp_path / name).write_text(content, "utf-8")
+        outcome = run(tmp_path, texts_, exams=(spec(name),))
+        gone = [text for text, _ in reasons(outcome.artifact)]
+        expected = {"ceval": 1, "cmmlu": 1, "mmlu": 1, "gsm8k": 1, "own": 2}[name.split(".")[0]]
+        assert len(gone) == expected, name
+        assert not set(gone) & set(SOUND)
+
+
+def test_held_out_documents_that_training_documents_hold_are_dropped(tmp_path: Path) -> None:
+    pick = random.Random(5)
+
+    def words(count: int) -> list[str]:
+        if pick.random() < 0.5:
+            return [f"w{pick.randrange(3000)} " for _ in range(count)]
+        return [chr(pick.randrange(0x4E00, 0x5E00)) for _ in range(count)]
+
+    made = [words(pick.randrange(5, 60)) for _ in range(150)]
+    held = [words(20) + pick.choice(made)[: pick.randrange(60)] for _ in range(40)]
+    (tmp_path / "held.jsonl").write_text(
+        "".join(json.dumps({"text": "".join(d).strip()}) + "\n" for d in held), "utf-8"
+    )
+    (tmp_path / "train.jsonl").write_text(
+        "".join(json.dumps({"text": "".join(d).strip()}) + "\n" for d in made), "utf-8"
+    )
+    sources = (spec("train.jsonl", split="train"), spec("held.jsonl", split="held"))
+    corpus = run_stage(extract, ExtractConfig(sources=sources, languages=()), {}, tmp_path).artifact
+    settings = DecontaminateConfig(ngram_words=8, held_overlap=0.3)
+    outcome = run_stage(decontaminate, settings, {"corpus": corpus}, tmp_path)
+
+    def runs(text: str) -> set[tuple[str, ...]]:
+        tokens = re.findall(r"[\u4e00-\u9fff]|[a-z0-9]+", text)
+        return {tuple(tokens[i : i + 8]) for i in range(len(tokens) - 7)}
+
+    documents = list(corpus.documents())
+    train = [document for document in documents if document["split"] == "train"]
+    known = {run_ for document in train for run_ in runs(document["text"])}
+    shares = {
+        document["text"]: len(own & known) / len(own)
+        for document in documents
+        if document["split"] == "held" and (own := runs(document["text"]))
+    }
+    expected = {text: share for text, share in shares.items() if share >= 0.3}
+    assert 5 < len(expected) < 35
+    assert dict(reasons(outcome.artifact)) == dict.fromkeys(expected, "held_out:in_training")
+    hits = pl.read_parquet(outcome.artifact.files / "held_hits.parquet")
+    places = {(d["shard"], d["row"]): d["text"] for d in documents}
+    for hit in hits.iter_rows(named=True):
+        text = places[hit["shard"], hit["row"]]
+        assert hit["share"] == pytest.approx(expected[text])
+        assert runs(text) & runs(places[hit["of_shard"], hit["of_row"]])
+    metrics = outcome.record.metrics
+    assert metrics["held"]["documents"] == 40
+    assert metrics["held"]["dropped"] == len(expected) == hits.height
+    assert metrics["kept"] == len(documents) - len(expected)
