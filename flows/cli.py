@@ -5,9 +5,10 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from gc import freeze, set_threshold
+from inspect import Signature, signature
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +16,7 @@ import typer
 
 from conf.mistakes import RecipeError
 from flows.execution import Execution
+from flows.preparation import Request, prepare
 from flows.runs import Home, RunRecord, ServiceError, find_artifact, open_home
 from flows.show import Shown, console, effects, error_console, human_bytes, stage_table
 
@@ -54,8 +56,7 @@ ArtifactName = Annotated[
 ]
 
 
-@app.command()
-def plan(
+def _request(
     recipe: Recipe,
     overrides: Overrides = None,
     start: From = None,
@@ -63,6 +64,30 @@ def plan(
     only: Only = None,
     force: Force = None,
     is_extension: Extend = False,
+) -> Request:
+    return Request(recipe, overrides or [], start, until, only, tuple(force or ()), is_extension)
+
+
+def _with_request(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command that takes a Request the arguments and options of one, before its own."""
+    shared, own = signature(_request).parameters, dict(signature(command).parameters)
+    del own["request"]
+
+    def asked(**arguments: Any) -> None:
+        request = _request(**{name: arguments.pop(name) for name in shared})
+        command(request=request, **arguments)
+
+    parameters = {**shared, **own}
+    asked.__name__, asked.__doc__ = command.__name__, command.__doc__
+    asked.__annotations__ = {name: item.annotation for name, item in parameters.items()}
+    asked.__signature__ = Signature(list(parameters.values()))  # type: ignore[attr-defined]
+    return asked
+
+
+@app.command()
+@_with_request
+def plan(
+    request: Request,
     is_budget: Annotated[
         bool,
         typer.Option(
@@ -78,13 +103,11 @@ def plan(
 ) -> None:
     """Show for every stage whether it is in the store, why not, and what it is expected to cost."""
     if is_budget:
-        _print_budget([recipe, *(overrides or [])], is_json=is_json)
+        _print_budget([request.recipe, *request.overrides], is_json=is_json)
         return
     from flows.plan import contract
     from flows.plan import plan as make_plan
-    from flows.preparation import Request, prepare
 
-    request = Request(recipe, overrides or [], start, until, only, tuple(force or ()), is_extension)
     execution = prepare(request, open_home(), base=Path.cwd(), appends=False)
     planned = make_plan(execution, Path.cwd(), peak_flops=peak)
     if is_json:
@@ -113,20 +136,9 @@ def _print_budget(words: list[str], *, is_json: bool) -> None:
 
 
 @app.command()
-def run(
-    recipe: Recipe,
-    overrides: Overrides = None,
-    start: From = None,
-    until: Until = None,
-    only: Only = None,
-    force: Force = None,
-    is_extension: Extend = False,
-    is_json: Json = False,
-) -> None:
+@_with_request
+def run(request: Request, is_json: Json = False) -> None:
     """Run a recipe; what is in the store already is not built again."""
-    from flows.preparation import Request, prepare
-
-    request = Request(recipe, overrides or [], start, until, only, tuple(force or ()), is_extension)
     execution = prepare(request, open_home(), base=Path.cwd())
 
     from flows import services

@@ -28,7 +28,8 @@ from pydantic import BaseModel, ConfigDict
 from flows.runs import FileLock, Home, RunRecord, ServiceError, is_alive
 
 HOST = "127.0.0.1"
-START_SECONDS = 90.0
+START_SECONDS = 180.0
+"""A server that has not answered by then never will; on a busy machine it took 100 s."""
 STOP_SECONDS = 15.0
 POLL_SECONDS = 0.1
 WATCH_SECONDS = 5.0

@@ -73,6 +73,7 @@ class Tracking:
         self._uri = tracking_uri
         self._lock = threading.Lock()
         self._forwarder: subprocess.Popen[bytes] | None = None
+        self._has_news = False
 
     def start(self, recipe: str = "", settings: Mapping[str, Any] | None = None) -> None:
         """The run begins; its id is the name of its folder. `settings` become its parameters."""
@@ -88,6 +89,7 @@ class Tracking:
         settings: Mapping[str, Any] | None = None,
     ) -> None:
         """A stage really runs; `logs` is where its metrics.jsonl grows, when that is known."""
+        self._has_news = True
         self._append(
             {
                 "event": "stage",
@@ -116,6 +118,7 @@ class Tracking:
 
         For a hit this is the only call, without `logs`: its curves belong to the run that built it.
         """
+        self._has_news = self._has_news or status != "hit"
         self._append(
             {
                 "event": "stage",
@@ -133,10 +136,14 @@ class Tracking:
         )
 
     def end(self, status: RunStatus, report: Path | None = None) -> None:
-        """The run is over; the forwarder sends what is left and ends by itself."""
+        """The run is over; the forwarder sends what is left and ends by itself.
+
+        A run of hits alone is no run in MLflow: it has no figure that is not there already.
+        """
         path = str(report.absolute()) if report else None
         self._append({"event": "end", "status": status, "report": path})
-        self._ensure_forwarder()
+        if self._has_news:
+            self._ensure_forwarder()
 
     def wait(self, timeout_seconds: float) -> bool:
         """Wait until everything was sent, or given up. Whether the forwarder has ended."""

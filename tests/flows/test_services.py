@@ -2,8 +2,11 @@
 
 import asyncio
 import os
+import subprocess
+import sys
 import threading
 import time
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from flows.runs import FileLock, Home, ServiceError, is_alive
+from flows.runs import FileLock, Home, RunRecord, ServiceError, is_alive
 from flows.services import (
     Activity,
     Service,
@@ -114,3 +117,29 @@ def test_a_file_lock_keeps_a_second_holder_out(tmp_path: Path) -> None:
         order.append("first")
     thread.join(5)
     assert order == ["first", "second"]
+
+
+def test_down_is_refused_while_a_run_needs_the_services(tmp_path: Path) -> None:
+    home = Home(tmp_path)
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        started = psutil.Process(process.pid).create_time()
+        record = RunRecord(
+            run_id="20260131-235959-1", recipe="demo", recipe_path="demo", pid=process.pid
+        )
+        record.pid_started = started
+        record.write(home.run_folder(record.run_id))
+        with pytest.raises(ServiceError, match=r"run 20260131-235959-1 \(demo, process \d+\)"):
+            down(home)
+        # One that ended long ago is not in use, whatever its process does; one just ended may still
+        # be telling the server.
+        record.status = "cancelled"
+        for ago, is_live in ((5, True), (3600, False)):
+            record.ended = (datetime.now(UTC) - timedelta(seconds=ago)).isoformat(
+                timespec="seconds"
+            )
+            record.write(home.run_folder(record.run_id))
+            assert bool(home.live_runs()) is is_live
+        process.kill()
+    record.ended = None
+    record.write(home.run_folder(record.run_id))
+    assert down(home) == []

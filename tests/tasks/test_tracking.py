@@ -138,6 +138,15 @@ def test_a_run_with_a_cut_back_curve_and_a_killed_forwarder(home: Path, uri: str
     assert parent["artifacts"] == ["report.html"]
 
 
+def test_a_run_of_hits_alone_starts_no_forwarder(tmp_path: Path) -> None:
+    tracking = Tracking(tmp_path, f"sqlite:///{tmp_path}/mlflow.db")
+    tracking.start("demo")
+    tracking.stage_ended("extract", "hit", {"rows": 12})
+    tracking.end("finished")
+    assert [path.name for path in tmp_path.iterdir()] == [EVENTS]
+    assert tracking.wait(0)
+
+
 FLOW = """
 import sys, time
 from pathlib import Path
