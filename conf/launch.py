@@ -28,6 +28,9 @@ class LaunchConfig(Settings):
     """CPU threads per rank; 0 divides the cores among the ranks."""
     micro_batch: Annotated[int, Field(ge=0)] = 0
     """Sequences per forward pass and rank; 0 takes the whole batch of the rank at once."""
+    attention: Literal["sdpa", "eager"] = "sdpa"
+    """`sdpa`: torch's fused kernels, FlashAttention among them on CUDA; `eager`: the definition, slow and
+    large, to check them against."""
     compile: bool = False
     """Whether blocks and head run as code that torch.compile makes; costs a minute at the start, and
     needs a C++ compiler on CPU."""

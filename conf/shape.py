@@ -7,6 +7,8 @@ from pydantic import Field, model_validator
 from conf.settings import Settings
 
 Layer = Annotated[int, Field(ge=0)]
+LARGEST_EMBEDDING_SHARE = 0.5
+"""Above it, most of what is trained is a table that a token reads one row of."""
 
 
 class RopeScalingConfig(Settings):
@@ -143,3 +145,11 @@ class ShapeConfig(Settings):
         looked_up = vocabulary * self.dim * (0 if self.is_tied else 1)
         weights = self.parameters(vocabulary) - looked_up
         return 6 * weights + 12 * self.layers * self.heads * self.head_width * row_tokens
+
+
+def embedding_warning(share: float) -> str:
+    """For a model most of which is a table."""
+    return (
+        f"{share:.0%} of the parameters are embeddings: take a smaller vocabulary, shape.is_tied=true, "
+        f"or a wider and deeper shape"
+    )

@@ -15,7 +15,7 @@ from conf.ppo import PpoConfig
 from conf.pretrain import PretrainConfig
 from conf.reward import RewardConfig
 from conf.sft import SftConfig
-from conf.shape import ShapeConfig
+from conf.shape import LARGEST_EMBEDDING_SHARE, ShapeConfig, embedding_warning
 from flows.graph import Node
 from flows.lookup import Lookup
 from flows.memory import EVALUATION_TOKENS, Memory, Pass, training_memory
@@ -26,7 +26,6 @@ TOKENS_PER_PARAMETER = 20
 """Of a model that is trained best for its compute (Hoffmann et al. 2022, table 3)."""
 MOST_EPOCHS = 4
 """Passes over data beyond which more of them teach little (Muennighoff et al. 2023, figure 1)."""
-LARGEST_EMBEDDING_SHARE = 0.5
 USUAL_SHARE_OF_PEAK = {"cpu": 0.85, "cuda": 0.4}
 """Of the peak that a training reaches where no run has told yet: 83 to 91 % of the matrix product on a
 CPU in fp32 (measured), 40 % on an accelerator (PaLM: 46 %)."""
@@ -360,11 +359,3 @@ def _warnings(lookup: Lookup, node: Node, settings: Trained, costs: Costs) -> li
     if ranks > cores() and not is_cuda:
         found.append(f"{ranks} processes share {cores()} cores")
     return found
-
-
-def embedding_warning(share: float) -> str:
-    """For a model most of which is a table."""
-    return (
-        f"{share:.0%} of the parameters are embeddings: take a smaller vocabulary, shape.is_tied=true, "
-        f"or a wider and deeper shape"
-    )

@@ -131,7 +131,9 @@ def refuse_impossible(launch: LaunchConfig, ranks: Ranks, rule: UpdateRule) -> N
 
 
 def prepare_blocks(model: Transformer, launch: LaunchConfig) -> None:
-    """Let blocks compute their activations again, or run compiled; names of weights stay as they are."""
+    """Let blocks attend as asked, compute their activations again, or run compiled; names of weights
+    stay as they are."""
+    model.attend_by(launch.attention)
     for block in cast("Iterable[nn.Module]", model.blocks):
         if launch.checkpoint_activations:
             # Dropout is a function of the position: no generator's state has to be kept.

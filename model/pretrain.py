@@ -324,7 +324,7 @@ def figures(
         "steps": plan.steps,
         "tokens": state.tokens,
         "parameters": parameters,
-        "embedding_share": samples.vocabulary * settings.shape.dim / parameters,
+        "embedding_share": settings.shape.embedding_share(samples.vocabulary),
         "tokens_per_parameter": state.tokens / parameters,
         "epochs": samples.epochs(),
         "loss": state.figures["loss"],

@@ -1,6 +1,7 @@
 """Pretraining as a stage; how it computes is in model/pretrain.py."""
 
 from conf.pretrain import PretrainConfig
+from conf.shape import LARGEST_EMBEDDING_SHARE, embedding_warning
 from storage.artifact import Artifact
 from storage.checkpoint import Policy
 from storage.tokens import Tokens
@@ -32,6 +33,9 @@ def pretrain(
         settings.batch_tokens,
         settings.shape.parameters(tokens.reader.meta.vocabulary),
     )
+    share = settings.shape.embedding_share(tokens.reader.meta.vocabulary)
+    if share > LARGEST_EMBEDDING_SHARE:
+        job.log.warning("%s", embedding_warning(share))
     job.metrics.update(run_worker(job, "model.pretrain", settings, inputs))
     return Policy(job.path)
 

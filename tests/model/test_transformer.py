@@ -5,8 +5,12 @@ import math
 import pytest
 import torch
 
+from conf.launch import LaunchConfig
 from conf.shape import RopeScalingConfig, ShapeConfig
 from model import transformer
+from model.engine import build_engine
+from model.optimizer import UpdateRule
+from model.ranks import Ranks
 from model.transformer import AttentionMask, Cache, Noise, Transformer, token_logprobs
 
 SHAPE = ShapeConfig(dim=32, layers=2, heads=4, kv_heads=2, context=64)
@@ -266,3 +270,9 @@ def test_shapes_that_contradict_themselves_are_refused() -> None:
         ShapeConfig(layers=3, no_rope_layers=(3,))
     with pytest.raises(ValueError, match="low_freq_factor=4 is not below high_freq_factor=4"):
         RopeScalingConfig(factor=8, low_freq_factor=4)
+
+
+def test_the_launch_settings_choose_the_attention() -> None:
+    net = model()
+    build_engine(net, LaunchConfig(attention="eager"), Ranks(), UpdateRule())
+    assert [block.attention for block in net.blocks] == ["eager", "eager"]
