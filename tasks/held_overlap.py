@@ -27,11 +27,11 @@ VERSION = 1
 class HeldGrams:
     """Distinct runs of words of all held-out documents."""
 
-    values: "NDArray[np.uint64]"
-    ends: "NDArray[np.int64]"
+    values: "NDArray[Any]"
+    ends: "NDArray[Any]"
     """Where each document's end among the values."""
-    shards: "NDArray[np.int64]"
-    rows: "NDArray[np.int64]"
+    shards: "NDArray[Any]"
+    rows: "NDArray[Any]"
 
 
 def held_overlaps(job: Job, corpus: Corpus, *, words: int) -> "pl.DataFrame":

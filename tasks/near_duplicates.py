@@ -9,7 +9,7 @@ Source: Leskovec, Rajaraman and Ullman, Mining of Massive Datasets, section 3.4 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -159,25 +159,15 @@ def build_landing(
 
 
 def copies_among(texts: "pl.Series", settings: DedupConfig) -> "list[int | None]":
-    """For every text the place of the earlier kept one that it is a near-copy of, or None: it is kept.
+    """For every text the place of the earlier kept one that it is a copy of, or None: it is kept.
 
-    For texts that fit in memory, such as conversations; as in the mode `near`, equal texts included. Texts
-    without a token are copies only of equal ones.
+    For texts that fit in memory, such as conversations, in the modes `near` and `exact`. Texts without a token
+    are copies only of equal ones.
     """
-    import numpy as np
-
-    signatures, shingles = sign_texts(texts, settings)
-    places = np.flatnonzero(shingles >= settings.min_shingles)
-    is_new = np.ones(len(places), np.bool_)
-    buckets, bucket_count = _numbered(keys_of(signatures[places], settings), is_new)
-    values, ends = shingle_sets(texts.gather(places), settings)
-    chosen = _choose(
-        buckets, bucket_count, ~is_new, places, signatures[places], (values, ends), settings
-    )
     found: list[int | None] = [None] * len(texts)
-    for place, is_dropped, nearest in zip(places, chosen[0], chosen[1], strict=True):
-        if is_dropped:
-            found[place] = int(places[nearest])
+    if settings.mode == "near" and len(texts):
+        for place, of in _near_among(texts, settings):
+            found[place] = of
     first: dict[str, int] = {}
     for place, text in enumerate(texts):
         original = first.setdefault(text, place)
@@ -185,6 +175,21 @@ def copies_among(texts: "pl.Series", settings: DedupConfig) -> "list[int | None]
             kept = found[original]
             found[place] = original if kept is None else kept
     return found
+
+
+def _near_among(texts: "pl.Series", settings: DedupConfig) -> "Iterator[tuple[int, int]]":
+    import numpy as np
+
+    signatures, shingles = sign_texts(texts, settings)
+    places = np.flatnonzero(shingles >= settings.min_shingles)
+    is_new = np.ones(len(places), np.bool_)
+    buckets, bucket_count = _numbered(keys_of(signatures[places], settings), is_new)
+    sets = shingle_sets(texts.gather(places), settings)
+    is_dropped, nearest, _, _ = _choose(
+        buckets, bucket_count, ~is_new, places, signatures[places], sets, settings
+    )
+    for place in np.flatnonzero(is_dropped):
+        yield int(places[place]), int(places[nearest[place]])
 
 
 def _documents_of(
