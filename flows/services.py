@@ -139,7 +139,7 @@ def _still_needed(live: list[RunRecord]) -> str:
     pids = " ".join(str(record.pid) for record in live)
     return (
         f"not ended, for the services are in use by the run {runs}; `bessemer down --wait` waits for "
-        f"its end, and `kill -INT {pids}` or the Prefect page cancels it, to be gone on with later"
+        f"its end, and `kill {pids}` or the Prefect page cancels it, to be gone on with later"
     )
 
 
