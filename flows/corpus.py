@@ -8,7 +8,7 @@ from prefect.client.schemas.objects import State
 from flows.part import run_part, threads
 
 
-@flow(task_runner=threads(), persist_result=False)
+@flow(flow_run_name="corpus", task_runner=threads(), persist_result=False)
 def corpus() -> State[Any]:
     """From raw files to token files: world, extract, filter, dedup, decontaminate, tokenizer, tokenize."""
     return run_part("corpus")

@@ -21,11 +21,12 @@ from flows.alignment import alignment
 from flows.closing import Say, attach_report
 from flows.corpus import corpus
 from flows.evaluation import evaluation
-from flows.execution import Execution, Listener
+from flows.execution import DONE, Execution, Listener
 from flows.part import current, verdict
 from flows.pretraining import pretraining
 from flows.runs import StageRecord
 from flows.settle import settle_dead_runs
+from storage.scores import Scores
 from tasks.stage import Job
 from tasks.tracking import Tracking
 
@@ -126,7 +127,7 @@ def _tracker(execution: Execution, tracking: Tracking) -> Listener:
         tracking.stage_ended(
             name,
             stage.status,
-            stage.metrics,
+            stage.metrics | _scores(stage),
             logs=logs,
             stage=stage.stage,
             fingerprint=stage.fingerprint or "",
@@ -135,3 +136,11 @@ def _tracker(execution: Execution, tracking: Tracking) -> Listener:
         )
 
     return Listener(on_node=on_node, on_job=on_job)
+
+
+def _scores(stage: StageRecord) -> dict[str, Any]:
+    """The figures of an artifact of scores, for a stage that has made one."""
+    if stage.kind != Scores.kind or stage.status not in DONE or not stage.path:
+        return {}
+    figures = Scores(Path(stage.path)).figures()
+    return {"scores": {name: figure.value for name, figure in figures.items() if figure.n}}

@@ -8,7 +8,7 @@ from prefect.client.schemas.objects import State
 from flows.part import run_part, threads
 
 
-@flow(task_runner=threads(), persist_result=False)
+@flow(flow_run_name="pretraining", task_runner=threads(), persist_result=False)
 def pretraining() -> State[Any]:
     """From token files to a pretrained model."""
     return run_part("pretraining")

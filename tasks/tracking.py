@@ -37,6 +37,8 @@ EVENTS = "tracking.jsonl"
 OUTPUT = "tracking.log"
 LOCK = "tracking.lock"
 EXPERIMENT = "bessemer"
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
+"""Opens the experiment's page on its runs and curves, not on traces of language model calls."""
 
 POLL_SECONDS = 1.0
 PATIENCE_SECONDS = 120.0
@@ -413,7 +415,7 @@ def _experiment(client: "MlflowClient", run_dir: Path) -> str:
     is_remote = client.tracking_uri.startswith(("http", "postgres", "mysql", "databricks"))
     place = None if is_remote else (run_dir.parent.parent / "mlartifacts").as_uri()
     try:
-        return client.create_experiment(EXPERIMENT, artifact_location=place)
+        return client.create_experiment(EXPERIMENT, artifact_location=place, tags=EXPERIMENT_TAGS)
     except MlflowException:
         # Another run's forwarder was faster.
         if found := client.get_experiment_by_name(EXPERIMENT):
