@@ -1,7 +1,7 @@
 """Near-duplicate removal with exact check, text in, keep bits out, against five others; speed and quality.
 
-The text is the corpus cut to pages, with planted copies of every second page (one to thirty per cent of
-its words changed). Peers are so slow that a part tells their rate: it is stated in the row.
+The text is the corpus cut to pages, with planted copies of three pages of four (up to four per cent
+of their words changed). Peers are so slow that a part tells their rate: it is stated in the row.
 """
 
 import json
@@ -130,9 +130,9 @@ def _pages(text: str) -> list[str]:
 
 
 def _with_copies(pages: Sequence[str]) -> list[str]:
-    """Every second page also as a copy, all of them in a seeded order."""
+    """Three of four pages also as a copy, all of them in a seeded order."""
     pick = random.Random(0)
-    texts = [*pages, *(_varied(page, pick) for page in pages[::2])]
+    texts = [*pages, *(_varied(page, pick) for number, page in enumerate(pages) if number % 4)]
     pick.shuffle(texts)
     return texts
 

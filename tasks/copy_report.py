@@ -1,5 +1,6 @@
 """Figures and examples of what dedup found."""
 
+import functools
 import json
 from typing import TYPE_CHECKING, Any
 
@@ -95,9 +96,20 @@ def _examples(corpus: Corpus, pairs: "pl.DataFrame") -> list[dict[str, Any]]:
     """Both texts of some pairs: their beginnings, or the passage that they share."""
     shards = corpus.shards
 
+    @functools.lru_cache(maxsize=1)
+    def texts(shard: int) -> "pl.Series":
+        return shards[shard].read(["text"], kept_only=False)["text"]
+
+    shown = pairs.head(EXAMPLES)
+    beginnings = {
+        (shard, row): str(texts(shard)[row])
+        for shard, row in sorted(
+            {*shown.select("shard", "row").rows(), *shown.select("of_shard", "of_row").rows()}
+        )
+    }
+
     def text(shard: int, row: int, start: int = 0) -> str:
-        texts = shards[shard].read(["text"], kept_only=False)["text"]
-        return str(texts[row])[start : start + EXAMPLE_CHARS]
+        return beginnings[shard, row][start : start + EXAMPLE_CHARS]
 
     return [
         {
@@ -105,5 +117,5 @@ def _examples(corpus: Corpus, pairs: "pl.DataFrame") -> list[dict[str, Any]]:
             "text": text(pair["shard"], pair["row"], pair.get("start", 0)),
             "of_text": text(pair["of_shard"], pair["of_row"]),
         }
-        for pair in pairs.head(EXAMPLES).iter_rows(named=True)
+        for pair in shown.iter_rows(named=True)
     ]

@@ -9,7 +9,9 @@ Source: Leskovec, Rajaraman and Ullman, Mining of Massive Datasets, section 3.4 
 """
 
 import math
+import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,12 +28,15 @@ from tasks.signatures import (
     keys_of,
     shingle_sets,
     sign_texts,
+    texts_of,
 )
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
     import polars as pl
+
+    from tasks.signatures import Texts
 
     Rows = npt.NDArray[np.int64]
 
@@ -62,15 +67,15 @@ class SignedShard:
             return np.arange(self.shard.rows, dtype=np.int64)
         return pl.read_parquet(self.signed / UNITS, columns=["row"])["row"].to_numpy().astype("i8")
 
-    def texts(self, units: "Rows") -> "pl.Series":
+    def texts(self, units: "Rows") -> "Texts":
         """The texts of some units."""
         import polars as pl
 
-        texts = self.shard.read(["text"], kept_only=False)["text"]
+        texts = texts_of(self.shard)
         if not (self.signed / UNITS).exists():
-            return texts.gather(units)
+            return texts if len(units) == len(texts) else texts.take(units)
         spans = pl.read_parquet(self.signed / UNITS)[units]
-        pieces = spans.with_columns(text=texts.gather(spans["row"]))
+        pieces = spans.with_columns(text=pl.Series(texts).gather(spans["row"]))
         piece = pl.col("text").str.slice("start", pl.col("end") - pl.col("start"))
         return pieces.select(piece.str.strip_chars())["text"]
 
@@ -404,17 +409,16 @@ def _shingle_sets(
 ) -> "tuple[npt.NDArray[np.uint64], npt.NDArray[np.int64]]":
     import numpy as np
 
-    values: list[npt.NDArray[np.uint64]] = []
-    ends: list[npt.NDArray[np.int64]] = []
-    total = 0
-    for signed, units in documents.by_shard():
-        if not len(units):
-            continue
-        of_shard, ends_of_shard = shingle_sets(signed.texts(units), settings)
-        values.append(of_shard)
-        ends.append(ends_of_shard + total)
-        total += len(of_shard)
-    return np.concatenate(values), np.concatenate(ends)
+    def of_shard(item: "tuple[SignedShard, Rows]") -> "tuple[Any, Any]":
+        return shingle_sets(item[0].texts(item[1]), settings)
+
+    meant = [item for item in documents.by_shard() if len(item[1])]
+    # Threads: reading and the kernel let go of the interpreter.
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
+        sets = list(threads.map(of_shard, meant))
+    starts = np.cumsum([0, *(len(values) for values, _ in sets)])
+    ends = [ends + start for (_, ends), start in zip(sets, starts, strict=False)]
+    return np.concatenate([values for values, _ in sets]), np.concatenate(ends)
 
 
 def _table(

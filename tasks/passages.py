@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from conf.dedup import DedupConfig
 from storage.corpus import Shard
 from tasks.near_duplicates import SignedShard
-from tasks.signatures import SIGN_ROWS, text_buffers
+from tasks.signatures import SIGN_ROWS, text_buffers, texts_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,7 +33,7 @@ def build_anchors(files: Path, shard: Shard, settings: DedupConfig) -> dict[str,
     from tasks.kernels import passages as kernel
     from tasks.kernels.compiling import alone
 
-    texts = shard.read(["text"], kept_only=False)["text"]
+    texts = texts_of(shard)
     with alone():
         kernel.anchors(*text_buffers(texts[:1]), settings.passage_tokens)
     anchors, ends, total = [np.zeros(0, np.uint64)], [np.zeros(0, np.int64)], 0
@@ -137,7 +137,7 @@ def _runs(
         meant = meant[_kept(signed)[meant]]
         if not len(meant):
             continue
-        texts = signed.shard.read(["text"], kept_only=False)["text"].gather(meant)
+        texts = texts_of(signed.shard).take(meant)
         hashes, where = kernel.runs(*text_buffers(texts), settings.passage_tokens, shared)
         columns = {"hash": hashes, "owner": meant[where[:, 0]] + first}
         columns |= {"start": where[:, 1], "end": where[:, 2]}

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
     import polars as pl
+    import pyarrow as pa
+
+    Texts = pl.Series | pa.Array[Any]
 
 TEXT_HASHES = "text_hashes.npy"
 """(units, 2) uint64, the 128 bits of xxh3 of the UTF-8 text."""
@@ -50,15 +53,17 @@ def build_signatures(
 
     from tasks.kernels.compiling import alone
 
-    texts = shard.read(["text"], kept_only=False)["text"]
+    texts: Texts = texts_of(shard)
     if settings.unit == "paragraph":
-        units = paragraphs_of(texts, settings.min_paragraph_tokens)
+        units = paragraphs_of(_series(texts), settings.min_paragraph_tokens)
         texts = units["text"]
         units.drop("text").write_parquet(files / UNITS, compression="zstd")
-    digests = b"".join(xxhash.xxh3_128_digest(text.encode("utf-8")) for text in texts)
+    content, offsets = text_buffers(texts)
+    view, limits = memoryview(content), itertools.pairwise(offsets.tolist())
+    digests = b"".join(xxhash.xxh3_128_digest(view[start:end]) for start, end in limits)
     np.save(files / TEXT_HASHES, np.frombuffer(digests, np.uint64).reshape(-1, 2))
     if settings.keep in ("longest", "quality"):
-        np.save(files / SCORES, _scores(texts, settings))
+        np.save(files / SCORES, _scores(_series(texts), settings))
     if settings.mode in ("near", "simhash"):
         with alone():
             _sign(texts[:1], settings, frequencies)
@@ -67,6 +72,28 @@ def build_signatures(
         np.save(files / BANDS, keys_of(signatures, settings))
         np.save(files / SHINGLES, shingles)
     return {"units": len(texts)}
+
+
+def texts_of(shard: Shard) -> "pa.Array[Any]":
+    """Every text of a shard, dropped rows too, without what was cut, as the kernels read it."""
+    import polars as pl
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if shard.has_cuts:
+        texts = shard.read(["text"], kept_only=False)["text"].rechunk()
+        array: Any = texts.to_arrow(compat_level=pl.CompatLevel.oldest())
+        return array.cast(pa.large_string())
+    column: Any = pq.read_table(shard.text_path, columns=["text"], memory_map=True)["text"]
+    if len(column) != shard.rows:
+        shard.read(["text"])  # raises, and says why
+    return pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], pa.large_string())
+
+
+def _series(texts: "Texts") -> "pl.Series":
+    import polars as pl
+
+    return texts if isinstance(texts, pl.Series) else pl.Series(texts)
 
 
 def paragraphs_of(texts: "pl.Series", min_tokens: int) -> "pl.DataFrame":
@@ -109,7 +136,7 @@ def _scores(texts: "pl.Series", settings: DedupConfig) -> "npt.NDArray[np.float3
 
 
 def _sign(
-    texts: "pl.Series", settings: DedupConfig, frequencies: Path | None
+    texts: "Texts", settings: DedupConfig, frequencies: Path | None
 ) -> "tuple[npt.NDArray[Any], npt.NDArray[np.uint32]]":
     if settings.mode == "near":
         return sign_texts(texts, settings)
@@ -117,7 +144,7 @@ def _sign(
 
 
 def sign_texts(
-    texts: "pl.Series", settings: DedupConfig
+    texts: "Texts", settings: DedupConfig
 ) -> "tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint32]]":
     """(documents, bands * band_rows) MinHash signatures, and (documents,) numbers of shingles."""
     import numpy as np
@@ -137,7 +164,7 @@ def sign_texts(
 
 
 def simhash_texts(
-    texts: "pl.Series", settings: DedupConfig, frequencies: Path | None = None
+    texts: "Texts", settings: DedupConfig, frequencies: Path | None = None
 ) -> "tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint32]]":
     """(documents,) SimHashes, and (documents,) numbers of shingles."""
     import numpy as np
@@ -226,7 +253,7 @@ def keys_of(signatures: "npt.NDArray[Any]", settings: DedupConfig) -> "npt.NDArr
 
 
 def shingle_sets(
-    texts: "pl.Series", settings: DedupConfig
+    texts: "Texts", settings: DedupConfig
 ) -> "tuple[npt.NDArray[np.uint64], npt.NDArray[np.int64]]":
     """Sorted distinct shingles of every text, after one another, and where each one's end."""
     import numpy as np
@@ -245,7 +272,7 @@ def shingle_sets(
 
 
 def pieces_of(
-    texts: "pl.Series", settings: DedupConfig
+    texts: "Texts", settings: DedupConfig
 ) -> "Iterator[tuple[int, int, tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64], int, int]]]":
     """Some thousand texts at a time: first and last place, and what every kernel asks for."""
     from tasks.kernels.minhash import HOW
@@ -255,7 +282,7 @@ def pieces_of(
         end = min(start + SIGN_ROWS, len(texts))
         piece = texts[start:end]
         if settings.shingles == "words":
-            piece = _in_words(piece)
+            piece = _in_words(_series(piece))
         text, offsets = text_buffers(piece)
         yield start, end, (text, offsets, settings.shingle_tokens, how)
 
@@ -272,16 +299,18 @@ def _in_words(texts: "pl.Series") -> "pl.Series":
 
 
 def text_buffers(
-    texts: "pl.Series",
+    texts: "Texts",
 ) -> "tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]":
     """The UTF-8 bytes of all texts, and where each begins (one more than texts)."""
     import numpy as np
     import polars as pl
     import pyarrow as pa
 
-    found: Any = texts.fill_null("").rechunk().to_arrow(compat_level=pl.CompatLevel.oldest())
-    array = found.cast(pa.large_binary())
-    offsets = np.frombuffer(array.buffers()[1], np.int64)
+    array: Any = texts
+    if isinstance(texts, pl.Series):
+        array = texts.fill_null("").rechunk().to_arrow(compat_level=pl.CompatLevel.oldest())
+    array = array.cast(pa.large_binary())
+    offsets = np.frombuffer(array.buffers()[1] or bytes(8), np.int64)
     offsets = offsets[array.offset : array.offset + len(array) + 1]
     buffer = array.buffers()[2]
     return np.frombuffer(buffer if buffer is not None else b"", np.uint8), offsets
