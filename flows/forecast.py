@@ -40,6 +40,12 @@ def _costs_row(item: Planned, costs: Costs) -> list[str]:
     ]
 
 
+def _time(costs: Costs, later: str) -> str:
+    if costs.seconds:
+        return f"{human_time(costs.seconds)} ({costs.rate_source})"
+    return costs.rate_source if costs.flops else later
+
+
 def budget_table(lines: list[Answer]) -> Table:
     """The answer to a question about budgets."""
     rows = [[line.what, f"{human_count(line.value)} {line.unit}", line.rule] for line in lines]

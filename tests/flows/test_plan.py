@@ -11,7 +11,7 @@ from flows.preparation import Request, prepare
 from flows.runs import Home
 from tasks.processes import cuda_devices
 
-NEEDS_DATA = ("standard", "small")
+NEEDS_DATA = ("standard", "small", "baby_llama2", "zero_chatgpt")
 """Recipes that name no data of their own."""
 
 

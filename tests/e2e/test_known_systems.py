@@ -1,0 +1,101 @@
+"""The recipes of known systems run end to end, shortened: their shapes with two layers and a few steps."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from conf.world import WorldConfig
+from flows.graph import load_graph
+from flows.lookup import Lookup
+from storage.artifact import Artifact
+from storage.checkpoint import Export, Policy
+from storage.source import HashCache
+from storage.store import Store
+from tasks.stage import Job, execute
+from tasks.world import world
+
+SHORT = [
+    "launch.threads=1",
+    "tokenizer.vocabulary=500",
+    "pretrain.shape.layers=2",
+    "pretrain.tokens=2048",
+    "pretrain.held_tokens=600",
+    "sft.max_steps=1",
+    "sft.batch_rows=2",
+    "sft.held_rows=2",
+    "evaluate_pretrain.held_documents=2",
+    "evaluate_sft.held_documents=2",
+    "evaluate_pretrain.prompts=[Hello]",
+    "evaluate_sft.prompts=[Hello]",
+    "evaluate_pretrain.max_new_tokens=4",
+    "evaluate_sft.max_new_tokens=4",
+]
+SHORT_PPO = [
+    "reward.max_steps=1",
+    "reward.batch_rows=2",
+    "reward.scale_answers=2",
+    "reward.max_new_tokens=4",
+    "ppo.iterations=1",
+    "ppo.rollout_rows=2",
+    "ppo.minibatch_rows=2",
+    "ppo.max_new_tokens=4",
+    "ppo.held_prompts=2",
+    "evaluate_ppo.held_documents=2",
+    "evaluate_ppo.prompts=[Hello]",
+    "evaluate_ppo.max_new_tokens=4",
+]
+
+
+def data(folder: Path) -> Path:
+    """A folder laid out as the recipe `small` reads it, of the demo world's files."""
+    made = folder / "made"
+    (made / "files").mkdir(parents=True)
+    job = Job(node="world", stage="world", path=made, store=None)  # type: ignore[arg-type]
+    settings = WorldConfig(warcs=4, good_pages=24, animals=6, chats=60, pairs=60, held_pairs=10)
+    files = world(job, settings=settings).files
+    shutil.copytree(files / "crawl", folder / "data" / "crawl")
+    shutil.copytree(files / "chats", folder / "data" / "sft" / "world")
+    shutil.copytree(files / "preferences", folder / "data" / "preference" / "world")
+    return folder
+
+
+def run(recipe: str, overrides: list[str], folder: Path) -> dict[str, Artifact]:
+    """Build every node, as a run does, without Prefect."""
+    graph = load_graph(recipe, ["data=data", *overrides], base=folder)
+    lookup = Lookup(graph, Store(folder / "store"), folder, HashCache(), True)
+    for name, node in graph.nodes.items():
+        address = lookup.address(name)
+        outcome = execute(
+            node.spec,
+            node=name,
+            settings=node.settings,
+            inputs=address.inputs,
+            sources=address.sources,
+            store=lookup.store,
+            workers=1,
+        )
+        lookup.artifacts[name] = outcome.artifact
+    return lookup.artifacts
+
+
+def counted(policy: Artifact) -> tuple[int, ...]:
+    assert isinstance(policy, Policy)
+    shape = policy.card.shape
+    return (shape.dim, shape.heads, shape.kv_heads, shape.ffn_width, shape.context)
+
+
+@pytest.mark.slow
+def test_baby_llama2_pretrains_fine_tunes_and_leaves(tmp_path: Path) -> None:
+    built = run("baby_llama2", [*SHORT, "pretrain.batch_tokens=1024"], data(tmp_path))
+    assert counted(built["pretrain"]) == counted(built["sft"]) == (512, 8, 8, 1376, 512)
+    assert not {"reward", "ppo", "dpo"} & set(built)
+    assert isinstance(built["export"], Export)
+
+
+@pytest.mark.soak
+def test_zero_chatgpt_goes_on_to_ppo(tmp_path: Path) -> None:
+    overrides = [*SHORT, *SHORT_PPO, "pretrain.batch_tokens=2048"]
+    built = run("zero_chatgpt", overrides, data(tmp_path))
+    assert counted(built["ppo"]) == (512, 16, 16, 2752, 1024)
+    assert isinstance(built["export"], Export)
