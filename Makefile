@@ -6,7 +6,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED = false
 export MLFLOW_DISABLE_TELEMETRY = true
 export DO_NOT_TRACK = 1
 
-.PHONY: run test soak check bench up down setup clean
+.PHONY: run test soak check bench bench-gpu up down setup clean
 
 run: $(READY)
 	$(BIN)/bessemer run demo
@@ -27,6 +27,9 @@ check: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks $(if $(DATA),--data $(DATA))
+
+bench-gpu: $(READY)
+	$(BIN)/python -m benchmarks.gpu $(if $(OUT),--out $(OUT))
 
 up: $(READY)
 	$(BIN)/bessemer up

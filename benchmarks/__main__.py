@@ -37,7 +37,7 @@ def _names(asked: list[str]) -> Iterator[str]:
     known = [
         module.name
         for module in pkgutil.iter_modules(benchmarks.__path__)
-        if module.name not in ("__main__", "peers", "work")
+        if module.name not in ("__main__", "gpu", "peers", "work")
     ]
     if unknown := set(asked) - set(known):
         raise SystemExit(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(known)}")

@@ -1,8 +1,8 @@
 """Where and how the jobs of torch stages run. Nothing here changes what is computed."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from conf.settings import Settings
 
@@ -10,6 +10,10 @@ DEEPSPEED_ENGINES = ("zero1", "zero2", "zero3")
 """Engines that need DeepSpeed and its launcher."""
 SPREADING_ENGINES = ("fsdp", "zero3")
 """Engines under which no process holds the whole model; only pretraining runs on them."""
+
+DEEPSPEED_SECTIONS = ("zero_optimization", "comms_logger", "flops_profiler", "wall_clock_breakdown")
+"""Sections of DeepSpeed's JSON that pass through; what the others choose is told by our settings."""
+ZERO_KEYS_OF_OURS = ("stage", "offload_optimizer", "offload_param", "zero_hpz_partition_size")
 
 
 class LaunchConfig(Settings):
@@ -24,6 +28,9 @@ class LaunchConfig(Settings):
     """Ranks on this host."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes CUDA where a device is found."""
+    deepspeed: dict[str, Any] = Field(default_factory=dict[str, Any])
+    """DeepSpeed's own options beside ours, in the words of its JSON, e.g. `{zero_optimization:
+    {reduce_bucket_size: 50000000, overlap_comm: true}}`."""
     threads: Annotated[int, Field(ge=0)] = 0
     """CPU threads per rank; 0 divides the cores among the ranks."""
     micro_batch: Annotated[int, Field(ge=0)] = 0
@@ -56,3 +63,19 @@ class LaunchConfig(Settings):
     """How long a job whose follower is gone goes on; 0 for ever."""
     grace_seconds: Annotated[float, Field(gt=0)] = 30.0
     """Time between asking a job to stop (it checkpoints) and killing it."""
+
+    @field_validator("deepspeed")
+    @classmethod
+    def _passes_through(cls, options: dict[str, Any]) -> dict[str, Any]:
+        if others := sorted(set(options) - set(DEEPSPEED_SECTIONS)):
+            raise ValueError(
+                f"deepspeed.{others[0]} is chosen by our own settings (engine, precision, clip, "
+                f"micro_batch, ...) or not offered; {', '.join(DEEPSPEED_SECTIONS)} pass through"
+            )
+        zero = options.get("zero_optimization", {})
+        if ours := sorted(set(zero) & set(ZERO_KEYS_OF_OURS)):
+            raise ValueError(
+                f"deepspeed.zero_optimization.{ours[0]} does not pass through; the stage is chosen by "
+                f"engine, and offloading is not offered"
+            )
+        return options

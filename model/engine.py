@@ -97,7 +97,7 @@ def build_engine(
             # Late: deepspeed is needed for its own engine alone, and takes seconds to import.
             from model.zero import ZeroEngine
 
-            return ZeroEngine(model, ranks, rule, stage=int(launch.engine.removeprefix("zero")))
+            return ZeroEngine(model, ranks, rule, launch)
 
 
 def refuse_impossible(launch: LaunchConfig, ranks: Ranks, rule: UpdateRule) -> None:

@@ -5,7 +5,7 @@ import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -95,7 +95,7 @@ def _be_deterministic() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
     # Memory that is written before it is read needs no filling; that costs a pass over every tensor.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    cast("Any", torch.utils.deterministic).fill_uninitialized_memory = False
 
 
 def _device(launch: LaunchConfig) -> torch.device:

@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from conf.launch import LaunchConfig
 from model.batches import Batch
 from model.engine import MODEL_FILE, OPTIMIZER_FILE, Loss, Objective, Seen, optimizer_states
 from model.optimizer import LossScale, UpdateRule, adamw, parameter_groups, set_learning_rate
@@ -23,11 +24,14 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class ZeroEngine:
     """DeepSpeed with torch's AdamW, weights in fp32. Source: Rajbhandari et al. 2020, section 5."""
 
-    def __init__(self, model: Transformer, ranks: Ranks, rule: UpdateRule, *, stage: int) -> None:
+    def __init__(
+        self, model: Transformer, ranks: Ranks, rule: UpdateRule, launch: LaunchConfig
+    ) -> None:
+        stage = int(launch.engine.removeprefix("zero"))
         self.model, self.ranks, self.rule, self.stage = model, ranks, rule, stage
         self.scale: LossScale | None = None
         self._objective = Objective(model, rule, ranks.device)
-        self._engine = _initialise(self._objective, model, ranks, rule, stage)
+        self._engine = _initialise(self._objective, model, ranks, rule, zero_options(launch, rule))
         self._zero = self._engine.optimizer
 
     def backward(
@@ -158,7 +162,11 @@ class ZeroEngine:
 
 
 def _initialise(
-    objective: Objective, model: Transformer, ranks: Ranks, rule: UpdateRule, stage: int
+    objective: Objective,
+    model: Transformer,
+    ranks: Ranks,
+    rule: UpdateRule,
+    options: dict[str, Any],
 ) -> Any:
     if ranks.device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -170,14 +178,22 @@ def _initialise(
         model=objective,
         optimizer=adamw(model, rule),
         dist_init_required=False,
-        config={
-            "train_micro_batch_size_per_gpu": 1,
-            "gradient_accumulation_steps": 1,
-            "gradient_clipping": rule.clip_norm,
-            "zero_optimization": {"stage": stage},
-            "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,
-            "steps_per_print": 10**12,
-        },
+        config=options,
     )
     return engine
+
+
+def zero_options(launch: LaunchConfig, rule: UpdateRule) -> dict[str, Any]:
+    """DeepSpeed's configuration: ours, and beside it what the launch settings pass through."""
+    own = launch.deepspeed
+    stage = int(launch.engine.removeprefix("zero"))
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": rule.clip_norm,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**12,
+        **own,
+        "zero_optimization": {**own.get("zero_optimization", {}), "stage": stage},
+    }

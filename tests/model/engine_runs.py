@@ -55,8 +55,16 @@ def run(
     attempt: Path, tokens: Path, engine: str, ranks: Ranks, *, last: int = 0, **settings: object
 ) -> None:
     """The whole job, or up to the step at which it dies."""
+    # Buckets of DeepSpeed that this small model does not fit into at once.
+    buckets = {"reduce_bucket_size": 20_000, "stage3_prefetch_bucket_size": 10_000}
     launch = LaunchConfig.model_validate(
-        {"engine": engine, "processes": ranks.world, "threads": 1, "micro_batch": 3}
+        {
+            "engine": engine,
+            "processes": ranks.world,
+            "threads": 1,
+            "micro_batch": 3,
+            "deepspeed": {"zero_optimization": buckets} if engine.startswith("zero") else {},
+        }
     )
     chosen = SETTINGS.model_copy(update={"launch": launch, **settings})
     if ranks.is_first:

@@ -67,8 +67,8 @@ def start(module: str, job: Path, *, processes: int = 1, **environment: str) -> 
     return ranks
 
 
-def finish(ranks: list[Any], *, code: int = 0) -> str:
+def finish(ranks: list[Any], *, code: int = 0, timeout: float = 240) -> str:
     """Wait for all ranks; every one must end with that code. Returns what they printed."""
-    output = "".join(rank.communicate(timeout=240)[0] for rank in ranks)
+    output = "".join(rank.communicate(timeout=timeout)[0] for rank in ranks)
     assert [rank.returncode for rank in ranks] == [code] * len(ranks), output
     return output

@@ -59,7 +59,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         )
         for rank in range(2)
     ]  # fmt: skip
-    finish(ranks)
+    finish(ranks, timeout=550)
     run(folder / "plain", tokens, "plain", Ranks())
     return Runs(folder, tokens, deaths)
 

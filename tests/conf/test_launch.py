@@ -1,0 +1,64 @@
+"""Launch settings: presets, and what passes through to DeepSpeed."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from conf.launch import DEEPSPEED_ENGINES, LaunchConfig
+from conf.pretrain import PretrainConfig
+from model.optimizer import UpdateRule
+from model.zero import zero_options
+
+PRESETS = sorted((Path(__file__).resolve().parents[2] / "conf" / "launch").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_every_preset_is_valid_and_has_the_launcher_of_its_engine(path: Path) -> None:
+    launch = LaunchConfig.model_validate(yaml.safe_load(path.read_text("utf-8")))
+    assert (launch.launcher == "deepspeed") == (launch.engine in DEEPSPEED_ENGINES)
+    assert (launch.engine == "plain") == (launch.processes == 1)
+
+
+def test_nothing_of_the_launch_is_identity() -> None:
+    compiled = LaunchConfig(compile=True, engine="fsdp", processes=2, fused_head="on")
+    assert PretrainConfig(launch=compiled).identity() == PretrainConfig().identity()
+
+
+def test_options_of_deepspeed_pass_through_beside_ours() -> None:
+    launch = LaunchConfig(
+        engine="zero3", deepspeed={"zero_optimization": {"sub_group_size": 10**6}}
+    )
+    found = zero_options(launch, UpdateRule(clip_norm=0.5))
+    assert found["zero_optimization"] == {"sub_group_size": 10**6, "stage": 3}
+    assert found["gradient_clipping"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"fp16": {"enabled": True}}, "deepspeed.fp16 is chosen by our own settings"),
+        ({"zero_optimization": {"stage": 1}}, "the stage is chosen by engine"),
+        ({"zero_optimization": {"offload_param": {}}}, "offloading is not offered"),
+    ],
+)
+def test_what_would_contradict_our_settings_is_refused(
+    options: dict[str, object], words: str
+) -> None:
+    with pytest.raises(ValidationError, match=words):
+        LaunchConfig(deepspeed=options)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"optimizer": "muon", "launch": {"engine": "zero2"}}, "use launch.engine=ddp or"),
+        ({"precision": "fp16", "launch": {"engine": "zero1"}}, "use precision=bf16 or"),
+        ({"exclude": ["web"]}, "should match pattern"),
+        ({"cycle": 1.5}, "less than or equal to 1.25"),
+    ],
+)
+def test_pretraining_refuses_what_cannot_be(settings: dict[str, object], words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        PretrainConfig.model_validate(settings)
