@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from conf.launch import LaunchConfig
+from conf.lora import LoraConfig
 from conf.settings import RUNTIME, Settings
 
 
@@ -47,6 +48,8 @@ class DpoConfig(Settings):
     gate_chosen_reward: float = -10.0
     """Least mean reward (beta times the log-ratio to the reference) of held-out chosen answers that
     on_gate=fail allows; chosen answers that become unlikely are how DPO degenerates."""
+    lora: LoraConfig = LoraConfig()
+    """A low-rank correction that is learnt in place of all weights, and merged into them at the end."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the order of the pairs."""
     evaluate_every_steps: Annotated[int, Field(ge=0), RUNTIME] = 50
@@ -55,6 +58,11 @@ class DpoConfig(Settings):
     """Updates between two checkpoints, besides those by time; 0 for by time alone."""
     launch: Annotated[LaunchConfig, RUNTIME] = LaunchConfig()
     """Where and how the job runs."""
+
+    @model_validator(mode="after")
+    def _engine_fits(self) -> "DpoConfig":
+        self.lora.refuse_engine(self.launch)
+        return self
 
     @model_validator(mode="after")
     def _smoothing_has_a_meaning(self) -> "DpoConfig":

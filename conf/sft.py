@@ -2,9 +2,10 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from conf.launch import LaunchConfig
+from conf.lora import LoraConfig
 from conf.settings import RUNTIME, Settings
 
 
@@ -36,6 +37,8 @@ class SftConfig(Settings):
     """What the model computes in; weights and optimizer are float32 either way."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the order of the conversations."""
+    lora: LoraConfig = LoraConfig()
+    """A low-rank correction that is learnt in place of all weights, and merged into them at the end."""
     held_rows: Annotated[int, Field(ge=0), RUNTIME] = 512
     """Held-out conversations, spread evenly, on which the loss is followed; 0 for all."""
     evaluate_every_steps: Annotated[int, Field(ge=0), RUNTIME] = 100
@@ -44,3 +47,8 @@ class SftConfig(Settings):
     """Updates between two checkpoints, besides those by time; 0 for by time alone."""
     launch: Annotated[LaunchConfig, RUNTIME] = LaunchConfig()
     """Where and how the job runs."""
+
+    @model_validator(mode="after")
+    def _engine_fits(self) -> "SftConfig":
+        self.lora.refuse_engine(self.launch)
+        return self

@@ -19,6 +19,7 @@ from model.engine import Loss as StepLoss
 from model.engine import build_engine
 from model.journal import Journal
 from model.loop import Ended, train
+from model.lora import add_lora, merge_lora
 from model.ranks import Ranks
 from model.transformer import Transformer, token_logprobs
 from model.tuning import (
@@ -66,6 +67,7 @@ def work(job: JobFile, ranks: Ranks, journal: Journal) -> dict[str, Any]:
     held = renderer.pairs(read_preferences(folder, "held"))
     steps = steps_of(settings, len(rows))
     order = order_of(settings, [row.length for row in rows], ranks)
+    add_lora(model, settings.lora, settings.seed)
     engine = build_engine(model, job.launch, ranks, update_rule(settings))
     # The policy is its own reference as long as it has not learnt; this is before a checkpoint is read.
     scorer = Scorer(model, tokenizer.pad, settings, ranks)
@@ -95,6 +97,7 @@ def work(job: JobFile, ranks: Ranks, journal: Journal) -> dict[str, Any]:
         evaluate=lambda step: held_figures(held_rewards()),
     )
     accuracy = final_accuracy(held_rewards(), settings)
+    merge_lora(model)
     if ranks.is_first:
         save_model(job.files, model, role="policy", tokenizer=source / TOKENIZER)
     return {

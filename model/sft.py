@@ -18,6 +18,7 @@ from model.dialogues import Dialogue, Renderer, dialogue_batch
 from model.engine import build_engine
 from model.journal import Journal
 from model.loop import train
+from model.lora import add_lora, merge_lora
 from model.ranks import Ranks
 from model.transformer import Transformer, token_logprobs
 from model.tuning import (
@@ -63,6 +64,7 @@ def work(job: JobFile, ranks: Ranks, journal: Journal) -> dict[str, Any]:
         job.launch,
         ranks,
     )
+    add_lora(model, settings.lora, settings.seed)
     engine = build_engine(model, job.launch, ranks, update_rule(settings))
     state = train(
         engine,
@@ -73,6 +75,7 @@ def work(job: JobFile, ranks: Ranks, journal: Journal) -> dict[str, Any]:
         journal=journal,
         evaluate=lambda step: held_losses(model, held, tokenizer.pad, settings, ranks),
     )
+    merge_lora(model)
     if ranks.is_first:
         save_model(job.files, model, role="policy", tokenizer=source / TOKENIZER)
     return {

@@ -1,0 +1,27 @@
+"""Settings of low-rank adaptation."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from conf.launch import LaunchConfig
+from conf.settings import Settings
+
+LORA_ENGINES = ("plain", "ddp")
+
+
+class LoraConfig(Settings):
+    """Whether a small correction of each matrix is learnt in place of the matrix itself."""
+
+    rank: Annotated[int, Field(ge=0)] = 0
+    """Rank of the corrections; 0 trains all weights (Hu et al. 2022, table 6: 4 to 64)."""
+    alpha: Annotated[float, Field(gt=0)] = 16.0
+    """The correction counts alpha / rank times; corrections want about ten times the learning rate."""
+
+    def refuse_engine(self, launch: LaunchConfig) -> None:
+        """Raises ValueError for an engine that spreads what the corrections are added to."""
+        if self.rank and launch.engine not in LORA_ENGINES:
+            raise ValueError(
+                f"lora.rank={self.rank} does not run on launch.engine={launch.engine}; use "
+                f"launch.engine=ddp, or lora.rank=0"
+            )
