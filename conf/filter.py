@@ -1,8 +1,8 @@
 """Settings of filter: which documents are worth keeping, and the thresholds with their sources."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from conf.settings import RUNTIME, Settings, SourceSpec
 
@@ -257,8 +257,28 @@ class FilterConfig(Settings):
     """Lists of words, one a line; none by default."""
     max_bad_words: Annotated[int, Field(ge=0)] = 0
     """Bad words that a document may have."""
+    good_texts: tuple[SourceSpec, ...] = ()
+    """Samples of good text: an n-gram model of them gives every document its perplexity."""
+    bad_texts: tuple[SourceSpec, ...] = ()
+    """Samples of what is not wanted (spam, unsafe text): a linear classifier tells it from the good."""
+    drop_perplexity: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of each language's documents, those of the highest perplexity, that is `perplexity_tail`."""
+    drop_quality: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of each language's documents, those most like the bad texts, that is `low_quality`."""
+    own_rules: tuple[SourceSpec, ...] = ()
+    """Python files with `def drops(document) -> bool` each; their content is part of identity."""
     examples: Annotated[int, RUNTIME, Field(ge=0)] = 20
     """Dropped and borderline documents per rule that are kept for people."""
+
+    @model_validator(mode="after")
+    def _has_samples(self) -> Self:
+        if (self.drop_perplexity or self.bad_texts) and not self.good_texts:
+            raise ValueError(
+                "perplexity and quality are measured against good text: give `good_texts`"
+            )
+        if self.drop_quality and not self.bad_texts:
+            raise ValueError("a classifier needs two samples: give `bad_texts`, or drop_quality=0")
+        return self
 
     def rules(self) -> tuple[Rule, ...]:
         """The rules in force, in the order in which a reason is looked for.

@@ -10,6 +10,16 @@ from storage.corpus import Corpus, Shard
 from storage.source import Source
 from tasks.fanout import Part, PartItem, fan_out
 from tasks.length_outliers import carried_on, measured, with_sigmas, write_lengths
+from tasks.quality import (
+    OWN,
+    PERPLEXITY,
+    QUALITY,
+    bounds_of,
+    by_source,
+    quality_parts,
+    read_scores,
+    write_bounds,
+)
 from tasks.rows import open_text
 from tasks.stage import Job, stage
 from tasks.text_statistics import build_statistics, read_statistics
@@ -50,11 +60,18 @@ def filter(  # noqa: A001 - the stage's word
     lengths = measured(_lengths(shards, parts, settings), settings.outlier_spread)
     if pinned is not None:
         lengths = carried_on(pinned, lengths, settings)
+    scores = quality_parts(job, shards, settings)
+    bounds = _bounds(job, shards, scores, settings, pinned)
     tally = Tally(rules, settings.examples)
 
     def keeps() -> Iterator["pl.DataFrame"]:
         for shard, part in zip(shards, parts, strict=True):
-            frame = _judged(_frame(shard, part), rules, lengths, settings)
+            frame = _frame(shard, part)
+            if bounds is not None:
+                frame = frame.hstack(read_scores(scores[shard.index])).join(
+                    bounds, on="language", how="left", maintain_order="left"
+                )
+            frame = _judged(frame, rules, lengths, settings)
             tally.add(shard, frame)
             yield frame.select("keep", "reason")
 
@@ -92,6 +109,30 @@ def _bad_words(source: Source) -> list[str]:
         with open_text(file.path) as stream:
             words |= {line.strip() for line in stream.read().decode("utf-8-sig").splitlines()}
     return sorted(words - {""})
+
+
+def _bounds(
+    job: Job,
+    shards: Sequence[Shard],
+    scores: Sequence[Part],
+    settings: FilterConfig,
+    pinned: Corpus | None,
+) -> "pl.DataFrame | None":
+    """Bounds of the scores, written and reported; none where nothing is scored."""
+    if not scores:
+        return None
+    frames = [
+        shard.read(["language", "source"], kept_only=False)
+        .hstack(read_scores(part))
+        .filter(shard.decisions()["keep"])
+        .select("language", "source", "perplexity", "quality")
+        for shard, part in zip(shards, scores, strict=True)
+    ]
+    bounds = bounds_of([frame.drop("source") for frame in frames], settings, pinned)
+    write_bounds(job.files, bounds)
+    if frames:
+        job.tables["quality_by_source"] = by_source(frames)
+    return bounds
 
 
 # Judging
@@ -141,6 +182,7 @@ def _judged(
         frame = with_sigmas(frame, lengths, settings)
         evaluated = pl.col("before") & pl.col("sigmas").is_not_null()
         masks[OUTLIER] = (evaluated, evaluated & (pl.col("sigmas") > settings.outlier_sigmas))
+    masks |= _score_masks(frame.columns)
     frame = frame.with_columns(
         *(e.fill_null(value=False).alias(f"e:{name}") for name, (e, _) in masks.items()),
         *(f.fill_null(value=False).alias(f"f:{name}") for name, (_, f) in masks.items()),
@@ -155,6 +197,21 @@ def _judged(
     return frame.with_columns(reason=reason, fired=fired).with_columns(
         keep=pl.col("before") & pl.col("reason").is_null()
     )
+
+
+def _score_masks(columns: Sequence[str]) -> "dict[str, tuple[pl.Expr, pl.Expr]]":
+    """Per rule on scores: evaluated, fires."""
+    import polars as pl
+
+    if "perplexity" not in columns:
+        return {}
+    fires = {
+        PERPLEXITY: pl.col("perplexity") > pl.col("max_perplexity"),
+        QUALITY: pl.col("quality") < pl.col("min_quality"),
+        OWN: pl.col("is_dropped_by_own"),
+    }
+    before = pl.col("before")
+    return {name: (before & fire.is_not_null(), before & fire) for name, fire in fires.items()}
 
 
 def _applies(rule: Rule) -> "pl.Expr":
