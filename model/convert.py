@@ -22,7 +22,7 @@ from storage.tokenizer import CHAT_TEMPLATE, MODEL_FILE, read_meta
 GGUF_FILE = "model.gguf"
 LARGEST_DIFFERENCE = {"fp32": 1e-5, "bf16": 0.25}
 """Between the logits of the policy and of what was written and read again."""
-PROBE_ROWS, PROBE_TOKENS = 4, 64
+PROBE_ROWS, PROBE_TOKENS, MOST_PROBE_TOKENS = 4, 64, 1024
 
 
 def main() -> None:
@@ -73,7 +73,9 @@ def write_hf(files: Path, model: Transformer, tokenizer: Path, *, precision: str
 def compare(one: Transformer, other: Transformer) -> float:
     """Largest difference between the logits of two models on the same random tokens."""
     generator = torch.Generator().manual_seed(0)
-    tokens = min(PROBE_TOKENS, one.shape.context)
+    # Long enough that a sliding window leaves something out.
+    wanted = max(PROBE_TOKENS, one.shape.sliding_window + PROBE_TOKENS)
+    tokens = min(wanted, one.shape.context, MOST_PROBE_TOKENS)
     ids = torch.randint(one.vocabulary, (PROBE_ROWS, tokens), generator=generator)
     logits = one.logits(one.hidden(ids)) - other.logits(other.hidden(ids))
     return float(logits.abs().max())

@@ -44,6 +44,10 @@ ARCHITECTURES = {
 DEFAULT_THETA = {"smollm3": 2_000_000.0}
 """Rotary base of a type whose configuration names none; 10,000 for the others."""
 TIED_BY_DEFAULT = ("smollm3",)
+NEEDED = (
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size",
+    "max_position_embeddings", "rms_norm_eps",
+)  # fmt: skip
 ONLY = {
     "hidden_act": ("silu",),
     "attention_bias": (False, None),
@@ -102,6 +106,11 @@ def shape_of(config: Mapping[str, Any], *, where: str) -> ShapeConfig:
     if kind not in ARCHITECTURES:
         raise ValueError(
             f"{where} is of type {kind}; models of type {', '.join(ARCHITECTURES)} can be read"
+        )
+    if missing := [key for key in NEEDED if key not in config]:
+        raise ValueError(
+            f"{where} lacks {', '.join(missing)}; save the model again with transformers, which "
+            f"writes them"
         )
     for key, allowed in ONLY.items():
         if key in config and config[key] not in allowed:

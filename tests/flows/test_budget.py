@@ -1,11 +1,14 @@
 """The arithmetic of compute, by hand."""
 
+import json
 import math
 
 import pytest
+from typer.testing import CliRunner
 
 from conf.mistakes import RecipeError
 from flows.budget import GROWTH, answer, loss, read_question
+from flows.cli import app
 from flows.costs import steps_of
 
 
@@ -86,3 +89,14 @@ def test_the_loss_at_another_size_moves_by_the_law() -> None:
 def test_steps_are_samples_over_batch_accumulation_and_ranks() -> None:
     assert steps_of(1_280_000, 16, 4, 4) == 5_000
     assert steps_of(1_280_001, 16, 4, 4) == 5_001
+
+
+def test_the_command_line_answers_in_a_table_and_in_json() -> None:
+    told = CliRunner().invoke(app, ["plan", "--budget", "parameters=160M", "peak=100T"])
+    assert told.exit_code == 0
+    assert "3.2B" in told.stdout
+    assert "x 5.32 (Kaplan)" in told.stdout
+    lines = json.loads(
+        CliRunner().invoke(app, ["plan", "--budget", "parameters=160M", "--json"]).stdout
+    )
+    assert {"what": "tokens", "value": 3.2e9, "unit": "", "rule": ""} in lines

@@ -1,10 +1,13 @@
 """The recipes that come with Bessemer are sound, and a plan tells what training will cost."""
 
+import io
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from conf.compose import recipes
+from flows.forecast import costs_table
 from flows.graph import load_graph
 from flows.plan import contract, plan
 from flows.preparation import Request, prepare
@@ -66,6 +69,14 @@ def test_a_stated_peak_decides_the_time_and_a_model_of_embeddings_is_warned_abou
     share = 0.4 if cuda_devices() else 0.85
     assert told.costs.seconds == pytest.approx(told.costs.flops / (share * 1e12))
     # 32,000 x 128 = 4,096,000 embeddings beside 3 blocks of 181,504 and a norm of 128: 88 %
+    table = costs_table([told])
+    assert table is not None
+    shown = Console(width=200, file=io.StringIO(), record=True)
+    shown.print(table)
+    text = shown.export_text()
+    # Steps of 2,048: 1,000, of which 5 % warm up.
+    assert "1,000, 50 of warm-up" in text
+    assert "of the stated 1e+12 FLOP/s" in " ".join(text.split())
     [warning] = told.costs.warnings
     assert "88% of the parameters are embeddings" in warning
 

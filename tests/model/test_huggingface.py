@@ -116,6 +116,14 @@ def test_what_this_model_cannot_be_is_refused_by_name(what: str) -> None:
         shape_of(config, where="config.json")
 
 
+def test_a_configuration_that_does_not_say_enough_is_refused() -> None:
+    with pytest.raises(ValueError, match="lacks hidden_size, rms_norm_eps; save the model again"):
+        shape_of(
+            {k: v for k, v in SIZE.items() if k != "hidden_size"} | {"model_type": "llama"},
+            where="config.json",
+        )
+
+
 def test_weights_of_another_model_and_a_longer_context_are_refused(tmp_path: Path) -> None:
     theirs = made("Llama")
     theirs.save_pretrained(tmp_path)

@@ -227,6 +227,32 @@ def test_no_token_sees_another_document() -> None:
         assert found == [list(range(start, token + 1)) for token, start in enumerate(starts)]
 
 
+def test_packed_documents_have_the_loss_and_gradients_of_rows_of_their_own() -> None:
+    ids = tokens(1, 18)
+    labels = ids.roll(-1, 1)
+    labels[0, [6, 17]] = -1  # nothing follows the last token of a document
+    documents = AttentionMask(documents=torch.tensor([[0] * 7 + [1] * 11]))
+
+    def gradients(net: Transformer, rows: list[tuple[slice, AttentionMask | None]]) -> list[float]:
+        nats = sum(
+            -token_logprobs(
+                net.head_weight, net.hidden(ids[:, here], mask=mask), labels[:, here]
+            ).sum()
+            for here, mask in rows
+        )
+        assert isinstance(nats, torch.Tensor)
+        nats.backward()
+        return [
+            nats.item(),
+            *(w.grad.norm().item() for w in net.parameters() if w.grad is not None),
+        ]
+
+    packed = gradients(model(), [(slice(0, 18), documents)])
+    apart = gradients(model(), [(slice(0, 7), None), (slice(7, 18), None)])
+    assert packed == pytest.approx(apart, rel=1e-5)
+    assert packed[0] == pytest.approx(apart[0], rel=1e-6)
+
+
 def test_a_window_reaches_so_many_tokens_back_in_every_layer() -> None:
     ids = tokens(1, 12)
     # One layer sees 4 tokens, itself among them; two layers reach 2 x 3 back; a full one sees all.
