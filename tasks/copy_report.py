@@ -84,7 +84,7 @@ def _write_examples(
     job: Job, corpus: Corpus, table: "pl.DataFrame", misses: "pl.DataFrame"
 ) -> None:
     examples = {
-        "duplicates": _examples(corpus, table.gather_every(max(1, table.height // EXAMPLES))),
+        "duplicates": _examples(corpus, table),
         "near_misses": _examples(corpus, misses.sort("jaccard", descending=True)),
     }
     job.logs.mkdir(parents=True, exist_ok=True)
@@ -101,6 +101,11 @@ def _examples(corpus: Corpus, pairs: "pl.DataFrame") -> list[dict[str, Any]]:
         return shards[shard].read(["text"], kept_only=False)["text"]
 
     shown = pairs.head(EXAMPLES)
+    # As good, from fewer shards to read.
+    inside = pairs.filter(pairs["shard"] == pairs["of_shard"])
+    if inside.height >= EXAMPLES:
+        most = inside["shard"].value_counts(sort=True)["shard"].head(2).implode()
+        shown = inside.filter(inside["shard"].is_in(most)).head(EXAMPLES)
     beginnings = {
         (shard, row): str(texts(shard)[row])
         for shard, row in sorted(

@@ -25,6 +25,7 @@ from tasks.signatures import (
     SIGNATURES,
     TEXT_HASHES,
     UNITS,
+    fill_shingle_sets,
     keys_of,
     shingle_sets,
     sign_texts,
@@ -189,7 +190,8 @@ def _near_among(texts: "pl.Series", settings: DedupConfig) -> "Iterator[tuple[in
     places = np.flatnonzero(shingles >= settings.min_shingles)
     is_new = np.ones(len(places), np.bool_)
     buckets, bucket_count = _numbered(keys_of(signatures[places], settings), is_new)
-    sets = shingle_sets(texts.gather(places), settings)
+    values, ends = shingle_sets(texts.gather(places), settings)
+    sets = (values, np.concatenate([np.zeros(1, np.int64), ends])[: len(ends)], ends)
     is_dropped, nearest, _, _ = _choose(
         buckets, bucket_count, ~is_new, places, signatures[places], sets, settings
     )
@@ -293,7 +295,7 @@ def _choose(
     is_old: "npt.NDArray[np.bool_]",
     owners: "Rows",
     signatures: "npt.NDArray[Any]",
-    sets: "tuple[npt.NDArray[np.uint64], Rows] | None",
+    sets: "tuple[npt.NDArray[np.uint64], Rows, Rows] | None",
     settings: DedupConfig,
     order: "Rows | None" = None,
 ) -> "tuple[npt.NDArray[np.bool_], Rows, npt.NDArray[np.float64], int]":
@@ -318,9 +320,9 @@ def _choose(
             is_dropped, nearest,
         )  # fmt: skip
     else:
-        begins, ends = _limits(sets[1])
+        values, begins, ends = sets
         compared = minhash.choose(
-            buckets, bucket_count, is_old, owners, signatures, sets[0], begins[order], ends[order],
+            buckets, bucket_count, is_old, owners, signatures, values, begins[order], ends[order],
             settings.threshold, _least_agreeing(settings), is_dropped, nearest, similarity,
         )  # fmt: skip
     if is_in_order:
@@ -329,13 +331,6 @@ def _choose(
     back[order] = np.arange(count)
     nearest = np.where(nearest >= 0, order[nearest], -1)
     return is_dropped[back], nearest[back], similarity[back], int(compared)
-
-
-def _limits(ends: "Rows") -> "tuple[Rows, Rows]":
-    """Where each set begins and ends."""
-    import numpy as np
-
-    return np.concatenate([np.zeros(1, np.int64), ends])[: len(ends)], ends
 
 
 def _similarities(
@@ -354,8 +349,7 @@ def _similarities(
     is_meant[nearest[is_dropped]] = True
     if not is_meant.any():
         return similarity
-    values, ends = _shingle_sets(documents.select(is_meant), settings)
-    begins, ends = _limits(ends)
+    values, begins, ends = _shingle_sets(documents.select(is_meant), settings)
     place_of = np.cumsum(is_meant) - 1
     for place in np.flatnonzero(is_dropped):
         similarity[place] = minhash.jaccard(
@@ -406,19 +400,29 @@ def _numbered(
 
 def _shingle_sets(
     documents: _Documents, settings: DedupConfig
-) -> "tuple[npt.NDArray[np.uint64], npt.NDArray[np.int64]]":
+) -> "tuple[npt.NDArray[np.uint64], Rows, Rows]":
+    """Sorted distinct shingles of every unit, and where each one's begin and end."""
     import numpy as np
 
-    def of_shard(item: "tuple[SignedShard, Rows]") -> "tuple[Any, Any]":
-        return shingle_sets(item[0].texts(item[1]), settings)
+    by_shard = documents.by_shard()
+    counts = [int(_load(item.signed / SHINGLES)[rows].sum()) for item, rows in by_shard]
+    room = np.cumsum([0, *counts])
+    values = np.empty(int(room[-1]), np.uint64)
 
-    meant = [item for item in documents.by_shard() if len(item[1])]
+    def of_shard(number: int) -> "tuple[Rows, Rows]":
+        signed, units = by_shard[number]
+        ends = np.empty(len(units), np.int64)
+        own = values[room[number] : room[number + 1]]
+        if len(units):
+            fill_shingle_sets(signed.texts(units), settings, own, ends)
+        ends += room[number]
+        return np.concatenate([room[number : number + 1], ends])[: len(ends)], ends
+
     # Threads: reading and the kernel let go of the interpreter.
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
-        sets = list(threads.map(of_shard, meant))
-    starts = np.cumsum([0, *(len(values) for values, _ in sets)])
-    ends = [ends + start for (_, ends), start in zip(sets, starts, strict=False)]
-    return np.concatenate([values for values, _ in sets]), np.concatenate(ends)
+        limits = list(threads.map(of_shard, range(len(by_shard))))
+    begins, ends = (np.concatenate(column) for column in zip(*limits, strict=True))
+    return values, begins, ends
 
 
 def _table(

@@ -84,7 +84,9 @@ def texts_of(shard: Shard) -> "pa.Array[Any]":
         texts = shard.read(["text"], kept_only=False)["text"].rechunk()
         array: Any = texts.to_arrow(compat_level=pl.CompatLevel.oldest())
         return array.cast(pa.large_string())
-    column: Any = pq.read_table(shard.text_path, columns=["text"], memory_map=True)["text"]
+    # pq.read_table would import pandas.
+    with pq.ParquetFile(shard.text_path, memory_map=True) as file:
+        column: Any = file.read(columns=["text"], use_threads=False)["text"]
     if len(column) != shard.rows:
         shard.read(["text"])  # raises, and says why
     return pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], pa.large_string())
@@ -258,17 +260,26 @@ def shingle_sets(
     """Sorted distinct shingles of every text, after one another, and where each one's end."""
     import numpy as np
 
+    _, offsets = text_buffers(texts)
+    values = np.empty(int(offsets[-1] - offsets[0]), np.uint64)
+    ends = np.empty(len(texts), np.int64)
+    total = fill_shingle_sets(texts, settings, values, ends)
+    return values[:total].copy(), ends
+
+
+def fill_shingle_sets(
+    texts: "Texts",
+    settings: DedupConfig,
+    values: "npt.NDArray[np.uint64]",
+    ends: "npt.NDArray[np.int64]",
+) -> int:
+    """`shingle_sets` into arrays with room for all shingles, repeats included; how many values."""
     from tasks.kernels import minhash
 
-    values: list[npt.NDArray[np.uint64]] = [np.zeros(0, np.uint64)]
-    ends: list[npt.NDArray[np.int64]] = [np.zeros(0, np.int64)]
     total = 0
-    for _, _, piece in pieces_of(texts, settings):
-        of_piece, ends_of_piece = minhash.shingle_sets(*piece)
-        values.append(of_piece)
-        ends.append(ends_of_piece + total)
-        total += len(of_piece)
-    return np.concatenate(values), np.concatenate(ends)
+    for start, end, piece in pieces_of(texts, settings):
+        total = minhash.shingle_sets(*piece, values, total, ends[start:end])
+    return total
 
 
 def pieces_of(

@@ -209,13 +209,19 @@ def band_keys(
 
 @nb.njit(nogil=True, cache=True)
 def shingle_sets(
-    text: npt.NDArray[np.uint8], offsets: npt.NDArray[np.int64], shingle_tokens: int, how: int
-) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.int64]]:
-    """The sorted distinct shingle hashes of every row, one row after another, and where each ends."""
-    total = 0
+    text: npt.NDArray[np.uint8],
+    offsets: npt.NDArray[np.int64],
+    shingle_tokens: int,
+    how: int,
+    out: npt.NDArray[np.uint64],
+    at: int,
+    ends: npt.NDArray[np.int64],
+) -> int:
+    """Write the sorted distinct shingle hashes of every row from `out[at]` on, one row after another.
+
+    Also where each row ends in `out`, which has room for all shingles; returns where the last one ends.
+    """
     tokens, spare = np.empty(1024, np.uint64), np.empty(1024, np.uint64)
-    out = np.empty(max(1024, offsets[-1] - offsets[0]), np.uint64)
-    ends = np.empty(offsets.shape[0] - 1, np.int64)
     for row in range(offsets.shape[0] - 1):
         start, end = offsets[row], offsets[row + 1]
         if end - start > tokens.shape[0]:
@@ -225,10 +231,10 @@ def shingle_sets(
         sort_hashes(tokens, found, spare)
         for i in range(found):
             if i == 0 or tokens[i] != tokens[i - 1]:
-                out[total] = tokens[i]
-                total += 1
-        ends[row] = total
-    return out[:total].copy(), ends
+                out[at] = tokens[i]
+                at += 1
+        ends[row] = at
+    return at
 
 
 @nb.njit(nogil=True, cache=True)
