@@ -232,13 +232,15 @@ class Samples:
         }
 
     def read_windows(self) -> ReadWindows:
-        """Every window that the whole schedule reads at least once."""
+        """Every window that the whole schedule trains on at least once."""
         read = [np.zeros(len(windows), np.bool_) for windows in self._windows]
         for first in range(0, self.mixture.samples, BLOCK_SAMPLES):
             count = min(BLOCK_SAMPLES, self.mixture.samples - first)
             sources, windows = self.mixture.at(first, count)
             for source in np.unique(sources):
                 read[source][windows[sources == source]] = True
+        for bits, excluded in zip(read, self._excluded, strict=True):
+            bits[excluded[excluded < len(bits)]] = False
         packed = [np.packbits(bits, bitorder="little").tobytes() for bits in read]
         return ReadWindows(
             row_tokens=self._windows[0].context,
