@@ -4,6 +4,8 @@ import functools
 import json
 import math
 import os
+import shutil
+import subprocess
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from conf.dpo import DpoConfig
+from conf.launch import LaunchConfig
 from conf.ppo import PpoConfig
 from conf.pretrain import PretrainConfig
 from conf.reward import RewardConfig
@@ -100,7 +103,7 @@ def costs_of(
     flops = shape.training_flops(vocabulary, _row_tokens(settings, shape)) * (
         tokens + forward_tokens / 3
     )
-    rate = _rate(settings, vocabulary, earlier, peak_flops)
+    rate = _rate(settings, earlier, peak_flops)
     costs = Costs(
         parameters=shape.parameters(vocabulary),
         embedding_share=shape.embedding_share(vocabulary),
@@ -247,7 +250,7 @@ def _memory(settings: Trained, shape: ShapeConfig, vocabulary: int) -> Memory:
             step_rows, sides = settings.batch_rows, 2
     own = max(1, step_rows // ranks)
     rows = min(launch.micro_batch or own, own)
-    is_cuda = launch.device == "cuda" or (launch.device == "auto" and bool(cuda_devices()))
+    is_cuda = _runs_on_cuda(launch)
     is_pretraining = isinstance(settings, PretrainConfig)
     has_held = isinstance(settings, PretrainConfig) and settings.held_tokens > 0
     work = Pass(
@@ -269,6 +272,7 @@ def _memory(settings: Trained, shape: ShapeConfig, vocabulary: int) -> Memory:
         engine=launch.engine,
         processes=ranks,
         is_accumulated=rows < own,
+        learning_share=_learning_share(settings, shape, vocabulary),
         trained=2 if is_ppo else 1,
         frozen=2 if is_ppo else 0,
         evaluated_tokens=EVALUATION_TOKENS if has_held else 0,
@@ -276,11 +280,24 @@ def _memory(settings: Trained, shape: ShapeConfig, vocabulary: int) -> Memory:
     )
 
 
-def _rate(settings: Trained, vocabulary: int, earlier: list[Record], stated_flops: float) -> Rate:
+def _learning_share(settings: Trained, shape: ShapeConfig, vocabulary: int) -> float:
+    """Of the parameters: all, or the corrections of low rank."""
+    rank = settings.lora.rank if isinstance(settings, SftConfig | DpoConfig) else 0
+    if not rank:
+        return 1.0
+    query, key = shape.heads * shape.head_width, shape.kv_heads * shape.head_width
+    ends = 2 * (shape.dim + query) + 2 * (shape.dim + key) + 3 * (shape.dim + shape.ffn_width)
+    return shape.layers * rank * ends / shape.parameters(vocabulary)
+
+
+def _runs_on_cuda(launch: LaunchConfig) -> bool:
+    return launch.device == "cuda" or (launch.device == "auto" and bool(cuda_devices()))
+
+
+def _rate(settings: Trained, earlier: list[Record], stated_flops: float) -> Rate:
     launch = settings.launch
-    is_cuda = launch.device == "cuda" or (launch.device == "auto" and bool(cuda_devices()))
-    device = "cuda" if is_cuda else "cpu"
-    share = USUAL_SHARE_OF_PEAK[device]
+    is_cuda = _runs_on_cuda(launch)
+    share = USUAL_SHARE_OF_PEAK["cuda" if is_cuda else "cpu"]
     stated = stated_flops or launch.peak_tflops * 1e12
     if stated:
         flops = stated * share * launch.processes
@@ -337,6 +354,16 @@ def host_memory() -> int:
     return min(built_in, int(text)) if text.isdigit() else built_in
 
 
+def device_memory() -> int:
+    """Bytes of the smallest CUDA device, as its driver's tool says; 0 where it does not."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return 0
+    query = [tool, "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    told = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False).stdout
+    return min((int(line) << 20 for line in told.split() if line.isdigit()), default=0)
+
+
 def _warnings(lookup: Lookup, node: Node, settings: Trained, costs: Costs) -> list[str]:
     found: list[str] = []
     if isinstance(settings, PretrainConfig) and costs.embedding_share > LARGEST_EMBEDDING_SHARE:
@@ -348,13 +375,14 @@ def _warnings(lookup: Lookup, node: Node, settings: Trained, costs: Costs) -> li
             f"{epochs:.1f} passes over the data; more than {MOST_EPOCHS} teach little: add data, or "
             f"lower pretrain.tokens"
         )
-    ranks = settings.launch.processes
-    is_cuda = settings.launch.device == "cuda" or bool(cuda_devices())
-    memory = costs.memory.total * ranks if costs.memory and not is_cuda else 0.0
-    if memory > host_memory():
+    ranks, is_cuda = settings.launch.processes, _runs_on_cuda(settings.launch)
+    needed = costs.memory.total * (1 if is_cuda else ranks) if costs.memory else 0.0
+    there = device_memory() if is_cuda else host_memory()
+    if there and needed > there:
         found.append(
-            f"needs {memory / 1e9:.1f} GB of the {host_memory() / 1e9:.1f} GB here: lower "
-            f"{node.name}.launch.micro_batch, or set {node.name}.launch.checkpoint_activations=true"
+            f"needs {needed / 1e9:.1f} GB of the {there / 1e9:.1f} GB {'of a device' if is_cuda else 'here'}: "
+            f"lower {node.name}.launch.micro_batch, or set "
+            f"{node.name}.launch.checkpoint_activations=true"
         )
     if ranks > cores() and not is_cuda:
         found.append(f"{ranks} processes share {cores()} cores")

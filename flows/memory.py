@@ -82,6 +82,7 @@ def training_memory(
     engine: Engine = "plain",
     processes: int = 1,
     is_accumulated: bool = False,
+    learning_share: float = 1.0,
     trained: int = 1,
     frozen: int = 0,
     evaluated_tokens: int = 0,
@@ -91,7 +92,8 @@ def training_memory(
 
     Weights, gradients and both moments are float32: 16 bytes a parameter, of which an engine spreads a
     part over the ranks (Rajbhandari et al. 2020, section 3). `is_accumulated` says that a step has
-    several micro-batches, so that gradients are there when the next one starts.
+    several micro-batches, so that gradients are there when the next one starts; `learning_share` is
+    that of the parameters that learn at all.
     """
     whole = 4.0 * shape.parameters(vocabulary)
     weights, gradients, moments = (
@@ -102,8 +104,12 @@ def training_memory(
             engine in ("fsdp", "zero1", "zero2", "zero3"),
         )
     )
-    weights, gradients, moments = weights * trained, gradients * trained, 2 * moments * trained
-    table = 4.0 * vocabulary * shape.dim
+    weights = weights * trained
+    gradients, moments = (
+        learning_share * gradients * trained,
+        2 * learning_share * moments * trained,
+    )
+    table = 4.0 * vocabulary * shape.dim if learning_share == 1 else 0.0
     kept = kept_bytes(shape, vocabulary, work)
     # A step is fullest when its backward pass starts, or when it has come down to the embedding, whose
     # gradient is dense; looking at held-out text holds no activations, and more tokens at once.

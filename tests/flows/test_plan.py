@@ -7,6 +7,7 @@ import pytest
 from rich.console import Console
 
 from conf.compose import recipes
+from flows.costs import device_memory
 from flows.forecast import costs_table
 from flows.graph import load_graph
 from flows.plan import contract, plan
@@ -98,3 +99,36 @@ def test_the_controls_share_the_demo_and_leave_one_thing_out(tmp_path: Path) -> 
     assert left_out("evaluate_untrained", "evaluate_pretrain") == {"has_baselines"}
     assert left_out("evaluate_dpo_plain", "evaluate_dpo") == set()
     assert left_out("evaluate_ppo_without_kl", "evaluate_ppo") == set()
+
+
+def test_corrections_of_low_rank_need_next_to_no_optimizer(tmp_path: Path) -> None:
+    def sft(*overrides: str) -> dict[str, float]:
+        request = Request("demo", ["tokenizer.vocabulary=1000", *overrides])
+        execution = prepare(request, Home(tmp_path), base=tmp_path, appends=False)
+        [told] = [item for item in plan(execution, tmp_path) if item.node == "sft"]
+        return told.expected
+
+    whole, low = sft(), sft("sft.lora.rank=4")
+    assert low["weights_bytes"] == whole["weights_bytes"]
+    # Shape tiny, 3 blocks: query and output 128 x 128, key and value 128 x 64, three of 128 x 344;
+    # 3 x 4 x (2 x 256 + 2 x 192 + 3 x 472) = 27,744 numbers learn, 8 bytes of moments each.
+    assert low["optimizer_bytes"] == pytest.approx(8 * 27_744)
+
+
+def test_what_does_not_fit_a_device_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tool = tmp_path / "bin" / "nvidia-smi"
+    tool.parent.mkdir()
+    tool.write_text("#!/bin/sh\nprintf '81559\\n100\\n'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tool.parent), prepend=":")
+    assert device_memory() == 100 << 20
+    request = Request("demo", ["tokenizer.vocabulary=1000", "launch.device=cuda"])
+    execution = prepare(request, Home(tmp_path), base=tmp_path, appends=False)
+    [told] = [item for item in plan(execution, tmp_path) if item.node == "pretrain"]
+    assert told.costs is not None
+    assert (
+        "GB of the 0.1 GB of a device: lower pretrain.launch.micro_batch" in told.costs.warnings[0]
+    )
+    assert told.costs.seconds == 0
