@@ -50,9 +50,11 @@ class SourceSpec(Settings):
     """What the documents are: `web`, `books`, ... Mixtures and figures are per domain. `{folder}` is the
     name of the folder that a file lies in."""
     format: Literal[
-        "auto", "warc", "html", "jsonl", "json", "parquet", "csv", "text", "markdown"
-    ] = "auto"
-    """Layout of the files; `auto` goes by the file name."""
+        "auto", "warc", "wat", "html", "jsonl", "json", "parquet", "csv", "text", "markdown",
+        "latex", "code",
+    ] = "auto"  # fmt: skip
+    """Layout of the files; `auto` goes by the file name. `warc` is also WET, `wat` the metadata of a
+    crawl, `html` also a tar of pages, `code` any source code: a document a file."""
     text: str = "text"
     """Field that holds the text, or a template such as `{title}\\n{text}`, for records."""
     split: Literal["auto", "train", "held"] = "auto"

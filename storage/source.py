@@ -25,11 +25,15 @@ from storage.bucket import Bucket
 from storage.identity import hash_file
 from storage.store_local import write_atomically
 
+_CODE = (
+    "py c h cc cpp hpp cs java kt scala go rs swift js mjs ts jsx tsx php rb pl lua r jl sh sql css vue"
+)
 FORMATS = {
     "warc": "warc", "arc": "warc", "html": "html", "htm": "html", "xhtml": "html", "tar": "html",
     "tgz": "html", "jsonl": "jsonl", "ndjson": "jsonl", "json": "json", "parquet": "parquet",
     "csv": "csv", "tsv": "csv", "txt": "text", "text": "text", "md": "markdown",
-    "markdown": "markdown",
+    "markdown": "markdown", "wet": "warc", "wat": "wat", "tex": "latex", "latex": "latex",
+    **dict.fromkeys(_CODE.split(), "code"),
 }  # fmt: skip
 COMPRESSIONS = ("gz", "zst", "xz", "bz2")
 LEDGER_WAIT_SECONDS = 60.0

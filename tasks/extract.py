@@ -14,7 +14,7 @@ from storage.corpus import SHARD, Corpus, ShardEntry, ShardWriter, document_of
 from storage.source import Source, SourceFile
 from tasks.fanout import Part, PartItem, fan_out
 from tasks.han import traditional_share
-from tasks.language import language_of, script_shares
+from tasks.language import HAN_SHARE, ScriptShares, language_of, script_shares
 from tasks.main_text import PageReader, page_reader
 from tasks.normalise import normalise
 from tasks.pii import mask
@@ -96,7 +96,7 @@ def _bucket(
 
 def _is_small(file: SourceFile, settings: ExtractConfig) -> bool:
     # Archives and tables keep a shard each, however small: they are what arrives day by day.
-    is_single = file.format in ("html", "text", "markdown")
+    is_single = file.format in ("html", "text", "markdown", "latex", "code")
     return is_single and file.size < settings.bucket_bytes // 4
 
 
@@ -273,7 +273,7 @@ def _document(
     if not text:
         return Refusal(url, "empty")
     shares = script_shares(text)
-    language = file.spec.language or language_of(text, shares)
+    language = file.spec.language or _language(text, shares, file.format)
     if settings.languages and language not in settings.languages:
         return Refusal(url, f"language:{language}")
     return document_of(
@@ -288,6 +288,13 @@ def _document(
         split=file.spec.split,
         held_share=settings.held_share,
     )
+
+
+def _language(text: str, shares: ScriptShares, format_: str) -> str:
+    # Words of a programming language are near English ones; a classifier says anything.
+    if format_ == "code" and shares.han < HAN_SHARE:
+        return "en"
+    return language_of(text, shares)
 
 
 def _write_refused(path: Path, refused: Sequence[Refusal]) -> None:

@@ -6,9 +6,12 @@ and is a refusal of its own.
 
 import csv
 import io
+import json
+import lzma
 import re
 import string
 import tarfile
+import zlib
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,18 +20,22 @@ from typing import IO, Any, Literal, cast
 
 from storage.source import SourceFile
 from tasks.charset import decode
-from tasks.rows import BadRow, open_text, read_rows
+from tasks.http_body import CodingError, decoded_body
+from tasks.rows import MAX_ROW_BYTES, BadRow, open_text, read_rows
 
 TextDocuments = Literal["blank_line", "file", "line"]
 UrlRule = Callable[[str], str | None]
 
 MAX_RESYNCS = 1000
 """Damaged places of one archive after which the rest of it is given up."""
-MAX_CSV_CHARS = 1 << 30
+MAX_CSV_CHARS = 1 << 28
+MAX_TEXT_CHARS = 1 << 28
+"""More of one text is not read; the setting `max_record_chars` refuses it."""
 _MAX_PAGE_BYTES = 1 << 28
 _HTML_TYPES = ("text/html", "application/xhtml+xml")
 _HTML_NAMES = re.compile(r"\.x?html?$", re.IGNORECASE)
 _TAR_NAME = re.compile(r"\.(tar(\.\w+)?|tgz)$", re.IGNORECASE)
+_RECORD_START = re.compile(rb"\r\n\r\nWARC/1\.[01]\r\nWARC-")
 _MEMBER_STARTS = {True: b"\x1f\x8b\x08", False: b"WARC/1."}
 
 
@@ -62,19 +69,21 @@ def read_records(
     match file.format:
         case "warc":
             records = _warc_records(file.path, url_reason, max_page_bytes)
+        case "wat":
+            records = _wat_records(file, url_reason)
         case "html":
             records = _pages(file, max_page_bytes)
         case "jsonl" | "json" | "parquet":
             records = _rows(read_rows(file), file.spec.text, url_reason)
         case "csv":
             records = _rows(_csv_rows(file.path), file.spec.text, url_reason)
-        case "text" | "markdown":
-            whole = "file" if file.format == "markdown" else text_documents
+        case "text" | "markdown" | "latex" | "code":
+            whole = text_documents if file.format == "text" else "file"
             records = (RawRecord(text=text) for text in _texts(file.path, whole))
         case _:
             raise ValueError(
-                f"{file.name}: {file.format} is no layout of raw text; expected warc, html, jsonl, "
-                "json, parquet, csv, text or markdown; set `format` of the source"
+                f"{file.name}: {file.format} is no layout of raw text; expected warc, wat, html, "
+                "jsonl, json, parquet, csv, text, markdown, latex or code; set `format` of the source"
             )
     yield from _until_damage(records)
 
@@ -82,9 +91,11 @@ def read_records(
 def _until_damage(records: Iterator[RawRecord | Refusal]) -> Iterator[RawRecord | Refusal]:
     """The records up to the place where a file cannot be read any further, which is told."""
     import zstandard
+    from pyarrow import ArrowException
 
     # ValueError: damaged rows files (tasks.rows) and Arrow; EOFError, OSError: gzip and the disk.
-    damage = (ValueError, OSError, EOFError, zstandard.ZstdError, tarfile.TarError, csv.Error)
+    streams = (EOFError, OSError, zlib.error, lzma.LZMAError, zstandard.ZstdError, tarfile.TarError)
+    damage = (ValueError, OverflowError, MemoryError, ArrowException, csv.Error, *streams)
     while True:
         try:
             record = next(records)
@@ -118,6 +129,8 @@ def _warc_records(
                     position = start + int(record.stream_pos)
                     found = _warc_record(record, url_reason, max_page_bytes)
                 except StopIteration:
+                    if _is_cut_off(path, position):
+                        yield Refusal("", "damaged_record:cut_off")
                     return
                 except (OSError, ValueError, EOFError) as error:
                     # An archive is a row of members: reading goes on at the next one.
@@ -131,10 +144,31 @@ def _warc_records(
         start = following
 
 
+def _is_cut_off(path: Path, start: int) -> bool:
+    """Whether a compressed archive does not end with the member at `start`, the last one read.
+
+    The reader takes a member's end, or a head that is too short, for the end of the archive.
+    """
+    engine = zlib.decompressobj(31)
+    with path.open("rb") as stream:
+        stream.seek(start)
+        piece = stream.read(1 << 20)
+        if path.suffix != ".gz" or not piece:
+            return False
+        try:
+            while piece and not engine.eof:
+                engine.decompress(piece, 1 << 20)
+                piece = engine.unconsumed_tail or stream.read(1 << 20)
+        except zlib.error:
+            return True
+        return not engine.eof or bool((engine.unused_data + stream.read(64)).strip(b"\0"))
+
+
 def _next_member(path: Path, start: int) -> int | None:
     """Where the next member or record of a damaged archive begins, searched from `start`."""
     with path.open("rb") as stream:
-        mark = _MEMBER_STARTS[stream.read(2) == b"\x1f\x8b"]
+        # The name counts as well: the first member may be the damaged one.
+        mark = _MEMBER_STARTS[stream.read(2) == b"\x1f\x8b" or path.suffix == ".gz"]
         stream.seek(start)
         position, tail = start, b""
         while chunk := stream.read(1 << 20):
@@ -153,6 +187,8 @@ def _warc_record(
     from fastwarc.warc import WarcRecordType
 
     kinds = (WarcRecordType.response, WarcRecordType.resource, WarcRecordType.conversion)
+    if record.record_type in (WarcRecordType.no_type, WarcRecordType.unknown):
+        return Refusal("", "bad_record:no known WARC-Type")
     if record.record_type not in kinds:
         return None
     url = str(record.headers.get("WARC-Target-URI") or "").strip("<> ")
@@ -164,12 +200,25 @@ def _warc_record(
         return Refusal(url, f"type:{content_type or 'none'}"[:60])
     if reason := url_reason(url):
         return Refusal(url, reason)
-    content = record.reader.read(max_page_bytes + 1)
+    try:
+        content = _body(record, max_page_bytes)
+    except CodingError:
+        return Refusal(url, "coding")
     if is_page:
         return RawRecord(url, page=content, charset=charset)
     if len(content) > max_page_bytes:
         return Refusal(url, "large")
     return RawRecord(url, text=decode(content, charset))
+
+
+def _body(record: Any, max_page_bytes: int) -> bytes:
+    content = record.reader.read(max_page_bytes + 1)
+    if _RECORD_START.search(content):
+        raise ValueError("the record's length is wrong: it holds the records behind it")
+    if not record.is_http or record.http_headers is None:
+        return content
+    headers = {str(name).lower(): str(value).lower() for name, value in record.http_headers}
+    return decoded_body(content, headers, max_page_bytes)
 
 
 def _content_type(record: Any) -> tuple[str, str | None, int | None]:
@@ -180,6 +229,54 @@ def _content_type(record: Any) -> tuple[str, str | None, int | None]:
     status = record.http_headers.status_code if record.http_headers is not None else None
     charset = str(record.http_charset) if record.http_charset else None
     return declared.split(";")[0].strip().lower(), charset, status
+
+
+# Metadata of crawls
+
+
+def _wat_records(file: SourceFile, url_reason: UrlRule) -> Iterator[RawRecord | Refusal]:
+    """One record per HTML response: its `title`, `description`, `keywords` and `url` as fields.
+
+    The text is made of them by the source's template; where that names none of them (the default is
+    the field `text`), it is title and description.
+    """
+    from fastwarc.warc import ArchiveIterator
+
+    text_of = _template(file.spec.text)
+    with file.path.open("rb") as stream:
+        for record in cast("Iterator[Any]", iter(ArchiveIterator(stream))):
+            if not str(record.headers.get("Content-Type") or "").startswith("application/json"):
+                continue
+            url = str(record.headers.get("WARC-Target-URI") or "").strip("<> ")
+            if reason := url_reason(url):
+                yield Refusal(url, reason)
+                continue
+            try:
+                fields = _wat_fields(json.loads(record.reader.read(MAX_ROW_BYTES)))
+            except (ValueError, RecursionError):
+                yield Refusal(url, "bad_record:is not JSON")
+                continue
+            if fields is not None:
+                text = text_of({**fields, "url": url})
+                yield Refusal(url, "no_text") if not text else RawRecord(url, text=text)
+
+
+def _wat_fields(value: object) -> dict[str, str] | None:
+    """Fields of a page's metadata; None for what is no page (requests, images, the crawl itself)."""
+    for name in ("Envelope", "Payload-Metadata", "HTTP-Response-Metadata", "HTML-Metadata", "Head"):
+        if not isinstance(value, dict) or name not in value:
+            return None
+        value = cast("dict[str, Any]", value)[name]
+    head = cast("dict[str, Any]", value) if isinstance(value, dict) else {}
+    fields = {"title": str(head.get("Title") or "")}
+    metas = head.get("Metas")
+    for meta in cast("list[Any]", metas) if isinstance(metas, list) else []:
+        named = cast("dict[str, Any]", meta) if isinstance(meta, dict) else {}
+        name = str(named.get("name") or named.get("property") or "").lower().removeprefix("og:")
+        if name in ("description", "keywords") and named.get("content"):
+            fields.setdefault(name, str(named["content"]))
+    described = "\n".join(filter(None, (fields["title"], fields.get("description", ""))))
+    return {"description": "", "keywords": "", **fields, "text": described}
 
 
 # Pages in files
@@ -256,11 +353,16 @@ def _texts(path: Path, documents: TextDocuments) -> Iterator[str]:
     with _text_stream(path) as stream:
         match documents:
             case "file":
-                yield stream.read()
+                yield stream.read(MAX_TEXT_CHARS)
             case "line":
-                yield from (line for line in stream if line.strip())
+                yield from (line for line in _lines(stream) if line.strip())
             case "blank_line":
-                yield from _paragraph_blocks(stream)
+                yield from _paragraph_blocks(_lines(stream))
+
+
+def _lines(stream: IO[str]) -> Iterator[str]:
+    """Lines; a longer one than a text may be comes in pieces, which are refused."""
+    return iter(lambda: stream.readline(MAX_TEXT_CHARS), "")
 
 
 def _paragraph_blocks(lines: Iterable[str]) -> Iterator[str]:

@@ -1,10 +1,16 @@
-"""Reads rows of JSON, JSON lines (plain, .gz, .zst) and Parquet, naming the place of every bad one."""
+"""Reads rows of JSON, JSON lines (plain, .gz, .zst) and Parquet, naming the place of every bad one.
+
+Damage costs the rows that it hits: a JSON array goes on at its next object, a Parquet file at its next
+row group, and every row of a lost group is told of.
+"""
 
 import bz2
+import codecs
 import gzip
 import io
 import json
 import lzma
+import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,6 +19,12 @@ from typing import IO, Any, cast
 
 from storage.source import SourceFile
 
+MAX_ROW_BYTES = 1 << 28
+"""A line, or an item of an array, that is longer is a bad row and is not held in memory."""
+WHOLE_BYTES = 1 << 24
+"""A larger JSON array is read item by item."""
+PARQUET_BATCH_ROWS = 256
+"""Few: some bytes of a column may unfold into a row of a megabyte."""
 MESSAGE_KEYS = (("role", "content"), ("from", "value"))
 
 
@@ -35,7 +47,7 @@ def read_rows(file: SourceFile) -> Iterator[tuple[int, Any] | BadRow]:
     Raises ValueError for a file that is damaged as a whole or in a format that has no rows.
     """
     if file.format == "parquet":
-        yield from _parquet_rows(file.path)
+        yield from _parquet_rows(file)
     elif file.format not in ("json", "jsonl"):
         raise ValueError(
             f"{file.path}: {file.format} holds no conversations or pairs; expected JSON, "
@@ -72,7 +84,7 @@ def _json_rows(file: SourceFile) -> Iterator[tuple[int, Any] | BadRow]:
             if _is_lines(file.path):
                 yield from _lines(stream, file.name)
             else:
-                yield from _document(stream.read(), file.name)
+                yield from _document(stream, file.name)
     except _damages(file.path) as error:
         raise ValueError(
             f"{file.path}: cannot be decompressed ({error}); fetch it again"
@@ -103,26 +115,128 @@ def _is_lines(path: Path) -> bool:
 
 
 def _filled(stream: IO[bytes]) -> Iterator[bytes]:
-    return (line for line in stream if line.strip())
+    return (line for line in bounded_lines(stream) if line.strip())
+
+
+def bounded_lines(stream: IO[bytes]) -> Iterator[bytes]:
+    """Every line; one above `MAX_ROW_BYTES` is passed over and comes as a line of one NUL."""
+    while line := stream.readline(MAX_ROW_BYTES):
+        rest = line
+        while rest and len(rest) >= MAX_ROW_BYTES and not rest.endswith(b"\n"):
+            line, rest = b"\0\n", stream.readline(MAX_ROW_BYTES)
+        yield line
 
 
 def _lines(stream: IO[bytes], name: str) -> Iterator[tuple[int, Any] | BadRow]:
-    for number, line in enumerate(stream, start=1):
+    for number, line in enumerate(bounded_lines(stream), start=1):
         if not line.strip():
             continue
         value = _parse(line)
         yield BadRow(name, number, value) if isinstance(value, str) else (number, value)
 
 
-def _document(content: bytes, name: str) -> Iterator[tuple[int, Any] | BadRow]:
+def _document(stream: IO[bytes], name: str) -> Iterator[tuple[int, Any] | BadRow]:
     """Rows of one JSON value: an array of rows, an object that holds one array, or a single row."""
+    content = stream.read(WHOLE_BYTES)
+    is_array = content.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
+    if len(content) == WHOLE_BYTES and not is_array:
+        content += stream.read(MAX_ROW_BYTES)
     if not content.strip():
         return
-    value = _parse(content)
-    if isinstance(value, str):
-        yield BadRow(name, 1, value)
+    if len(content) == WHOLE_BYTES and is_array:
+        yield from _numbered(ArrayItems(stream, content), name)
         return
-    yield from enumerate(_rows_of(value), start=1)
+    value = _parse(content)
+    if not isinstance(value, str):
+        yield from enumerate(_rows_of(value), start=1)
+    elif is_array:
+        yield from _numbered(ArrayItems(stream, content), name)
+    else:
+        yield BadRow(name, 1, value)
+
+
+def _numbered(items: "ArrayItems", name: str) -> Iterator[tuple[int, Any] | BadRow]:
+    for number, item in enumerate(items, start=1):
+        yield BadRow(name, number, item.reason) if isinstance(item, BadItem) else (number, item)
+
+
+@dataclass(frozen=True)
+class BadItem:
+    """What stands in an array where an item should be."""
+
+    reason: str
+
+
+class ArrayItems:
+    """The items of a large or damaged JSON array; holds one of them and the piece read last.
+
+    Behind something that is no JSON it goes on at the next object that follows one.
+    """
+
+    _NEXT = re.compile(r"\}\s*,\s*(?=\{)")
+    _GAP = re.compile(r"[\s,]*")
+    _RAW = re.compile("[\udc80-\udcff]")
+
+    def __init__(self, stream: IO[bytes], begin: bytes) -> None:
+        self._stream = stream
+        # Bytes that are no UTF-8 become lone surrogates, which mark the item they are in.
+        self._decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
+        self._text = self._decoder.decode(begin.removeprefix(codecs.BOM_UTF8)).lstrip()[1:]
+        self._is_last = False
+
+    def __iter__(self) -> "Iterator[Any | BadItem]":
+        while self._advance():
+            found = self._item()
+            if found is None:
+                if self._read_more():
+                    continue
+                if self._is_at_end():
+                    return
+                yield BadItem("is not JSON")
+                self._resync()
+            else:
+                yield found
+
+    def _advance(self) -> bool:
+        """Pass over spaces and commas; whether something follows."""
+        while True:
+            gap = self._GAP.match(self._text)
+            self._text = self._text[gap.end() :] if gap and gap.end() else self._text
+            if self._text or not self._read_more():
+                return bool(self._text)
+
+    def _item(self) -> Any:
+        """The item at hand; None when it is broken or not whole yet."""
+        try:
+            item, end = json.JSONDecoder().raw_decode(self._text)
+        except (json.JSONDecodeError, RecursionError):
+            return None
+        if end == len(self._text) and not self._is_last:
+            return None  # a number may go on
+        is_raw = self._RAW.search(self._text, 0, end)
+        self._text = self._text[end:]
+        return BadItem("is not UTF-8") if is_raw or item is None else item
+
+    def _read_more(self) -> bool:
+        """Read as much again as is held, at least; whether there was more and room for it."""
+        if self._is_last or len(self._text) > MAX_ROW_BYTES or self._text[:1] == "]":
+            return False
+        piece = self._stream.read(max(WHOLE_BYTES, len(self._text)))
+        self._is_last = not piece
+        self._text += self._decoder.decode(piece, self._is_last)
+        return not self._is_last
+
+    def _is_at_end(self) -> bool:
+        return self._text[0] == "]" and not self._text[1:].strip()
+
+    def _resync(self) -> None:
+        while not (match := self._NEXT.search(self._text)):
+            self._text = self._text[-64:]
+            if self._is_last or not (piece := self._stream.read(WHOLE_BYTES)):
+                self._text = ""
+                return
+            self._text += self._decoder.decode(piece)
+        self._text = self._text[match.end() :]
 
 
 def _rows_of(value: Any) -> list[Any]:
@@ -155,12 +269,42 @@ def _parse(content: bytes) -> Any:
     return "is bare text, not an object" if isinstance(value, str) else value
 
 
-def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
+def _parquet_rows(file: SourceFile) -> Iterator[tuple[int, Any] | BadRow]:
     import pyarrow.parquet as pq
 
-    number = 0
-    with pq.ParquetFile(path) as table:
-        for batch in table.iter_batches(batch_size=4096):
-            for row in batch.to_pylist():
-                number += 1
-                yield number, row
+    first = 1
+    with pq.ParquetFile(file.path) as table:
+        for group in range(table.num_row_groups):
+            # A damaged footer may promise any number of rows.
+            rows = min(table.metadata.row_group(group).num_rows, 1000 * file.size)
+            yield from _row_group(table, group, range(first, first + rows), file.name)
+            first += rows
+
+
+def _row_group(
+    table: Any, group: int, numbers: range, name: str
+) -> Iterator[tuple[int, Any] | BadRow]:
+    import pyarrow as pa
+
+    done = 0
+    try:
+        for batch in table.iter_batches(batch_size=PARQUET_BATCH_ROWS, row_groups=[group]):
+            for row in _batch_rows(batch):
+                number = numbers.start + done
+                done += 1
+                yield BadRow(name, number, row) if isinstance(row, str) else (number, row)
+    except (pa.ArrowException, ValueError, OSError, MemoryError, OverflowError) as error:
+        for number in numbers[done:]:
+            yield BadRow(name, number, f"is in a damaged row group: {type(error).__name__}")
+
+
+def _batch_rows(batch: Any) -> list[Any]:
+    """Rows as dicts; text says why one is none."""
+    import pyarrow as pa
+
+    try:
+        return batch.to_pylist()
+    except (ValueError, OverflowError, pa.ArrowException):
+        if batch.num_rows == 1:
+            return ["is not UTF-8"]
+    return [row for i in range(batch.num_rows) for row in _batch_rows(batch.slice(i, 1))]

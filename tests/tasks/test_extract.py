@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import tarfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ import zstandard
 from conf.extract import ExtractConfig, NormaliseConfig
 from storage.corpus import Corpus
 from storage.identity import hash_file
+from tasks import rows
 from tasks.extract import extract
+from tasks.http_body import CodingError, decoded_body
 from tasks.normalise import normalise
 from tests.tasks.corpus_runs import run_stage, spec, texts
 
@@ -232,3 +235,83 @@ def test_a_long_text_is_cut_at_paragraph_ends(tmp_path: Path) -> None:
     assert texts(whole) == ["\n\n".join(paragraphs)]
     assert texts(cut) == ["\n\n".join(paragraphs[i : i + 2]) for i in (0, 2, 4)]
     assert len({document["url"] for document in cut.documents()}) == 3
+
+
+def test_metadata_of_a_crawl_gives_title_and_description(tmp_path: Path) -> None:
+    head = {"Title": "Foxes", "Metas": [{"name": "description", "content": EN}]}
+    wat = {
+        "Envelope": {
+            "Payload-Metadata": {"HTTP-Response-Metadata": {"HTML-Metadata": {"Head": head}}}
+        }
+    }
+    bodies = [json.dumps(wat), json.dumps({"Envelope": {"Payload-Metadata": {}}}), "{broken"]
+    (tmp_path / "a.warc.wat.gz").write_bytes(
+        b"".join(
+            gzip.compress(
+                b"WARC/1.0\r\nWARC-Type: metadata\r\nWARC-Target-URI: http://a/\r\n"
+                b"WARC-Record-ID: <urn:uuid:1>\r\nContent-Type: application/json\r\n"
+                + f"Content-Length: {len(body)}\r\n\r\n{body}\r\n\r\n".encode()
+            )
+            for body in bodies
+        )
+    )
+    outcome = run(tmp_path, "a.warc.wat.gz")
+    assert texts(outcome.artifact) == [f"Foxes\n{EN}"]
+    assert outcome.record.metrics["refused"] == {"bad_record:is not JSON": 1}
+    described = run(tmp_path, sources=(spec("a.warc.wat.gz", text="{description} ({url})"),))
+    assert texts(described.artifact) == [f"{EN} (http://a/)"]
+
+
+def test_code_and_latex_are_a_document_a_file(tmp_path: Path) -> None:
+    code = "def eat(honey):\n    return honey\n\n\nprint(eat(1))"
+    (tmp_path / "fox.py").write_text(code, "utf-8")
+    (tmp_path / "fox.tex").write_text(f"\\section{{Fox}}\n\n{EN}\n", "utf-8")
+    outcome = run(tmp_path, "fox.*")
+    assert sorted(texts(outcome.artifact)) == sorted(
+        ["def eat(honey):\n    return honey\n\nprint(eat(1))", f"\\section{{Fox}}\n\n{EN}"]
+    )
+    assert {document["language"] for document in outcome.artifact.documents()} == {"en"}
+
+
+def test_a_broken_array_costs_its_broken_item(tmp_path: Path) -> None:
+    items = [json.dumps({"text": f"{EN} Row {number}."}) for number in range(4)]
+    items[1] = '{"text": oops}'
+    (tmp_path / "a.json").write_text(f"[{', '.join(items)}]", "utf-8")
+    outcome = run(tmp_path, "a.json")
+    assert [text[-6:] for text in texts(outcome.artifact)] == ["Row 0.", "Row 2.", "Row 3."]
+    assert outcome.record.metrics["refused"] == {"bad_record:is not JSON": 1}
+
+
+def test_a_large_array_is_read_item_by_item(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rows, "WHOLE_BYTES", 64)
+    items = [{"text": f"{ZH}{number}", "n": [number, {"a": "],["}]} for number in range(50)]
+    (tmp_path / "a.json").write_text(json.dumps(items, ensure_ascii=False, indent=1), "utf-8")
+    assert texts(run(tmp_path, "a.json").artifact) == [item["text"] for item in items]
+    (tmp_path / "b.json").write_bytes(b'[{"text": "\xff"},\n' + json.dumps(items[:2]).encode()[1:])
+    outcome = run(tmp_path, "b.json")
+    assert texts(outcome.artifact) == [item["text"] for item in items[:2]]
+    assert outcome.record.metrics["refused"] == {"bad_record:is not UTF-8": 1}
+
+
+def test_codings_of_a_response_are_undone_where_the_bytes_have_them() -> None:
+    body = html(EN)
+    zipped = gzip.compress(body)
+    half = len(body) // 2
+    chunked = b"".join(
+        f"{len(piece):x}\r\n".encode() + piece + b"\r\n"
+        for piece in (body[:half], body[half:], b"")
+    )
+    gzipped = {"content-encoding": "gzip"}
+    in_chunks = {"transfer-encoding": "chunked"}
+    assert decoded_body(body, {}, 10**6) == body
+    assert decoded_body(zipped, gzipped, 10**6) == body
+    assert decoded_body(body, gzipped, 10**6) == body
+    assert decoded_body(chunked, in_chunks, 10**6) == body
+    assert decoded_body(body, in_chunks, 10**6) == body
+    assert decoded_body(zlib.compress(body), {"content-encoding": "deflate"}, 10**6) == body
+    assert body.startswith(decoded_body(zipped[:-20], gzipped, 10**6))
+    assert len(decoded_body(gzip.compress(bytes(10**8)), gzipped, 10**6)) == 10**6 + 1
+    with pytest.raises(CodingError, match="broken"):
+        decoded_body(b"\x1f\x8b" + b"\x07" * 50, gzipped, 10**6)
