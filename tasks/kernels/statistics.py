@@ -351,7 +351,7 @@ def _n_log_n():
 
 
 @nb.njit(nogil=True, cache=True)
-def _room_for(words):
+def room_for(words):
     """Working memory for documents of so many words: hashes, lengths, what repetition needs, tables."""
     size = 1024
     while size < words + 1:
@@ -382,7 +382,7 @@ def measure(
     hashes, `stop_lists`: the lists that each is on. `common`: for each character of U+4E00..U+9FFF
     whether it is common. The outputs are (rows, 39), (rows, 9) and (rows,), zeroed. Memory: 60 to 120 bytes per word of the longest row.
     """
-    hashes, lengths, room, tables = _room_for(1024)
+    hashes, lengths, room, tables = room_for(1024)
     no_ends = np.empty(0, np.int64)
     stop_table = _stop_table(stops)
     logs = _n_log_n()
@@ -394,7 +394,7 @@ def measure(
         if words > LARGE_BYTES:
             words = count_words(text, start, end)
         if words >= hashes.shape[0]:
-            hashes, lengths, room, tables = _room_for(words)
+            hashes, lengths, room, tables = room_for(words)
             stamp = 0
         out = counts_out[row]
         _char_counts(text, start, end, common, kinds, out)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
+from benchmarks.filter_rules import WORD
 from conf.extract import ExtractConfig
 from conf.filter import FilterConfig
 from storage.corpus import Corpus
@@ -19,7 +20,6 @@ from tasks.filter import filter  # noqa: A004 - the stage's word
 from tasks.quality import BOUNDS, build_models, build_scores, read_scores
 from tests.storage.corpora import corpus_of
 from tests.tasks.corpus_runs import reasons, run_stage, spec, texts
-from tests.tasks.test_text_statistics import WORD
 
 ZH_SPAM = [
     "官方正品",
