@@ -1,47 +1,120 @@
-"""Recipes that can be started from the Prefect page: each a deployment with a form, served by one process.
+"""What can be started from the Prefect page: five deployments with a form, served by one process.
 
-`python -m flows.deployments` is that process; `bessemer up` starts it in the working directory, from
-which relative paths of the recipes count, and `bessemer down` ends it. Each run it starts is a
-process of its own.
+`full` makes everything that a recipe names; `corpus`, `pretraining`, `alignment` and `evaluation` make
+what the flow of that name makes, and what it needs. `python -m flows.deployments` is the process that
+registers and serves them; `bessemer up` starts it in the working directory, from which relative paths
+of the recipes count, and `bessemer down` ends it. Each run that it starts is a process of its own.
 """
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from prefect import flow, serve
+from prefect.artifacts import create_table_artifact
 from prefect.client.schemas.objects import State
 from prefect.states import Cancelled, Completed, Failed
 from pydantic import Field
 
-from conf.compose import recipes
+from conf.compose import compose_leniently, recipes
 from conf.mistakes import RecipeError
+from flows.execution import Execution
 from flows.pipeline import run_pipeline
-from flows.preparation import Request, prepare
-from flows.runs import open_home
+from flows.plan import plan
+from flows.preparation import PARTS, Request, prepare
+from flows.runs import Home, open_home
 
 HIDDEN = ("standard",)
 """Recipes that others start from; alone they name no data."""
+EVERYTHING = "full"
 
 
-@flow(persist_result=False)
+def choices() -> tuple[str, ...]:
+    """Recipes that the form offers: Bessemer's own, and the YAML files of the working directory."""
+    own = [str(path) for path in sorted(Path().glob("*.yaml")) if _is_recipe(path)]
+    return (*(name for name in recipes() if name not in HIDDEN), *own)
+
+
+def nodes() -> tuple[str, ...]:
+    """Nodes of all these recipes, in their order."""
+    found: dict[str, None] = {}
+    for recipe in choices():
+        composed, _ = compose_leniently(recipe, [])
+        found |= dict.fromkeys(composed.get("stages") or {})
+    return tuple(found)
+
+
+def _is_recipe(path: Path) -> bool:
+    return any(line.startswith("stages:") for line in path.read_text("utf-8").splitlines())
+
+
+Override = Annotated[str, Field(pattern=r"^[+~]{0,2}[\w./@-]+(=.*)?$")]
+
+if TYPE_CHECKING:
+    Recipe = str
+    Node = str
+else:
+    Recipe = Literal[choices()]
+    Node = Literal[nodes()]
+
+
+@flow(persist_result=False, flow_run_name="{part} of {recipe}")
 def bessemer(
-    recipe: Annotated[str, Field(description="Name under conf/recipe/, or path of a YAML file")],
-    overrides: Annotated[
-        list[str], Field(description="key=value: data=DIR, shape=20m, dedup.threshold=0.7")
-    ] = [],  # noqa: B006 - Prefect shows the default in its form; it is never changed
-    force: Annotated[list[str], Field(description="Nodes to build anew")] = [],  # noqa: B006
-    until: Annotated[str | None, Field(description="Last node to run; all when empty")] = None,
-    is_extension: Annotated[
-        bool, Field(description="Go on from the newest complete run (--extend)")
-    ] = False,
+    recipe: Recipe,
+    part: Literal["full", "corpus", "pretraining", "alignment", "evaluation"] = EVERYTHING,
+    overrides: list[Override] = [],  # noqa: B006 - the form shows the default; it is never changed
+    start: Node | None = None,
+    until: Node | None = None,
+    only: Node | None = None,
+    force: list[Node] = [],  # noqa: B006
+    is_extension: bool = False,
+    is_trial: bool = False,
 ) -> State[Any]:
-    """Run a recipe; what is in the store already is not built again, also when a run is retried."""
-    request = Request(recipe, overrides, None, until, None, tuple(force), is_extension)
+    """Run a recipe; what is in the store already is not built again, also when a run is retried.
+
+    Args:
+        recipe: Which stages, on which data; a recipe of Bessemer's or of the working directory.
+        part: Everything, or what one of the four flows makes and what it needs.
+        overrides: Each KEY=VALUE as on the command line (data=DIR, shape=20m, dedup.threshold=0.7).
+        start: From; build this node and all below anew, all above must be there.
+        until: Stop after this node.
+        only: This node alone; all above must be there.
+        force: Nodes to build anew.
+        is_extension: Go on from the newest complete run (--extend).
+        is_trial: Dry run; only show what would be built, and why.
+    """
+    request = Request(
+        recipe,
+        overrides,
+        start,
+        until,
+        only,
+        tuple(force),
+        is_extension,
+        None if part == EVERYTHING else part,
+    )
+    home = open_home()
     try:
-        execution = prepare(request, open_home(), base=Path.cwd())
+        if is_trial:
+            return _trial(request, home)
+        execution = prepare(request, home, base=Path.cwd())
     except RecipeError as error:
         return Failed(message=str(error))
-    run_pipeline(execution)
+    run_pipeline(execution, is_inside=True)
+    return _ended(execution)
+
+
+def _trial(request: Request, home: Home) -> State[Any]:
+    planned = plan(prepare(request, home, base=Path.cwd(), appends=False), Path.cwd())
+    rows = [
+        {"node": item.node, "stage": item.stage, "store": item.status, "why": item.why}
+        for item in planned
+    ]
+    create_table_artifact(rows, key="plan", description=f"what a run of {request.recipe} would do")
+    misses = sum(item.status == "miss" for item in planned)
+    return Completed(message=f"dry run: {misses} of {len(planned)} stages would be built")
+
+
+def _ended(execution: Execution) -> State[Any]:
     failed = [name for name, stage in execution.record.stages.items() if stage.status == "failed"]
     if execution.is_cancelled:
         return Cancelled(message="cancelled; run again to go on")
@@ -50,15 +123,27 @@ def bessemer(
     return Completed(message=f"run {execution.record.run_id}, report {execution.record.report}")
 
 
-def serve_recipes() -> None:
-    """Register a deployment for every recipe and run what is started from the page, until ended."""
-    deployments: list[Any] = [
-        bessemer.to_deployment(name=name, parameters={"recipe": name}, description=f"Recipe {name}")
-        for name in recipes()
-        if name not in HIDDEN
+def deployments() -> list[Any]:
+    """The five, each with its part filled in, and `demo` as the recipe until another is chosen."""
+    return [
+        bessemer.to_deployment(
+            name=part,
+            parameters={"part": part, "recipe": "demo"},
+            description=_DESCRIPTIONS[part],
+            tags=["bessemer"],
+        )
+        for part in (EVERYTHING, *PARTS)
     ]
-    serve(*deployments, print_starting_message=False)
+
+
+_DESCRIPTIONS = {
+    EVERYTHING: "A recipe from raw files to an evaluated model.",
+    "corpus": "From raw files to token files.",
+    "pretraining": "A model that continues text, and what it learns from.",
+    "alignment": "From the pretrained model to one that answers: SFT, reward, DPO, PPO.",
+    "evaluation": "Scores, exports, and all that they are about.",
+}
 
 
 if __name__ == "__main__":
-    serve_recipes()
+    serve(*deployments(), print_starting_message=False)

@@ -43,8 +43,12 @@ _TRACKED: dict[str, Literal["finished", "failed", "cancelled"]] = {
 }
 
 
-def run_pipeline(execution: Execution, *, say: Say = lambda text: None) -> bool:
+def run_pipeline(
+    execution: Execution, *, say: Say = lambda text: None, is_inside: bool = False
+) -> bool:
     """Run what was prepared, to its end; whether everything that was started has stopped.
+
+    `is_inside`: a flow run of its own is there already (a deployment's), the four become its subflows.
 
     The run's record says what became of each node. False only after a cancel that a stage did not
     follow in time: the process has to be ended then.
@@ -59,8 +63,10 @@ def run_pipeline(execution: Execution, *, say: Say = lambda text: None) -> bool:
         # A flow waits up to a second for its heart-beat thread when it ends; the run's record has
         # the process's id and start time instead.
         with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
-            name = execution.record.title
-            pipeline.with_options(flow_run_name=name)(return_state=True)
+            if is_inside:
+                pipeline.fn()
+            else:
+                pipeline.with_options(flow_run_name=execution.record.title)(return_state=True)
     finally:
         execution.finish(time.monotonic() - started)
         current.reset(token)

@@ -19,6 +19,10 @@ CARRIED_INPUT = "pinned"
 """Optional input of a stage: its own earlier result, whose statistics it goes on using."""
 
 
+PARTS = ("corpus", "pretraining", "alignment", "evaluation")
+"""The four flows; each node of a graph belongs to one."""
+
+
 @dataclass(frozen=True)
 class Request:
     """What was asked for on the command line."""
@@ -31,6 +35,8 @@ class Request:
     only: str | None = None
     force: tuple[str, ...] = ()
     is_extension: bool = False
+    part: str | None = None
+    """One of the four flows: its nodes and what they need; all when None."""
 
     @property
     def options(self) -> dict[str, Any]:
@@ -41,6 +47,7 @@ class Request:
             "only": self.only,
             "force": list(self.force),
             "extend": self.is_extension,
+            **({"part": self.part} if self.part else {}),
         }
 
 
@@ -84,6 +91,12 @@ def prepare(
 
 def _selected(graph: Graph, request: Request) -> list[str]:
     wanted = set(graph.nodes)
+    if request.part:
+        of_part = [name for name, node in graph.nodes.items() if node.flow == request.part]
+        if not of_part:
+            found = f"no node of {graph.recipe} belongs to {request.part}"
+            raise RecipeError([Mistake("part", found, "choose another part, or full")])
+        wanted &= graph.ancestors(of_part)
     if request.until:
         wanted &= graph.ancestors([request.until])
     if request.only:
@@ -93,7 +106,7 @@ def _selected(graph: Graph, request: Request) -> list[str]:
             [
                 Mistake(
                     f"--from {request.start}",
-                    f"is not among what --until {request.until or request.only} asks for",
+                    f"is not among what {request.until or request.only or request.part} needs",
                     "name a node above it, or leave one of the two out",
                 )
             ]

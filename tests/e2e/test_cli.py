@@ -13,6 +13,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import psutil
@@ -96,7 +97,7 @@ def bessemer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
     (folder / "tiny.yaml").write_text(RECIPE, "utf-8")
     command = Command(folder, Home(folder / "home"))
     yield command
-    command("down")
+    command("down", "--wait")
 
 
 def of_home(home: Home) -> list[psutil.Process]:
@@ -350,10 +351,53 @@ def test_up_opens_the_pages_and_down_leaves_no_process(bessemer: Command) -> Non
         with urlopen(told[name], timeout=20) as page:
             assert b"<html" in page.read().lower()
     wait_for(lambda: bessemer.ask("deployments/filter", {}) != [])
-    names = {deployment["name"] for deployment in bessemer.ask("deployments/filter", {})}
-    assert "demo" in names
-    assert "worker, mlflow, prefect" in bessemer("down")
+    found = {item["name"]: item for item in bessemer.ask("deployments/filter", {})}
+    assert found.keys() == {"full", "corpus", "pretraining", "alignment", "evaluation"}
+    assert_the_form_is_typed_and_refuses(bessemer, found["corpus"])
+    trial = start_deployment(bessemer, found["corpus"], is_trial=True)
+    wait_for(lambda: state_of(bessemer, trial) == "COMPLETED", seconds=120)
+    plan = bessemer.ask("artifacts/filter", {"artifacts": {"key": {"any_": ["plan"]}}})
+    assert '"node": "tokenize"' in str(plan[0]["data"])
+    assert '"node": "pretrain"' not in str(plan[0]["data"])  # belongs to another part
+    real = start_deployment(bessemer, found["full"], until="world")
+    wait_for(lambda: state_of(bessemer, real) == "COMPLETED", seconds=120)
+    parents = {"flow_runs": {"parent_flow_run_id": {"any_": [real]}}}
+    assert len(bessemer.ask("flow_runs/filter", parents)) == 1  # corpus, on the run's own page
+    assert "worker, mlflow, prefect" in bessemer("down", "--wait")
     wait_for(lambda: not of_home(bessemer.home), seconds=40)
+
+
+def start_deployment(bessemer: Command, deployment: Any, **parameters: Any) -> str:
+    """Start a run as the page does; its id."""
+    body = {
+        "parameters": {
+            "overrides": ["world.chats=100", "world.pairs=100", "world.held_pairs=40"],
+            **parameters,
+        }
+    }
+    return bessemer.ask(f"deployments/{deployment['id']}/create_flow_run", body)["id"]
+
+
+def state_of(bessemer: Command, flow_run: str) -> str:
+    body = {"flow_runs": {"id": {"any_": [flow_run]}}}
+    return bessemer.ask("flow_runs/filter", body)[0]["state_type"]
+
+
+def assert_the_form_is_typed_and_refuses(bessemer: Command, deployment: Any) -> None:
+    fields = deployment["parameter_openapi_schema"]["properties"]
+    assert "demo" in fields["recipe"]["enum"]
+    assert "tiny.yaml" in fields["recipe"]["enum"]  # of the folder in which `up` was called
+    assert {"pretrain", "blend"} <= set(fields["force"]["items"]["enum"])
+    assert all(field["description"] for field in fields.values())
+    assert deployment["parameters"]["part"] == "corpus"
+    for wrong in (
+        {"recipe": "dmeo"}, {"until": "pretrian"}, {"overrides": ["seed 3"]}, {"part": "all"},
+        {"is_trial": "perhaps"},
+    ):  # fmt: skip
+        with pytest.raises(HTTPError) as refused:
+            start_deployment(bessemer, deployment, **wrong)
+        assert refused.value.code == 409
+        assert next(iter(wrong)) in refused.value.read().decode()
 
 
 def test_an_idle_server_ends_by_itself(bessemer: Command) -> None:

@@ -116,6 +116,13 @@ def test_until_runs_what_is_needed_and_no_more(place: Place) -> None:
     assert not execution.record.is_complete
 
 
+def test_a_part_takes_its_nodes_and_what_they_need(place: Place) -> None:
+    # As the form of a deployment asks. The tiny stages make neither corpus nor policy.
+    assert go(place, part="alignment").selected == tuple(start(place).graph.nodes)
+    with pytest.raises(RecipeError, match="no node of tiny belongs to corpus"):
+        start(place, part="corpus")
+
+
 def test_force_builds_again_and_equal_bytes_stop_it_there(place: Place) -> None:
     go(place)
     place.ran()

@@ -11,7 +11,7 @@ from flows.costs import device_memory
 from flows.forecast import costs_table
 from flows.graph import load_graph
 from flows.plan import contract, plan
-from flows.preparation import Request, prepare
+from flows.preparation import PARTS, Request, prepare
 from flows.runs import Home
 from tasks.processes import cuda_devices
 
@@ -28,6 +28,19 @@ def test_every_recipe_that_brings_its_data_is_sound(name: str, tmp_path: Path) -
         "alignment",
         "evaluation",
     }
+
+
+def test_the_parts_of_the_demo_follow_each_other(tmp_path: Path) -> None:
+    def selected(part: str) -> set[str]:
+        request = Request("demo", part=part)
+        return set(prepare(request, Home(tmp_path), base=tmp_path, appends=False).selected)
+
+    corpus, pretraining, alignment, evaluation = map(selected, PARTS)
+    assert {"world", "tokenize"} <= corpus
+    assert pretraining - corpus == {"pretrain"}
+    assert {"sft", "dpo", "ppo"} <= alignment - pretraining
+    assert not any(name.startswith("evaluate") for name in alignment)
+    assert {"evaluate_ppo", "export", "ppo", "audit"} <= evaluation
 
 
 def test_a_plan_of_the_demo_in_an_empty_home_misses_everything(tmp_path: Path) -> None:
