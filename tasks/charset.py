@@ -29,7 +29,22 @@ _SAMPLE_BYTES = 1 << 16
 _ODD = re.compile("[\ufffd\x80-\x9f\ue000-\uf8ff\uff61-\uff9f]")
 _HAN = re.compile("[\u4e00-\u9fff]")
 _KANA = re.compile("[\u3041-\u30ff]")
-_FREQUENT_HAN = re.compile("[的一是不了在有人我他中大来上为这個个為這來]")
+_FAMILIAR = re.compile(
+    "["
+    "的一是不了在人有我他这个们中来上大为和国地到以说时要就出会可也你对生能而子那得于着下自之年过发后作里用道行所然"
+    "家种事成方多经么去法学如都同现当没动面起看定天分还进好小部其些主样理心她本前开但因只从想实日者意无力它与长把机"
+    "十民第公此已工使情明性知全三又关点正业外将两高间由问很最重并物手应战向头文体政美相见被利什二等产或新己制身果加"
+    "西月话合回特代内信表化老给世位次度门任常先海通教儿原东声提立及比员解水名真论处走义各入几口认条平系气题活更别打"
+    "個們來為國說時會對這發後過學還進樣實無長機與開關點業將兩間從問並應戰頭體見產話給門兒東聲員處義幾認條氣題變總電"
+    "ぁ-ん。，、！？：；「」“”（）"
+    "이다는의에을를은가도고하지기로한사대리나인서자어시들라있보수과전정그일해니습게면만었았"
+    "]"
+)
+"""The most frequent characters of Chinese, Japanese and Korean text: half of real text, a twentieth
+of bytes that are read in the wrong set."""
+FAMILIAR_SHARE = 0.25
+_STRANGE = re.compile("[\u3105-\u312f\ufe30-\ufe6f\u0370-\u04ff\u2500-\u257f]")
+"""Bopomofo, small forms, Greek, Cyrillic, box lines: rows of the East Asian sets hardly used."""
 _LATIN_SUPPLEMENT_RUN = re.compile("[\u00a1-\u00ff]{4,}")
 
 
@@ -112,8 +127,8 @@ def _implausible(text: str, encoding: str) -> float:
     """Share of the characters beyond ASCII that real text hardly has, to two places.
 
     Runs of accented Latin letters are double-byte text read as single bytes; rare Han characters
-    are one double-byte set read as another. Korean read as Chinese gives common characters, but
-    none of the most frequent; Japanese (EUC) read as Chinese keeps its kana.
+    are one double-byte set read as another. Japanese (EUC) read as Chinese keeps its kana. Text that
+    is read in the wrong East Asian set has few of the characters that its language uses most.
     """
     beyond = sum(character > "\x7f" for character in text)
     if beyond == 0:
@@ -125,8 +140,12 @@ def _implausible(text: str, encoding: str) -> float:
     odd += sum(character not in common for character in han)
     if encoding in ("gb18030", "big5hkscs"):
         odd += kana
-    if len(han) >= 20 and not kana and not _FREQUENT_HAN.search(text):
+    if encoding == "cp949":
         odd += len(han)
+    if encoding in _EAST_ASIAN:
+        odd += len(_STRANGE.findall(text))
+        familiar = len(_FAMILIAR.findall(text)) / beyond
+        odd += 0.6 * beyond * (1 - min(1.0, familiar / FAMILIAR_SHARE))
     return round(odd / beyond, 2)
 
 
