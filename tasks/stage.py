@@ -166,7 +166,9 @@ def stages() -> Mapping[str, StageSpec]:
     """
     found: dict[str, StageSpec] = {}
     package = importlib.import_module("tasks")
-    settings = {module.name for module in pkgutil.iter_modules(importlib.import_module("conf").__path__)}
+    settings = {
+        module.name for module in pkgutil.iter_modules(importlib.import_module("conf").__path__)
+    }
     for module in pkgutil.iter_modules(package.__path__):
         if module.name not in settings:
             continue
