@@ -64,7 +64,7 @@ def write_hf(files: Path, model: Transformer, tokenizer: Path, *, precision: str
     meta = read_meta(tokenizer)
     _write(files / CONFIG, hf_config(model, meta, precision))
     _write(files / "generation_config.json", generation_config(meta))
-    _write(files / "tokenizer_config.json", tokenizer_config(model.shape))
+    _write(files / "tokenizer_config.json", tokenizer_config(model.shape, tokenizer))
     (files / "chat_template.jinja").write_text(CHAT_TEMPLATE, "utf-8")
     shutil.copyfile(tokenizer / MODEL_FILE, files / MODEL_FILE)
 

@@ -45,6 +45,8 @@ INNER = {
     "up": "ffn_up",
     "ffn_out": "ffn_down",
 }
+PRETOKENIZERS = ("gpt-2", "qwen2")
+"""Ways of cutting text that llama.cpp has by that name."""
 ROPE_FACTORS = "rope_freqs.weight"
 SMOLLM3_STEP = 4
 """llama.cpp leaves positions out of every fourth layer of a `smollm3`, and of no other."""
@@ -144,10 +146,11 @@ def _tokenizer_keys(tokenizer: Path, vocabulary: int) -> dict[str, Value]:
     meta = read_meta(tokenizer)
     content = json.loads((tokenizer / MODEL_FILE).read_text("utf-8"))
     form, decoder = content["model"]["type"], (content.get("decoder") or {}).get("type")
-    if form != "BPE" or decoder != "ByteLevel":
+    if form != "BPE" or decoder != "ByteLevel" or meta.pretokenizer not in PRETOKENIZERS:
         raise ValueError(
-            f"the tokenizer is a {form} with decoder {decoder}; byte-level BPE can be written as GGUF, "
-            f"others with target=hf"
+            f"the tokenizer is a {form} with decoder {decoder} that cuts text as {meta.pretokenizer}; "
+            f"byte-level BPE that cuts as {' or '.join(PRETOKENIZERS)} can be written as GGUF, others "
+            f"with target=hf"
         )
     spelled: list[str] = [f"[unused{index}]" for index in range(vocabulary)]
     for token, index in content["model"]["vocab"].items():

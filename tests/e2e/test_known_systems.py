@@ -1,10 +1,13 @@
-"""The recipes of known systems run end to end, shortened: their shapes with two layers and a few steps."""
+"""The recipes of known systems have their sizes, and run end to end, shortened to two layers and a few
+steps."""
 
 import shutil
 from pathlib import Path
 
 import pytest
 
+from conf.pretrain import PretrainConfig
+from conf.tokenizer import TokenizerConfig
 from conf.world import WorldConfig
 from flows.graph import load_graph
 from flows.lookup import Lookup
@@ -85,7 +88,33 @@ def counted(policy: Artifact) -> tuple[int, ...]:
     return (shape.dim, shape.heads, shape.kv_heads, shape.ffn_width, shape.context)
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "millions"),
+    [
+        ("baby_llama2", [], 91.64),
+        # four more layers of 4 x 512^2 + 3 x 512 x 1376 = 3.162M
+        ("baby_llama2", ["pretrain.shape.layers=12"], 91.64 + 4 * 3.162),
+        ("baby_llama2", ["shape=218m"], 218.13),
+        ("zero_chatgpt", [], 159.39),
+    ],
+)
+def test_they_are_sound_and_have_the_sizes_that_they_are_known_by(
+    recipe: str, overrides: list[str], millions: float, tmp_path: Path
+) -> None:
+    for name in ("sft/one/a.jsonl", "preference/one/a.jsonl", "crawl/a.warc.gz"):
+        (tmp_path / "data" / name).parent.mkdir(parents=True)
+        (tmp_path / "data" / name).touch()
+    nodes = load_graph(recipe, ["data=data", *overrides], base=tmp_path).nodes
+    settings, tokenizer = nodes["pretrain"].settings, nodes["tokenizer"].settings
+    assert isinstance(settings, PretrainConfig)
+    assert isinstance(tokenizer, TokenizerConfig)
+    shape = settings.shape
+    norms = (2 * shape.layers + 1) * shape.dim
+    counted_parameters = shape.parameters(tokenizer.vocabulary) - norms
+    assert counted_parameters / 1e6 == pytest.approx(millions, abs=0.01)
+
+
+@pytest.mark.soak
 def test_baby_llama2_pretrains_fine_tunes_and_leaves(tmp_path: Path) -> None:
     built = run("baby_llama2", [*SHORT, "pretrain.batch_tokens=1024"], data(tmp_path))
     assert counted(built["pretrain"]) == counted(built["sft"]) == (512, 8, 8, 1376, 512)

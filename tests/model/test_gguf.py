@@ -1,5 +1,6 @@
 """The GGUF file: the package that llama.cpp's authors keep reads it, and so does transformers."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from conf.shape import RopeScalingConfig, ShapeConfig
 from model.convert import compare
 from model.gguf import architecture, read_gguf, write_gguf
 from model.transformer import Transformer
-from storage.tokenizer import ChatTokenizer
+from storage.tokenizer import MODEL_FILE, ChatTokenizer
 from tests.model.tiny import tiny_tokenizer
 
 STRETCHED = RopeScalingConfig(factor=8, original_context=32)
@@ -114,6 +115,17 @@ def test_what_llama_cpp_does_not_compute_is_refused() -> None:
     for fields, message in refused:
         with pytest.raises(ValueError, match=message):
             architecture(model(**fields).shape)
+
+
+def test_a_tokenizer_that_llama_cpp_does_not_know_is_refused(
+    tmp_path: Path, tokenizer: ChatTokenizer
+) -> None:
+    path = tmp_path / "tokenizer" / MODEL_FILE
+    content = json.loads(path.read_text("utf-8"))
+    content["decoder"] = {"type": "Metaspace", "replacement": "_", "prepend_scheme": "always"}
+    path.write_text(json.dumps(content), "utf-8")
+    with pytest.raises(ValueError, match="a BPE with decoder Metaspace"):
+        write_gguf(tmp_path / "model.gguf", model(), tmp_path / "tokenizer")
 
 
 def test_another_stretching_and_another_file_are_refused(
