@@ -6,7 +6,7 @@ from pydantic import Field
 
 from conf.settings import Settings
 
-Stratum = Literal["language", "source", "domain"]
+Stratum = Literal["language", "source", "domain", "topic"]
 
 
 class SampleConfig(Settings):
@@ -15,7 +15,7 @@ class SampleConfig(Settings):
     share: Annotated[float, Field(gt=0, le=1)] = 0.1
     """Share of the characters of every group that is kept, to within one document."""
     strata: tuple[Stratum, ...] = ("language", "source")
-    """What makes a group: documents alike in all of these."""
+    """What makes a group: documents alike in all of these; `topic` needs the input `topics`."""
     shares: dict[str, Annotated[float, Field(ge=0, le=1)]] = Field(default_factory=dict[str, float])
     """Other shares for some groups, named by their values: `{zh/web: 0.5, en/books: 1.0}`."""
     held_share: Annotated[float, Field(gt=0, le=1)] = 1.0

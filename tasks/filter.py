@@ -67,6 +67,7 @@ def filter(  # noqa: A001 - the stage's word
     def keeps() -> Iterator["pl.DataFrame"]:
         for shard, part in zip(shards, parts, strict=True):
             frame = _frame(shard, part)
+            _check_statistics(rules, frame.columns)
             if bounds is not None:
                 frame = frame.hstack(read_scores(scores[shard.index])).join(
                     bounds, on="language", how="left", maintain_order="left"
@@ -212,6 +213,17 @@ def _score_masks(columns: Sequence[str]) -> "dict[str, tuple[pl.Expr, pl.Expr]]"
     }
     before = pl.col("before")
     return {name: (before & fire.is_not_null(), before & fire) for name, fire in fires.items()}
+
+
+def _check_statistics(rules: Sequence[Rule], known: Sequence[str]) -> None:
+    """Raises ValueError for a rule on something that is not counted."""
+    named = {name for rule in rules for name in (rule.statistic, *rule.needs)}
+    if unknown := named - {*known}:
+        numbers = sorted({*known} - {"doc_id", "source", "domain", "language", "before"})
+        raise ValueError(
+            f"filter: a rule is about {', '.join(sorted(unknown))}, which is not counted; "
+            f"choose among {', '.join(numbers)}"
+        )
 
 
 def _applies(rule: Rule) -> "pl.Expr":

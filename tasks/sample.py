@@ -1,10 +1,11 @@
-"""Draw a part of a corpus that keeps the shares of its languages and sources."""
+"""Draw a part of a corpus that keeps the shares of its languages, sources and topics."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from conf.sample import SampleConfig
 from storage.corpus import Corpus, Shard
+from storage.topics import Topics
 from tasks.stage import Job, stage
 
 if TYPE_CHECKING:
@@ -14,7 +15,9 @@ REASON = "not_sampled"
 
 
 @stage(version=1)
-def sample(job: Job, corpus: Corpus, settings: SampleConfig) -> Corpus:
+def sample(
+    job: Job, corpus: Corpus, settings: SampleConfig, topics: Topics | None = None
+) -> Corpus:
     """Keep a share of every group of documents, drawn by a hash of their ids.
 
     reads Corpus   writes Corpus   cost one look at ids and lengths, no text is read
@@ -22,7 +25,12 @@ def sample(job: Job, corpus: Corpus, settings: SampleConfig) -> Corpus:
     Documents of a group come in the order of their hashes until its share of characters is reached, so
     a larger share holds the smaller one. Raises ValueError for a share of a group that is not there.
     """
-    frames = [_frame(shard, settings) for shard in corpus.shards]
+    if "topic" in settings.strata and topics is None:
+        raise ValueError(
+            "sample: strata name `topic`, but no topics are read; add `topics: NODE` to `from`, a node "
+            "of the stage topics over the same corpus"
+        )
+    frames = [_frame(shard, settings, topics) for shard in corpus.shards]
     chosen = _chosen(frames, settings)
     _check_names(frames, settings)
 
@@ -41,7 +49,7 @@ def sample(job: Job, corpus: Corpus, settings: SampleConfig) -> Corpus:
     return Corpus(job.path)
 
 
-def _frame(shard: Shard, settings: SampleConfig) -> "pl.DataFrame":
+def _frame(shard: Shard, settings: SampleConfig, topics: Topics | None) -> "pl.DataFrame":
     """Per row: `group`, `split`, `n_chars`, `order` (a hash of the id) and `before` (came in)."""
     import numpy as np
     import polars as pl
@@ -55,6 +63,10 @@ def _frame(shard: Shard, settings: SampleConfig) -> "pl.DataFrame":
         )
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    if topics is not None:
+        frame = frame.with_columns(
+            topic=topics.of_shard(shard.index).cast(pl.String).fill_null("none")
+        )
     group = pl.concat_str([pl.col(name) for name in settings.strata], separator="/")
     return frame.select(
         (group if settings.strata else pl.lit("all")).alias("group"),

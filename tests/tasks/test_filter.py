@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from conf.filter import PRESETS, Bounds, FilterConfig
+from conf.filter import PRESETS, Bounds, FilterConfig, Rule
 from storage.corpus import Corpus
 from tasks.extract import extract
 from tasks.filter import EXAMPLES, filter  # noqa: A004 - the stage's word
@@ -127,6 +127,47 @@ def test_rules_can_be_moved_and_switched_off(tmp_path: Path) -> None:
     assert moved.identity() != FilterConfig().identity()
     with pytest.raises(ValueError, match="no rule mystery"):
         FilterConfig(off=("mystery",)).rules()
+
+
+def test_rules_of_the_recipe_are_on_any_statistic(tmp_path: Path) -> None:
+    sentences = Rule(name="talkative", statistic="sentences", maximum=2)
+    outcome = run(tmp_path, [{"text": text} for text in GOOD["en"]], more_rules=(sentences,))
+    # The third text has three sentences, the second two of them.
+    assert texts(outcome.artifact) == GOOD["en"][:2]
+    with pytest.raises(
+        ValueError, match=r"about mystery, which is not counted; choose among .*bytes"
+    ):
+        run(tmp_path, [{"text": "a"}], more_rules=(Rule(name="x", statistic="mystery", minimum=1),))
+
+
+@pytest.mark.parametrize(
+    ("preset", "language", "kept"),
+    [("en_published", "en", 0), ("zh_published", "zh", 0), ("en_published", "zh", 2)],
+)
+def test_published_bounds_drop_short_texts_of_their_language(
+    tmp_path: Path, preset: Any, language: str, kept: int
+) -> None:
+    # No text has five sentences or 50 words (80 characters and as many words in Chinese).
+    short = GOOD[language][:2]
+    outcome = run(tmp_path, [{"text": text} for text in short], preset=preset)
+    assert len(texts(outcome.artifact)) == kept
+
+
+def test_plain_three_sigma_by_hand(tmp_path: Path) -> None:
+    # ln of 20 characters 99 times and of 20 e^2 = 148 once: mean ln 20 + 0.02, deviation 0.2; the long
+    # one is (2 - 0.02) / 0.2 = 9.9 deviations away.
+    documents = [{"text": f"{n:02}".ljust(20, "a")} for n in range(99)] + [{"text": "b" * 148}]
+    add_file(tmp_path, "a.jsonl", documents)
+    sources = (spec("docs/*.jsonl", language="en"),)
+    corpus = run_stage(extract, ExtractConfig(sources=sources), {}, tmp_path).artifact
+    plainly = FilterConfig(preset="none", outlier_min_sigma=0.01, outlier_spread="plain")
+    plain = run_stage(filter, plainly, {"corpus": corpus}, tmp_path)
+    assert [reason for _, reason in reasons(plain.artifact)] == ["length_outlier"]
+    [row] = json.loads((plain.artifact.files / "plain_lengths.json").read_text("utf-8"))
+    assert row["deviation"] == pytest.approx(0.2, abs=0.002)
+    wider = plainly.model_copy(update={"outlier_sigmas": 10.0})
+    ten = run_stage(filter, wider, {"corpus": corpus}, tmp_path)
+    assert reasons(ten.artifact) == []
 
 
 def test_length_outliers_are_per_language_and_source(tmp_path: Path) -> None:
