@@ -32,7 +32,9 @@ def screen(job: Job, conversations: Conversations, settings: ScreenConfig) -> Co
     """
     import polars as pl
 
-    rows = [(split, row) for split in HELD_FIRST for row in conversations.rows(split)]
+    rows: list[tuple[Split, Conversation]] = [
+        (split, row) for split in HELD_FIRST for row in conversations.rows(split)
+    ]
     texts = pl.Series([_said(row) for _, row in rows], dtype=pl.String)
     questions = list(read_exams(job.sources.get("exams", Source()), settings.fields))
     leaks = _leaks(texts, questions, settings)

@@ -7,7 +7,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from conf.dedup import DedupConfig
 from storage.corpus import Shard
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
     import polars as pl
-    import pyarrow as pa
 
-    Texts = pl.Series | pa.Array[Any]
+    # Any: an Arrow array, which has no types of its own.
+    Texts = pl.Series | Any
 
 TEXT_HASHES = "text_hashes.npy"
 """(units, 2) uint64, the 128 bits of xxh3 of the UTF-8 text."""
@@ -59,7 +59,7 @@ def build_signatures(
         texts = units["text"]
         units.drop("text").write_parquet(files / UNITS, compression="zstd")
     content, offsets = text_buffers(texts)
-    view, limits = memoryview(content), itertools.pairwise(offsets.tolist())
+    view, limits = content.data, itertools.pairwise(offsets.tolist())
     digests = b"".join(xxhash.xxh3_128_digest(view[start:end]) for start, end in limits)
     np.save(files / TEXT_HASHES, np.frombuffer(digests, np.uint64).reshape(-1, 2))
     if settings.keep in ("longest", "quality"):
@@ -74,7 +74,7 @@ def build_signatures(
     return {"units": len(texts)}
 
 
-def texts_of(shard: Shard) -> "pa.Array[Any]":
+def texts_of(shard: Shard) -> Any:
     """Every text of a shard, dropped rows too, without what was cut, as the kernels read it."""
     import polars as pl
     import pyarrow as pa
@@ -150,14 +150,14 @@ def sign_texts(
 ) -> "tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint32]]":
     """(documents, bands * band_rows) MinHash signatures, and (documents,) numbers of shingles."""
     import numpy as np
-    from datasketch import MinHash
 
     from tasks.kernels import minhash
 
     bands, rows = settings.banding()
-    oracle = MinHash(num_perm=bands * rows, seed=settings.permutation_seed, scheme="affine32")
-    multiply, add = cast("tuple[Any, Any]", oracle.permutations)
-    a, b = np.asarray(multiply).astype(np.uint32), np.asarray(add).astype(np.uint32)
+    # The numbers of datasketch's scheme "affine32"; importing it would cost every worker half a second.
+    draws = np.random.RandomState(settings.permutation_seed)
+    a = draws.randint(0, 1 << 31, bands * rows, np.uint32) * np.uint32(2) + np.uint32(1)
+    b = draws.randint(0, 1 << 32, bands * rows, np.uint32)
     signatures = np.empty((len(texts), bands * rows), np.uint32)
     shingles = np.empty(len(texts), np.uint32)
     for start, end, (text, offsets, width, how) in pieces_of(texts, settings):

@@ -77,18 +77,13 @@ def datatrove(path: Path, folder: Path) -> list[bool]:
     words: Any = importlib.import_module("datatrove.utils.word_tokenizers")
     executor: Any = importlib.import_module("datatrove.executor").LocalPipelineExecutor
 
-    class Fast(words.WordTokenizer):
-        """A regular expression in place of spaCy, which would be five times slower."""
-
-        def word_tokenize(self, text: str) -> list[str]:
-            return TOKEN.findall(text)
-
-        def sent_tokenize(self, text: str) -> list[str]:
-            return [text]
-
-        def span_tokenize(self, text: str) -> list[tuple[int, int]]:
-            return [(0, len(text))]
-
+    # A regular expression in place of spaCy, which would be five times slower.
+    methods = {
+        "word_tokenize": lambda _, text: TOKEN.findall(text),
+        "sent_tokenize": lambda _, text: [text],
+        "span_tokenize": lambda _, text: [(0, len(text))],
+    }
+    fast = type("Fast", (words.WordTokenizer,), methods)()
     config = minhash.MinhashConfig(
         n_grams=SHINGLE, num_buckets=BANDS, hashes_per_bucket=ROWS, seed=1
     )
@@ -107,7 +102,7 @@ def datatrove(path: Path, folder: Path) -> list[bool]:
         executor(pipeline=steps, tasks=tasks, workers=min(tasks, PROCESSES), logging_dir=logs).run()
 
     names = {name: str(folder / name) for name in ("signatures", "buckets", "removed", "out")}
-    sign = dedup.MinhashDedupSignature(names["signatures"], config=config, language=Fast())
+    sign = dedup.MinhashDedupSignature(names["signatures"], config=config, language=fast)
     run([read, sign], "sign", 2)
     find = dedup.MinhashDedupBuckets(names["signatures"], names["buckets"], config=config)
     run([find], "find", BANDS)

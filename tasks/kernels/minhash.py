@@ -24,6 +24,7 @@ from tasks.kernels.words import (
 )
 
 U32 = np.uint32
+MOST = U32(0xFFFFFFFF)
 
 SEPARATOR, RUN, SINGLE = 0, 1, 2
 HOW = ("tokens", "characters", "windows", "words")
@@ -187,10 +188,24 @@ def sign(
         shingles[row] = found
         for i in range(found):
             mixed[i] = _fmix32(U32(tokens[i] >> U64(32)))
-        for k in range(a.shape[0]):
-            a_k, b_k, least = a[k], b[k], U32(0xFFFFFFFF)
+        # Four at a time: a hash is loaded once for all of them.
+        whole = a.shape[0] // 4 * 4
+        for k in range(0, whole, 4):
+            a_0, a_1, a_2, a_3 = a[k], a[k + 1], a[k + 2], a[k + 3]
+            b_0, b_1, b_2, b_3 = b[k], b[k + 1], b[k + 2], b[k + 3]
+            least_0, least_1, least_2, least_3 = MOST, MOST, MOST, MOST
             for i in range(found):
-                least = min(least, U32(mixed[i] * a_k + b_k))
+                h = mixed[i]
+                least_0 = min(least_0, U32(h * a_0 + b_0))
+                least_1 = min(least_1, U32(h * a_1 + b_1))
+                least_2 = min(least_2, U32(h * a_2 + b_2))
+                least_3 = min(least_3, U32(h * a_3 + b_3))
+            signatures[row, k], signatures[row, k + 1] = least_0, least_1
+            signatures[row, k + 2], signatures[row, k + 3] = least_2, least_3
+        for k in range(whole, a.shape[0]):
+            least = MOST
+            for i in range(found):
+                least = min(least, U32(mixed[i] * a[k] + b[k]))
             signatures[row, k] = least
 
 

@@ -3,6 +3,7 @@
 import json
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,8 @@ def run(
     (root / "gsm8k.jsonl").write_text(json.dumps({"question": QUESTIONS["en"]}) + "\n", "utf-8")
     (root / "ceval.csv").write_text(f"id,question,A,B\n0,{QUESTIONS['zh']},狐狸,狼\n", "utf-8")
     exams = (spec("gsm8k.jsonl"), spec("ceval.csv"))
-    job = job_at(root, "screen")
-    job.sources["exams"] = resolve(exams, artifacts={}, base=root, ledger=None, hashes=HashCache())
+    source = resolve(exams, artifacts={}, base=root, ledger=None, hashes=HashCache())
+    job = replace(job_at(root, "screen"), sources={"exams": source})
     settings = ScreenConfig(exams=exams, **fields)
     return screen(job, conversations_of(root, train, held), settings), job
 
