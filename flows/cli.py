@@ -79,8 +79,7 @@ def _with_request(command: Callable[..., None]) -> Callable[..., None]:
 
     parameters = {**shared, **own}
     asked.__name__, asked.__doc__ = command.__name__, command.__doc__
-    asked.__annotations__ = {name: item.annotation for name, item in parameters.items()}
-    asked.__signature__ = Signature(list(parameters.values()))  # type: ignore[attr-defined]
+    vars(asked)["__signature__"] = Signature(list(parameters.values()))
     return asked
 
 
