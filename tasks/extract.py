@@ -25,10 +25,10 @@ from tasks.url_rules import UrlRules, write_blocked
 REFUSED = "refused.parquet"
 """Beside a shard: `url` and `reason` of every record that became no document."""
 EXAMPLES = 20
-SHARD_VERSION = 2
+SHARD_VERSION = 3
 
 
-@stage(version=2)
+@stage(version=3)
 def extract(job: Job, settings: ExtractConfig) -> Corpus:
     """Make documents of raw files.
 

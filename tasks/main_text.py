@@ -31,7 +31,7 @@ from tasks.processes import die_with_parent
 LANGUAGE_MIN_CHARS = 100
 """A shorter main text says too little about its language; the whole visible text is asked then."""
 GLANCE_CHARS = 600
-GLANCE_MIN_CHARS = 200
+GLANCE_MIN_CHARS = 300
 """Between so many characters of text tell the language of a page before it is parsed."""
 AMPLE_CHARS = 250
 AMPLE_SHARE = 0.5
