@@ -14,6 +14,11 @@ class NormaliseConfig(Settings):
 
     unicode_form: Literal["NFC", "NFKC", "none"] = "NFC"
     """Unicode normal form; NFKC also makes full-width Latin letters and digits half-width."""
+    width: Literal["keep", "half"] = "keep"
+    """`half` makes full-width Latin letters and digits half-width, and leaves punctuation alone."""
+    punctuation: Literal["keep", "by_script"] = "keep"
+    """`by_script` makes `, . ; : ! ?` Chinese after a Han character, where no letter or digit follows,
+    and Chinese ones plain after a Latin letter or digit where no Han character follows."""
     is_without_controls: bool = True
     """Whether control, zero-width and bidirectional characters are removed, odd spaces made plain."""
     max_blank_lines: Annotated[int | None, Field(ge=0, le=1)] = 1

@@ -16,6 +16,15 @@ _SURROGATES = re.compile("[\ud800-\udfff]")
 _SPACE_ENDS = re.compile(r"(?<![ \t\u00a0\u3000])[ \t\u00a0\u3000]+$", re.MULTILINE)
 _SPACES = re.compile("[\u00a0\u2000-\u200a\u202f\u205f]")
 _BLANK_LINES = re.compile(r"\n{3,}")
+_HALF_WIDTH = {
+    full: full - 0xFEE0
+    for first, last in (("０", "９"), ("Ａ", "Ｚ"), ("ａ", "ｚ"))
+    for full in range(ord(first), ord(last) + 1)
+}
+_CHINESE_MARKS = dict(zip(",.;:!?", "，。；：！？", strict=True))
+_PLAIN_MARKS = {chinese: plain for plain, chinese in _CHINESE_MARKS.items()}
+_AFTER_HAN = re.compile(r"(?<=[\u3400-\u9fff])[,.;:!?](?![A-Za-z0-9,.;:!?/])")
+_AFTER_LATIN = re.compile(r"(?<=[A-Za-z0-9])[，。；：！？](?![\u3400-\u9fff，。；：！？])")
 _RUNS = re.compile(r"([!?。！？，,、~～=*_#\-—…·])\1{4,}")
 
 
@@ -28,6 +37,11 @@ def normalise(text: str, settings: NormaliseConfig) -> str:
     text = _LINE_ENDS.sub("\n", text)
     if settings.unicode_form != "none" and not text.isascii():
         text = unicodedata.normalize(settings.unicode_form, text)
+    if settings.width == "half":
+        text = text.translate(_HALF_WIDTH)
+    if settings.punctuation == "by_script" and not text.isascii():
+        text = _AFTER_HAN.sub(lambda match: _CHINESE_MARKS[match.group()], text)
+        text = _AFTER_LATIN.sub(lambda match: _PLAIN_MARKS[match.group()], text)
     if settings.is_without_controls:
         text = _SPACES.sub(" ", _CONTROLS.sub("", text))
     if settings.max_blank_lines is not None:

@@ -212,6 +212,18 @@ def test_normalisation_by_hand() -> None:
     assert normalise("a" + " " * 200_000 + "b", NormaliseConfig()).startswith("a ")
 
 
+def test_width_and_punctuation_by_hand() -> None:
+    half = NormaliseConfig(width="half")
+    assert normalise("Ａｂ９，ｘ！", half) == "Ab9，x！"
+    marks = NormaliseConfig(punctuation="by_script")
+    assert normalise("你好,世界.真的吗?好!", marks) == "你好，世界。真的吗？好！"
+    assert normalise("Hello，world。 3：5 Really？", marks) == "Hello,world. 3:5 Really?"
+    # A file name, a number, a mark before Han text and an ellipsis stay as they are.
+    kept = "见图.png 共3。第二 用Python，很好 等等..."
+    assert normalise(kept, marks) == kept
+    assert normalise("你好,世界", NormaliseConfig()) == "你好,世界"
+
+
 @pytest.mark.slow
 def test_real_archives_survive(shared_data: Path, tmp_path: Path) -> None:
     source = spec(shared_data / "crawl" / "warc" / "**" / "*.warc*", format="warc", domain="web")
