@@ -310,6 +310,7 @@ def test_recomputed_activations_change_no_bit(tmp_path: Path) -> None:
 
 
 @pytest.mark.soak
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # Of the compiler's own looking around.
 def test_compiled_blocks_give_the_same_losses_under_the_same_names(tmp_path: Path) -> None:
     plain, compiled = (
         build_engine(
