@@ -34,9 +34,7 @@ def _costs_row(item: Planned, costs: Costs) -> list[str]:
         f"{human_count(costs.tokens)} ({ratio})" if costs.tokens else later,
         human_count(costs.flops) if costs.flops else later,
         f"{total} = {memory}",
-        f"{human_time(costs.seconds)} ({costs.rate_source})"
-        if costs.seconds
-        else costs.rate_source,
+        _time(costs, later),
     ]
 
 
