@@ -87,3 +87,20 @@ def test_real_lists(shared_data: Path, tmp_path: Path) -> None:
     rules = UrlRules.open(tmp_path / "b.npy")
     assert rules.reason("http://www.10bet.com/home") == "blocked"
     assert rules.reason("https://www.wikipedia.org/") is None
+
+
+@pytest.mark.soak
+def test_three_million_entries_cost_eight_bytes_each(tmp_path: Path) -> None:
+    count = 3_000_000
+    lines = (
+        f"0.0.0.0 host{i}.example{i % 97}.com" if i % 3 else f"site{i}.net/path/{i}"
+        for i in range(count)
+    )
+    assert write_blocked(lines, tmp_path / "b.npy") == count
+    assert (tmp_path / "b.npy").stat().st_size < 8 * count + 1000
+    rules = UrlRules.open(tmp_path / "b.npy")
+    for i in range(1, 30_000, 3):
+        assert rules.reason(f"https://www.sub.host{i}.example{i % 97}.com/a?b") == "blocked"
+        assert rules.reason(f"https://nothost{i}.example{i % 97}.com/a?b") is None
+        assert rules.reason(f"http://site{i + 2}.net/path/{i + 2}/deeper") == "blocked"
+        assert rules.reason(f"http://site{i + 2}.net/path/{i + 2}0") is None
