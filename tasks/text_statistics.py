@@ -195,9 +195,9 @@ def _bad_word_counts(texts: "pl.Series", bad_words: Sequence[str]) -> "NDArray[n
     others = sorted({w.lower() for w in bad_words if not w.isascii()})
     parts: list[str] = []
     if latin:
-        parts.append(rf"(?<![a-z0-9])(?:{'|'.join(map(re.escape, latin))})(?![a-z0-9])")
+        parts.append(rf"{_begins(latin)}(?<![a-z0-9]){_one_of(latin)}(?![a-z0-9])")
     if others:
-        parts.append("|".join(map(re.escape, others)))
+        parts.append(_begins(others) + _one_of(others))
     pattern = re.compile("|".join(parts))
     lowered = [text.lower() for text in texts]
     counts = np.zeros(len(texts), np.uint32)
@@ -205,6 +205,27 @@ def _bad_word_counts(texts: "pl.Series", bad_words: Sequence[str]) -> "NDArray[n
     for row in found.arg_true():
         counts[row] = sum(1 for _ in pattern.finditer(lowered[row]))
     return counts
+
+
+def _begins(words: Sequence[str]) -> str:
+    """A cheap look at the first letter before anything else is tried."""
+    return f"(?=[{re.escape(''.join(sorted({word[0] for word in words})))}])"
+
+
+def _one_of(words: Sequence[str]) -> str:
+    """A pattern of any of the words, written as a tree: `re` tries one branch a letter, not each word.
+
+    Where one word begins another, the shorter is tried first, as in a sorted list.
+    """
+    rests: dict[str, list[str]] = {}
+    for word in words:
+        if word:
+            rests.setdefault(word[0], []).append(word[1:])
+    branches = [re.escape(first) + _one_of(rest) for first, rest in rests.items()]
+    if not branches:
+        return ""
+    tree = branches[0] if len(branches) == 1 else f"(?:{'|'.join(branches)})"
+    return f"(?:|{tree})" if "" in words else tree
 
 
 @functools.cache
