@@ -19,7 +19,13 @@ from tasks.near_duplicates import (
     empty_table,
 )
 from tasks.passages import PASSAGES, build_anchors, build_passages
-from tasks.signatures import FREQUENCIES, UNITS, build_frequencies, build_signatures
+from tasks.signatures import (
+    FREQUENCIES,
+    UNITS,
+    build_frequencies,
+    build_signatures,
+    permutations_of,
+)
 from tasks.soft_weights import WEIGHTS, build_weights
 from tasks.stage import Job, stage
 
@@ -126,6 +132,8 @@ def _sign(job: Job, shards: Sequence[Shard], settings: DedupConfig) -> list[Sign
     frequencies = _frequencies(job, shards, settings) if settings.mode == "simhash" else None
     build = build_anchors if settings.mode == "substring" else build_signatures
     table = frequencies.files / FREQUENCIES if frequencies else None
+    permutations = permutations_of(settings) if settings.mode == "near" else None
+    more = () if settings.mode == "substring" else (table, permutations)
     items = [
         PartItem(
             identity={
@@ -134,7 +142,7 @@ def _sign(job: Job, shards: Sequence[Shard], settings: DedupConfig) -> list[Sign
                 "settings": of_settings,
                 "frequencies": frequencies.digest if frequencies else None,
             },
-            arguments=(shard, settings, *(() if settings.mode == "substring" else (table,))),
+            arguments=(shard, settings, *more),
             label=shard.entry.name,
         )
         for shard in shards

@@ -7,7 +7,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from conf.dedup import DedupConfig
 from storage.corpus import Shard
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     # Any: an Arrow array, which has no types of its own.
     Texts = pl.Series | Any
+    Permutations = tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint32]]
 
 TEXT_HASHES = "text_hashes.npy"
 """(units, 2) uint64, the 128 bits of xxh3 of the UTF-8 text."""
@@ -41,7 +42,11 @@ SENTENCE_END = r"[.!?。！？…][\"'”’」』）)]*$"
 
 
 def build_signatures(
-    files: Path, shard: Shard, settings: DedupConfig, frequencies: Path | None
+    files: Path,
+    shard: Shard,
+    settings: DedupConfig,
+    frequencies: Path | None,
+    permutations: "Permutations | None" = None,
 ) -> dict[str, Any]:
     """Write the sidecars of a shard, for every row: a row dropped today may be kept tomorrow.
 
@@ -66,8 +71,8 @@ def build_signatures(
         np.save(files / SCORES, _scores(_series(texts), settings))
     if settings.mode in ("near", "simhash"):
         with alone():
-            _sign(texts[:1], settings, frequencies)
-        signatures, shingles = _sign(texts, settings, frequencies)
+            _sign(texts[:1], settings, frequencies, permutations)
+        signatures, shingles = _sign(texts, settings, frequencies, permutations)
         np.save(files / SIGNATURES, signatures)
         np.save(files / BANDS, keys_of(signatures, settings))
         np.save(files / SHINGLES, shingles)
@@ -138,15 +143,33 @@ def _scores(texts: "pl.Series", settings: DedupConfig) -> "npt.NDArray[np.float3
 
 
 def _sign(
-    texts: "Texts", settings: DedupConfig, frequencies: Path | None
+    texts: "Texts",
+    settings: DedupConfig,
+    frequencies: Path | None,
+    permutations: "Permutations | None",
 ) -> "tuple[npt.NDArray[Any], npt.NDArray[np.uint32]]":
     if settings.mode == "near":
-        return sign_texts(texts, settings)
+        return sign_texts(texts, settings, permutations)
     return simhash_texts(texts, settings, frequencies)
 
 
+def permutations_of(settings: DedupConfig) -> "Permutations":
+    """Factors and summands of datasketch's scheme "affine32", (bands * rows,) each.
+
+    The library takes half a second to import: workers get the numbers from the stage.
+    """
+    import numpy as np
+    from datasketch import MinHash
+
+    bands, rows = settings.banding()
+    seed = settings.permutation_seed
+    truth = MinHash(num_perm=bands * rows, seed=seed, scheme="affine32")
+    factors, summands = cast("tuple[Any, Any]", truth.permutations)
+    return np.asarray(factors).astype(np.uint32), np.asarray(summands).astype(np.uint32)
+
+
 def sign_texts(
-    texts: "Texts", settings: DedupConfig
+    texts: "Texts", settings: DedupConfig, permutations: "Permutations | None" = None
 ) -> "tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint32]]":
     """(documents, bands * band_rows) MinHash signatures, and (documents,) numbers of shingles."""
     import numpy as np
@@ -154,10 +177,7 @@ def sign_texts(
     from tasks.kernels import minhash
 
     bands, rows = settings.banding()
-    # The numbers of datasketch's scheme "affine32"; importing it would cost every worker half a second.
-    draws = np.random.RandomState(settings.permutation_seed)
-    a = draws.randint(0, 1 << 31, bands * rows, np.uint32) * np.uint32(2) + np.uint32(1)
-    b = draws.randint(0, 1 << 32, bands * rows, np.uint32)
+    a, b = permutations_of(settings) if permutations is None else permutations
     signatures = np.empty((len(texts), bands * rows), np.uint32)
     shingles = np.empty(len(texts), np.uint32)
     for start, end, (text, offsets, width, how) in pieces_of(texts, settings):
