@@ -1,16 +1,19 @@
 """The tokenizer artifact, and how text and conversations become token ids and back.
 
-`files/tokenizer.json` is the `tokenizers` format (byte-level BPE, loads in transformers unchanged),
-`files/tokenizer.meta.json` says what it is. Importing this needs only `tokenizers` and pydantic.
+`files/tokenizer.json` is the `tokenizers` format, `files/tokenizer.meta.json` says what it is; these
+two are what every other artifact carries a copy of. `tokenizer_config.json` lets transformers load the
+folder unchanged; `vocab.json` and `merges.txt` (BPE)or `vocab.txt` (WordPiece) are the
+older forms of the same model. Importing this needs only `tokenizers` and pydantic.
 """
 
 import functools
 import hashlib
+import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast, get_args
 
 import tokenizers
 from pydantic import BaseModel, ConfigDict
@@ -19,6 +22,9 @@ from storage.artifact import Artifact
 
 MODEL_FILE = "tokenizer.json"
 META_FILE = "tokenizer.meta.json"
+CONFIG_FILE = "tokenizer_config.json"
+NO_LIMIT = 10**30
+"""What transformers writes for a tokenizer without a longest input."""
 
 SPECIAL_TOKENS = {
     "pad": "<|pad|>",
@@ -31,8 +37,12 @@ SPECIAL_TOKENS = {
 MAX_VOCABULARY = 65_536
 """Largest vocabulary whose ids fit the uint16 of the token files."""
 
-Pretokenizer = Literal["gpt-2", "qwen2"]
+Pretokenizer = Literal["gpt-2", "qwen2", "other"]
 """How text is cut before merging, by the name that llama.cpp has for the pattern."""
+Algorithm = Literal["bpe", "wordpiece"]
+
+CONTINUES = "\u203f"
+"""Before every piece of a WordPiece word but its first; a sign that no byte is spelled with."""
 
 ROLES = ("system", "user", "assistant")
 
@@ -58,6 +68,7 @@ class TokenizerMeta(BaseModel):
     digest: str
     """sha256 of `tokenizer.json`; token files and checkpoints name it."""
     pretokenizer: Pretokenizer = "gpt-2"
+    algorithm: Algorithm = "bpe"
 
 
 def _byte_of_sign() -> dict[str, int]:
@@ -145,11 +156,16 @@ class ChatTokenizer:
         return self._model.decode(list(ids), skip_special_tokens=not keep_special)
 
     def bytes_of(self, token: int) -> bytes:
-        """The bytes of one ordinary token, which may be a part of a character only."""
+        """The bytes of one ordinary token, which may be a part of a character only.
+
+        Raises ValueError for an id that is none, and for a tokenizer whose tokens are not bytes.
+        """
         piece = self._model.id_to_token(token)
         if piece is None:
             raise ValueError(f"there is no token {token}; ids are below {self.vocabulary}")
-        return bytes(BYTE_OF_SIGN[sign] for sign in piece)
+        if not BYTE_OF_SIGN.keys() >= set(piece.removeprefix(CONTINUES)):
+            raise ValueError(f"token {token} is {piece!r}, which is not spelled in GPT-2's bytes")
+        return bytes(BYTE_OF_SIGN[sign] for sign in piece.removeprefix(CONTINUES))
 
     def render(
         self, messages: Sequence[Mapping[str, str]], *, for_generation: bool = False
@@ -214,7 +230,7 @@ def read_meta(folder: Path) -> TokenizerMeta:
 def write_tokenizer(
     folder: Path, model: tokenizers.Tokenizer, pretokenizer: Pretokenizer
 ) -> TokenizerMeta:
-    """Write a trained tokenizer and what it is.
+    """Write a tokenizer, what it is, and the files that transformers looks for.
 
     Raises ValueError if the special tokens do not have their ids or the vocabulary is too large.
     """
@@ -234,9 +250,36 @@ def write_tokenizer(
         special=expected,
         digest=hashlib.sha256(content).hexdigest(),
         pretokenizer=pretokenizer,
+        algorithm=_algorithm_of(content),
     )
     _write_meta(folder, meta)
+    model.model.save(str(folder))
+    config = json.dumps(_tokenizer_config(), indent=2, ensure_ascii=False)
+    (folder / CONFIG_FILE).write_text(config + "\n", "utf-8")
     return meta
+
+
+def _tokenizer_config() -> dict[str, Any]:
+    """`tokenizer_config.json` for transformers 4 and 5: special tokens and chat template."""
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": NO_LIMIT,
+        "bos_token": None,
+        "eos_token": SPECIAL_TOKENS["im_end"],
+        "pad_token": SPECIAL_TOKENS["pad"],
+        "additional_special_tokens": [SPECIAL_TOKENS["im_start"], SPECIAL_TOKENS["eos"]],
+        "clean_up_tokenization_spaces": False,
+        "chat_template": CHAT_TEMPLATE,
+    }
+
+
+def _algorithm_of(content: bytes) -> Algorithm:
+    kind = str(json.loads(content)["model"]["type"]).lower()
+    if kind not in get_args(Algorithm):
+        raise ValueError(
+            f"the tokenizer's model is {kind}; one of {', '.join(get_args(Algorithm))} is expected"
+        )
+    return cast("Algorithm", kind)
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:

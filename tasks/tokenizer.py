@@ -1,38 +1,29 @@
-"""tokenizer: learn a byte-level BPE vocabulary."""
+"""tokenizer: learn a vocabulary over bytes."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from conf.tokenizer import TokenizerConfig
 from storage.conversations import Conversations
 from storage.corpus import Corpus
-from storage.tokenizer import SPECIAL_TOKENS, ChatTokenizer, Tokenizer, write_tokenizer
+from storage.tokenizer import ChatTokenizer, Tokenizer, write_tokenizer
 from tasks.stage import Job, stage
 from tasks.text_sample import held_texts, sample_texts
-
-if TYPE_CHECKING:
-    import tokenizers
-
-# GPT-2's pattern with single digits, line breaks and a mark before a word in one piece; fastokens has
-# a fast path for it (34 MB/s against 3 with tokenizers' own digit splitter before GPT-2's pattern).
-QWEN2_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+from tasks.tokenizer_training import pattern_name, train
 
 MEASURED_TEXTS = 300
 MEASURED_CHARS = 5_000
 SHOWN_CHARS = 40
 
 
-@stage(version=1)
+@stage(version=2)
 def tokenizer(
     job: Job,
     corpus: Corpus,
     settings: TokenizerConfig,
     conversations: Conversations | None = None,
 ) -> Tokenizer:
-    """Learn a byte-level BPE tokenizer from a sample of the training documents.
+    """Learn a byte-level tokenizer from a sample of the training documents.
 
     reads Corpus, Conversations   writes Tokenizer   cost  2 s and 35 MB per million sampled bytes
 
@@ -45,7 +36,7 @@ def tokenizer(
             "look at what was dropped with `bessemer cat ARTIFACT --dropped` and loosen the filter"
         )
     trained = train(sample.texts, settings)
-    meta = write_tokenizer(job.files, trained, "qwen2" if settings.splits_digits else "gpt-2")
+    meta = write_tokenizer(job.files, trained, pattern_name(settings))
     if meta.vocabulary < settings.vocabulary:
         job.log.warning(
             "the sample has pairs for %d tokens only, %d were asked for; "
@@ -61,34 +52,6 @@ def tokenizer(
     }
     _measure(job, held_texts(corpus), sample.texts)
     return Tokenizer(job.path)
-
-
-def train(texts: Sequence[str], settings: TokenizerConfig) -> "tokenizers.Tokenizer":
-    """The tokenizer that the texts give; the same texts give the same bytes.
-
-    Source: Sennrich et al. 2016 (BPE), Radford et al. 2019 (byte level, GPT-2's split pattern),
-    Bai et al. 2023 (Qwen, the pattern with single digits).
-    """
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    model = Tokenizer(models.BPE())
-    split: Any = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    if settings.splits_digits:
-        by_pattern = pre_tokenizers.Split(Regex(QWEN2_PATTERN), "isolated")
-        plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        split = pre_tokenizers.Sequence([by_pattern, plain])
-    model.pre_tokenizer = split
-    model.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=settings.vocabulary,
-        min_frequency=settings.min_frequency,
-        max_token_length=settings.max_token_bytes,
-        special_tokens=list(SPECIAL_TOKENS.values()),
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    model.train_from_iterator(texts, trainer, length=len(texts))
-    return model
 
 
 def _measure(job: Job, held: Mapping[str, Sequence[str]], sample: Sequence[str]) -> None:

@@ -17,7 +17,7 @@ from storage.tokenizer import (
     copy_tokenizer,
     write_tokenizer,
 )
-from tasks.tokenizer import train
+from tasks.tokenizer_training import train
 
 TEXTS = [
     "The cat sat on the mat, user and assistant, 12 times. system",

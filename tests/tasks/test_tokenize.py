@@ -19,7 +19,7 @@ from storage.tokenizer import Tokenizer, write_tokenizer
 from storage.tokens import Tokens
 from tasks.token_writer import choose_encoder
 from tasks.tokenize import tokenize
-from tasks.tokenizer import train
+from tasks.tokenizer_training import train
 from tests.storage.corpora import corpus_of
 from tests.tasks.text_jobs import digest_of, job_at
 

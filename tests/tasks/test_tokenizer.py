@@ -187,3 +187,31 @@ def test_nothing_to_learn_from_is_an_error(tmp_path: Path, shards: list[list[str
 def test_sizes_that_cannot_be_are_refused(size: int, message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         TokenizerConfig(vocabulary=size)
+
+
+def test_wordpiece_takes_the_longest_piece_and_every_text_comes_back(tmp_path: Path) -> None:
+    config = TokenizerConfig(algorithm="wordpiece", vocabulary=700, special=("<|tool|>",))
+    found = tokenizer(job_at(tmp_path, "a"), bilingual(tmp_path), config)
+    chat = found.chat
+    assert (found.meta.algorithm, found.meta.pretokenizer) == ("wordpiece", "other")
+    for text in ("a" * 1000, "<|tool|><|eos|> \u203fx##y \x00 é", "日本 🙂\n\n", "狐狸跳过了懒狗"):
+        ids = chat.encode(text)
+        assert chat.decode(ids) == text
+        assert min(ids) > 4
+    assert len(chat.encode(" jumps over the lazy")) == 4
+    digest = digest_of(tmp_path / "a" / "files")
+    tokenizer(job_at(tmp_path, "b"), bilingual(tmp_path), config)
+    assert digest_of(tmp_path / "b" / "files") == digest
+
+
+@pytest.mark.parametrize("algorithm", ["bpe", "wordpiece"])
+def test_transformers_loads_the_folder(tmp_path: Path, algorithm: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = TokenizerConfig.model_validate({"algorithm": algorithm, "vocabulary": 600})
+    found = tokenizer(job_at(tmp_path, "t"), bilingual(tmp_path), config)
+    theirs = transformers.AutoTokenizer.from_pretrained(str(found.files))
+    for text in ("The quick fox 42.", "敏捷的狐狸🙂", "", "  two\n\n"):
+        assert theirs(text)["input_ids"] == found.chat.encode(text)
+    names = {path.name for path in found.files.iterdir()}
+    older = {"vocab.json", "merges.txt"} if algorithm == "bpe" else {"vocab.txt"}
+    assert names == {"tokenizer.json", "tokenizer.meta.json", "tokenizer_config.json"} | older
