@@ -93,7 +93,7 @@ def choose_encoder(
 
 
 @functools.lru_cache(maxsize=1)
-def _load(folder: Path, changed_ns: int) -> ChatTokenizer:
+def _load(folder: Path, _changed_ns: int) -> ChatTokenizer:
     """One tokenizer for each process: parsing it takes as long as encoding some MB."""
     return ChatTokenizer(folder)
 
