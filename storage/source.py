@@ -25,9 +25,7 @@ from storage.bucket import Bucket
 from storage.identity import hash_file
 from storage.store_local import write_atomically
 
-_CODE = (
-    "py c h cc cpp hpp cs java kt scala go rs swift js mjs ts jsx tsx php rb pl lua r jl sh sql css vue"
-)
+_CODE = "py c h cc cpp hpp cs java kt scala go rs swift js mjs ts jsx tsx php rb pl lua r jl sh sql css vue"
 FORMATS = {
     "warc": "warc", "arc": "warc", "html": "html", "htm": "html", "xhtml": "html", "tar": "html",
     "tgz": "html", "jsonl": "jsonl", "ndjson": "jsonl", "json": "json", "parquet": "parquet",

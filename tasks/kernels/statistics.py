@@ -135,6 +135,8 @@ def _read_line(text, i, end, marks):
         marks[1], marks[2], marks[3] = marks[2], marks[3], U64(cp)
         if cp < 0x80:
             marks[4] = (marks[4] << U64(8)) | U64(cp | 32)
+        else:
+            marks[4] = U64(0)
     return i, chars, h, words
 
 
