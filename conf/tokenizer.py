@@ -43,6 +43,16 @@ class TokenizerConfig(Settings):
     sample_seed: int = 0
     """Which documents are sampled; not the recipe's seed, which would give every seed other tokens."""
 
+    @field_validator("vocabulary")
+    @classmethod
+    def _fits_uint16(cls, vocabulary: int) -> int:
+        if vocabulary > MAX_VOCABULARY:
+            raise ValueError(
+                f"{vocabulary:,} tokens do not fit the uint16 of the token files; "
+                f"choose a vocabulary of at most {MAX_VOCABULARY:,}"
+            )
+        return vocabulary
+
     @field_validator("special")
     @classmethod
     def _distinct(cls, special: tuple[str, ...]) -> tuple[str, ...]:
@@ -56,13 +66,8 @@ class TokenizerConfig(Settings):
         return special
 
     @model_validator(mode="after")
-    def _fits(self) -> Self:
+    def _holds_the_bytes(self) -> Self:
         least = MIN_WORDPIECE_VOCABULARY if self.algorithm == "wordpiece" else MIN_VOCABULARY
-        if self.vocabulary > MAX_VOCABULARY:
-            raise ValueError(
-                f"{self.vocabulary:,} tokens do not fit the uint16 of the token files; "
-                f"choose a vocabulary of at most {MAX_VOCABULARY:,}"
-            )
         if self.vocabulary < least + len(self.special):
             raise ValueError(
                 f"{self.vocabulary} tokens are fewer than the bytes and {4 + len(self.special)} "
