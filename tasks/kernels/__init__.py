@@ -1,1 +1,27 @@
-"""Compiled loops. Import a module of this folder late: each one loads numba."""
+"""Compiled loops over text and hashes; imported late, since numba takes a third of a second.
+
+numba keys what it compiled by the file of a function alone, and would go on with what an imported file
+said before it changed. So its cache lies in a folder named after the content of all of them.
+"""
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any, cast
+
+from numba.core import config as numba_config
+
+FOLDER = Path(__file__).parent
+
+
+def cache_folder(folder: Path = FOLDER) -> Path:
+    """Where compiled code of exactly these sources is kept: beside them, or in the user's cache."""
+    content = b"".join(path.read_bytes() for path in sorted(folder.glob("*.py")))
+    name = hashlib.sha256(content).hexdigest()[:16]
+    if os.access(folder, os.W_OK):
+        return folder / "__pycache__" / name
+    return Path.home() / ".cache" / "bessemer" / "kernels" / name
+
+
+if "NUMBA_CACHE_DIR" not in os.environ:
+    cast("Any", numba_config).CACHE_DIR = str(cache_folder())

@@ -1,11 +1,13 @@
 """Compiled statistics equal a plain count per document, on real and on strange text."""
 
+import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from numba.core import config as numba_config
 
 from benchmarks.filter_rules import plain_statistics
 from storage.corpus import Shard
@@ -128,3 +130,15 @@ def test_bad_words_are_whole_in_latin_script_and_anywhere_in_chinese(tmp_path: P
     shard = shard_of(tmp_path, [(text, "en") for text in texts])
     build_statistics(tmp_path / "out", shard, ["ass", "坏蛋"])
     assert read_statistics(tmp_path / "out")["bad_words"].to_list() == [2, 2, 0]
+
+
+def test_compiled_code_lies_under_the_content_of_all_kernels(tmp_path: Path) -> None:
+    from tasks.kernels import FOLDER, cache_folder
+
+    assert str(cache_folder()) == cast(Any, numba_config).CACHE_DIR
+    copy = tmp_path / "kernels"
+    shutil.copytree(FOLDER, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    assert cache_folder(copy) == copy / "__pycache__" / cache_folder().name
+    with (copy / "words.py").open("a") as stream:
+        stream.write("# what other files inline has changed\n")
+    assert cache_folder(copy).name != cache_folder().name
