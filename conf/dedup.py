@@ -72,6 +72,16 @@ class DedupConfig(Settings):
                 f"unit=paragraph compares in the modes near, simhash and exact, not in {self.mode}; "
                 f"leave unit at document"
             )
+        if self.keep != "first" and self.mode in ("substring", "soft"):
+            raise ValueError(
+                f"mode={self.mode} goes by the order of documents alone, keep={self.keep} would change "
+                f"nothing; leave keep at first or use mode near, simhash or exact"
+            )
+        if self.shingles != "tokens" and self.mode == "substring":
+            raise ValueError(
+                f"mode=substring finds passages of tokens, shingles={self.shingles} would change "
+                f"nothing; leave shingles at tokens"
+            )
         if self.keep == "source" and not self.source_order:
             raise ValueError("keep=source needs source_order: name sources or domains, best first")
         if self.least_recall is not None:
