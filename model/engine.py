@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from conf.launch import LaunchConfig
 from model.batches import Batch
-from model.optimizer import LossScale, Precision, UpdateRule, build_optimizers, set_learning_rate
+from model.optimizer import LossScale, Precision, UpdateRule, apply_gradients, build_optimizers
 from model.ranks import Ranks
 from model.transformer import Transformer
 from model.weights import load_tensors, save_tensors
@@ -214,21 +214,16 @@ class TorchEngine:
         return {name: value.detach() for name, value in figures.items()}
 
     def step(self, learning_rate: float, limit: float = math.inf) -> float:
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
-        if self.scale:
-            self.scale.undo(gradients)
-        norm = torch.nn.utils.get_total_norm(gradients)
-        is_finite = bool(norm.isfinite())
-        if is_finite and norm <= limit:
-            if self.rule.clip_norm:
-                torch.nn.utils.clip_grads_with_norm_(self._parameters, self.rule.clip_norm, norm)
-            for optimizer in self._optimizers:
-                set_learning_rate(optimizer.param_groups, learning_rate)
-                optimizer.step()
-        if self.scale:
-            self.scale.note(is_finite=is_finite)
+        norm = apply_gradients(
+            self._optimizers,
+            self._parameters,
+            self.rule,
+            self.scale,
+            learning_rate=learning_rate,
+            limit=limit,
+        )
         self.discard()
-        return norm.item()
+        return norm
 
     def discard(self) -> None:
         for optimizer in self._optimizers:

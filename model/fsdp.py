@@ -20,7 +20,7 @@ from model.engine import (
     Seen,
     optimizer_states,
 )
-from model.optimizer import LossScale, UpdateRule, adamw, set_learning_rate
+from model.optimizer import LossScale, UpdateRule, adamw, apply_gradients
 from model.ranks import Ranks
 from model.transformer import Transformer
 from model.weights import load_tensors, save_tensors
@@ -51,20 +51,17 @@ class FsdpEngine:
         return {name: value.detach() for name, value in figures.items()}
 
     def step(self, learning_rate: float, limit: float = math.inf) -> float:
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
-        if self.scale:
-            self.scale.undo(gradients)
-        norm = _whole(torch.nn.utils.get_total_norm(gradients))
-        is_finite = bool(norm.isfinite())
-        if is_finite and norm <= limit:
-            if self.rule.clip_norm:
-                torch.nn.utils.clip_grads_with_norm_(self._parameters, self.rule.clip_norm, norm)
-            set_learning_rate(self._optimizer.param_groups, learning_rate)
-            self._optimizer.step()
-        if self.scale:
-            self.scale.note(is_finite=is_finite)
+        norm = apply_gradients(
+            [self._optimizer],
+            self._parameters,
+            self.rule,
+            self.scale,
+            learning_rate=learning_rate,
+            limit=limit,
+            whole=_whole,
+        )
         self.discard()
-        return norm.item()
+        return norm
 
     def discard(self) -> None:
         self._optimizer.zero_grad(set_to_none=True)

@@ -3,7 +3,7 @@ step, and the scale that keeps float16 gradients from vanishing."""
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -66,6 +66,37 @@ class LossScale:
         """Take it from a checkpoint."""
         content = json.loads((folder / SCALE_FILE).read_text("utf-8"))
         self.value, self.good_steps = content["value"], content["good_steps"]
+
+
+def apply_gradients(
+    optimizers: Sequence[torch.optim.Optimizer],
+    parameters: Sequence[nn.Parameter],
+    rule: UpdateRule,
+    scale: LossScale | None,
+    *,
+    learning_rate: float,
+    limit: float,
+    whole: Callable[[Tensor], Tensor] = lambda norm: norm,
+) -> float:
+    """Clip the gradients and update; their norm before clipping.
+
+    Nothing is changed where the norm is not finite or above the limit. `whole` makes the norm of tensors
+    that are spread over ranks one number.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if scale:
+        scale.undo(gradients)
+    norm = whole(torch.nn.utils.get_total_norm(gradients))
+    is_finite = bool(norm.isfinite())
+    if is_finite and norm <= limit:
+        if rule.clip_norm:
+            torch.nn.utils.clip_grads_with_norm_(parameters, rule.clip_norm, norm)
+        for optimizer in optimizers:
+            set_learning_rate(optimizer.param_groups, learning_rate)
+            optimizer.step()
+    if scale:
+        scale.note(is_finite=is_finite)
+    return norm.item()
 
 
 def build_optimizers(model: nn.Module, rule: UpdateRule) -> list[torch.optim.Optimizer]:
