@@ -14,10 +14,11 @@ from conf.dedup import DedupConfig
         ({"mode": "substring", "shingles": "words"}, "leave shingles at tokens"),
         ({"mode": "soft", "unit": "paragraph"}, "leave unit at document"),
         ({"keep": "source"}, "needs source_order"),
-        ({"least_recall": 0.99, "bands": 9}, "one or the other"),
+        ({"least_recall": 0.9, "bands": 10}, "one or the other"),
+        ({"least_recall": 0.99, "threshold": 0.01}, "lower least_recall"),
     ],
 )
-def test_what_would_change_nothing_is_refused(given: dict[str, object], message: str) -> None:
+def test_what_cannot_act_is_refused(given: dict[str, object], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         DedupConfig.model_validate(given)
 
