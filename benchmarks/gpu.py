@@ -90,7 +90,7 @@ def main() -> None:
         started = time.perf_counter()
         try:
             found[name] = PARTS[name](arguments.tiny)
-        # The time on a lent device is short: a broken part must not cost the ones behind it.
+        # Time on such a device is dear: a broken part must not cost the ones behind it.
         except Exception as error:  # noqa: BLE001
             found[name] = {"error": f"{type(error).__name__}: {error}"[:4000]}
         found.setdefault("seconds", {})[name] = round(time.perf_counter() - started, 1)

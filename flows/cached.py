@@ -85,7 +85,7 @@ def _tell(execution: Execution, server: _Server) -> None:
     for part, stages in parts.items():
         # The place of a subflow in its parent is a task run that stands for it.
         stands = _task(server, whole, part, part, {"type": "RUNNING"})
-        run = _begin(server, flows[part], f"{part} {execution.record.run_id}", parent=stands)
+        run = _begin(server, flows[part], part, parent=stands)
         for stage in stages:
             state = {"type": "COMPLETED", "name": CACHED, "message": cached_message(stage)}
             _task(server, run, stage.stage, node_title(stage.node, stage.fingerprint), state)
