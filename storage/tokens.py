@@ -4,6 +4,8 @@ Per domain and split (`train`, `held`):
 - `<domain>.<split>.bin`: uint16 little-endian ids, `<|eos|>` after every document;
 - `<domain>.<split>.idx`: uint64 little-endian, where each document ends, in tokens (its eos included);
 - `<domain>.held.bytes`: uint32 little-endian, UTF-8 bytes of each held-out document, for bits per byte.
+- `<domain>.train.<column>.npy`: float32, one value a training document in the order of `.idx`; how
+  difficult it is, for curricula. Larger is more difficult.
 `meta.json` counts them; `tokenizer/` is a copy of the tokenizer. Reading needs numpy and pydantic.
 """
 
@@ -100,6 +102,33 @@ class TokenFiles:
         count = self.count(domain, "held").documents
         return _map(bytes_path(self.folder, domain), count, BYTES)
 
+    def difficulty(self, domain: str, column: str) -> "npt.NDArray[np.float32]":
+        """(documents,) float32: a column of the training documents; larger is more difficult.
+
+        Raises ValueError for a column that tokenize was not asked for, or of another length.
+        """
+        import numpy as np
+
+        path = difficulty_path(self.folder, domain, column)
+        if not path.is_file():
+            prefix, suffix = f"{domain}.train.", ".npy"
+            known = sorted(
+                found.name.removeprefix(prefix).removesuffix(suffix)
+                for found in self.folder.glob(f"{prefix}*{suffix}")
+            )
+            raise ValueError(
+                f"{self.folder} has no difficulty column {column!r} of domain {domain!r}, only "
+                f"{known}; name it in tokenize.difficulty"
+            )
+        values = np.load(path, mmap_mode="r", allow_pickle=False)
+        count = self.count(domain, "train").documents
+        if values.shape != (count,) or values.dtype != np.float32:
+            raise ValueError(
+                f"{path} holds {values.dtype} {values.shape}, {META_FILE} counts {count} documents; the "
+                "artifact is damaged: run `bessemer verify`, then the recipe again"
+            )
+        return values
+
     def held_documents(
         self, domain: str, limit: int = 0
     ) -> "list[tuple[npt.NDArray[np.uint16], int]]":
@@ -150,6 +179,11 @@ def end_path(folder: Path, domain: str, split: Split) -> Path:
 def bytes_path(folder: Path, domain: str) -> Path:
     """File of the held-out documents' text lengths."""
     return folder / f"{domain}.held.bytes"
+
+
+def difficulty_path(folder: Path, domain: str, column: str) -> Path:
+    """File of a difficulty column of the training documents."""
+    return folder / f"{domain}.train.{column}.npy"
 
 
 def write_meta(folder: Path, meta: TokensMeta) -> None:

@@ -5,7 +5,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from storage.tokens import SplitCount, TokenFiles, TokensMeta, end_path, token_path, write_meta
+from storage.tokens import (
+    SplitCount,
+    TokenFiles,
+    TokensMeta,
+    difficulty_path,
+    end_path,
+    token_path,
+    write_meta,
+)
 
 
 @pytest.fixture
@@ -50,3 +58,14 @@ def test_a_file_cut_short_is_refused(folder: Path) -> None:
 def test_an_unknown_domain_is_named(folder: Path) -> None:
     with pytest.raises(ValueError, match="no domain 'books'"):
         TokenFiles(folder).tokens("books", "train")
+
+
+def test_a_difficulty_column_has_a_value_for_each_training_document(folder: Path) -> None:
+    np.save(difficulty_path(folder, "web", "length"), np.array([3, 2], np.float32))
+    np.save(difficulty_path(folder, "web", "rarity"), np.array([3, 2, 1], np.float32))
+    files = TokenFiles(folder)
+    assert files.difficulty("web", "length").tolist() == [3, 2]
+    with pytest.raises(ValueError, match=r"'depth' .*only \['length', 'rarity'\]; name it in"):
+        files.difficulty("web", "depth")
+    with pytest.raises(ValueError, match=r"holds float32 \(3,\), .* counts 2 documents"):
+        files.difficulty("web", "rarity")
