@@ -6,20 +6,18 @@ from storage.identity import hash_file
 
 def text_digest(shard: Shard) -> str:
     """Digest of the spans removed from the shard's text; empty where there are none."""
-    import polars as pl
-
-    if shard.keep_path is None or "cuts" not in pl.read_parquet_schema(shard.keep_path):
+    if shard.keep_path is None or not shard.has_cuts:
         return ""
     return hash_file(shard.keep_path)
 
 
 def kept_digest(shard: Shard) -> str:
     """Digest of which rows are kept and what was removed from them, not of the reasons."""
-    import numpy as np
-    import xxhash
-
     if removed := text_digest(shard):
         return removed
     if (keep := shard.keep) is None or keep.all():
         return ""
+    import numpy as np
+    import xxhash
+
     return xxhash.xxh3_128_hexdigest(np.packbits(keep.to_numpy()).tobytes())

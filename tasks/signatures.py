@@ -3,8 +3,12 @@
 Source: Broder 1997 (resemblance, min-wise signatures); Charikar 2002 (SimHash).
 """
 
+import contextlib
+import importlib.metadata
 import itertools
 import math
+import os
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -156,16 +160,32 @@ def _sign(
 def permutations_of(settings: DedupConfig) -> "Permutations":
     """Factors and summands of datasketch's scheme "affine32", (bands * rows,) each.
 
-    The library takes half a second to import: workers get the numbers from the stage.
+    The library takes half a second to import, as long as some ten MB take to sign: its numbers are asked for
+    once, and kept in the user's cache.
     """
+    import numpy as np
+
+    bands, rows = settings.banding()
+    version = importlib.metadata.version("datasketch")
+    name = f"permutations-{version}-{bands * rows}-{settings.permutation_seed}.npy"
+    path = Path.home() / ".cache" / "bessemer" / name
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent) as stream:
+            np.save(stream, _asked_permutations(bands * rows, settings.permutation_seed))
+            stream.flush()
+            with contextlib.suppress(FileExistsError):
+                os.link(stream.name, path)
+    factors, summands = np.load(path, allow_pickle=False)
+    return factors, summands
+
+
+def _asked_permutations(count: int, seed: int) -> "npt.NDArray[np.uint32]":
     import numpy as np
     from datasketch import MinHash
 
-    bands, rows = settings.banding()
-    seed = settings.permutation_seed
-    truth = MinHash(num_perm=bands * rows, seed=seed, scheme="affine32")
-    factors, summands = cast("tuple[Any, Any]", truth.permutations)
-    return np.asarray(factors).astype(np.uint32), np.asarray(summands).astype(np.uint32)
+    truth = MinHash(num_perm=count, seed=seed, scheme="affine32")
+    return np.stack(cast("tuple[Any, Any]", truth.permutations)).astype(np.uint32)
 
 
 def sign_texts(

@@ -13,6 +13,7 @@ from storage.tokens import (
     END,
     SPLITS,
     TOKEN,
+    IdType,
     Split,
     SplitCount,
     bytes_path,
@@ -31,19 +32,19 @@ if TYPE_CHECKING:
     """Ids of all texts after one another, and where each text's end."""
 
 CHECKED_DOCUMENTS = 64
-CHECKED_CHARS = 1_000
+CHECKED_CHARS = 500
 
 DOMAIN_NAME = re.compile(r"\w[\w.-]*")
 
 
-def build_shard(files: Path, shard: Shard, tokenizer: Path, engine: str) -> dict[str, Any]:
+def build_shard(files: Path, shard: Shard, tokenizer: Path, dtype: IdType, engine: str) -> dict[str, Any]:
     """Write the token files of a shard's kept documents, in order of rows; some MB at a time.
 
     Returns counts per domain and split, and per language. Raises ValueError for a domain that cannot
     name a file.
     """
     chat = _load(tokenizer, (tokenizer / META_FILE).stat().st_mtime_ns)
-    writer = _ShardWriter(files, chat)
+    writer = _ShardWriter(files, chat, dtype)
     encode, name = None, "none"
     columns = ["domain", "split", "language", "text"]
     try:
@@ -134,10 +135,10 @@ def _refuse_unusable(domain: str, split: str, shard: Shard) -> None:
 class _ShardWriter:
     """The files of one shard, open while its documents come; counts what goes in."""
 
-    def __init__(self, files: Path, chat: ChatTokenizer) -> None:
+    def __init__(self, files: Path, chat: ChatTokenizer, dtype: IdType) -> None:
         self.domains: dict[str, dict[Split, SplitCount]] = {}
         self.languages: dict[str, SplitCount] = {}
-        self._files, self._chat = files, chat
+        self._files, self._chat, self._dtype = files, chat, TOKEN[dtype]
         self._streams: dict[Path, BinaryIO] = {}
 
     def append(self, domain: str, split: Split, group: "pl.DataFrame", encode: "Encode") -> None:
@@ -152,7 +153,7 @@ class _ShardWriter:
         before = splits.get(split, SplitCount())
         tokens = np.diff(ends, prepend=0) + 1
         sizes = group["text"].str.len_bytes()
-        self._write(path, np.insert(ids.astype(TOKEN), ends, self._chat.eos))
+        self._write(path, np.insert(ids.astype(self._dtype), ends, self._chat.eos))
         self._write(
             end_path(self._files, domain, split), (before.tokens + np.cumsum(tokens)).astype(END)
         )

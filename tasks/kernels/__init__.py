@@ -2,14 +2,22 @@
 
 numba keys what it compiled by the file of a function alone, and would go on with what an imported file
 said before it changed. So its cache lies in a folder named after the content of all of them.
+
+The loops use no linear algebra: numba does not get to look for scipy's, which would be half of the time that
+a process needs to begin.
 """
 
+# numba's modules carry no types that pyright could follow
+# pyright: basic
+
 import hashlib
+import importlib
 import os
 from pathlib import Path
 from typing import Any, cast
 
 from numba.core import config as numba_config
+from numba.np import linalg
 
 FOLDER = Path(__file__).parent
 
@@ -23,5 +31,19 @@ def cache_folder(folder: Path = FOLDER) -> Path:
     return Path.home() / ".cache" / "bessemer" / "kernels" / name
 
 
+def _load_without_blas() -> None:
+    """Import the module of numba that asks for BLAS once, at import, and goes on without it."""
+
+    def no_blas() -> None:
+        raise ImportError
+
+    asked, linalg.ensure_blas = linalg.ensure_blas, no_blas
+    try:
+        importlib.import_module("numba.np.arraymath")
+    finally:
+        linalg.ensure_blas = asked
+
+
+_load_without_blas()
 if "NUMBA_CACHE_DIR" not in os.environ:
     cast("Any", numba_config).CACHE_DIR = str(cache_folder())
