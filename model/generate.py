@@ -170,16 +170,24 @@ def _mix64(x: np.ndarray) -> np.ndarray:
 
 
 def _choose(logits: Tensor, temperature: float, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """Token and its log-probability, (B,) each, of logits (B, V), by inverting the distribution
-    function at the noise: one number decides, whatever the vocabulary."""
+    """Token and its log-probability, (B,) each, of logits (B, V); one number decides, whatever the
+    vocabulary."""
     if temperature == 0:
         token = logits.argmax(-1)
     else:
         logits = logits / temperature
-        total = logits.softmax(-1).cumsum(-1)  # (B, V)
-        token = torch.searchsorted(total, noise[:, None] * total[:, -1:], right=True)[:, 0]
-        token = token.clamp(max=logits.shape[-1] - 1)
+        token = draw(logits.softmax(-1), noise)
     return token, logits.log_softmax(-1).gather(-1, token[:, None])[:, 0]
+
+
+def draw(shares: Tensor, noise: Tensor) -> Tensor:
+    """(B,) the token at which the running sum of the shares (B, V) passes the noise (B,) in (0, 1).
+
+    The shares need not sum to one.
+    """
+    total = shares.cumsum(-1)
+    token = torch.searchsorted(total, noise[:, None] * total[:, -1:], right=True)[:, 0]
+    return token.clamp(max=shares.shape[-1] - 1)
 
 
 def _refuse_unfit(

@@ -58,7 +58,11 @@ class Noise:
 
 
 class Cache:
-    """Keys and values of the tokens seen so far, in memory allocated once; `length` of it is filled."""
+    """Keys and values of the tokens seen so far, in memory allocated once; `length` of it is filled.
+
+    With `lengths` the rows are filled each to its own length, `length` is the longest one's, and the
+    first rows are extended by one token at a time, as many as there are lengths.
+    """
 
     def __init__(
         self,
@@ -71,6 +75,7 @@ class Cache:
     ) -> None:
         size = (rows, shape.kv_heads, tokens, shape.head_width)
         self.length = 0
+        self.lengths: Tensor | None = None
         self.layers = [
             (
                 torch.zeros(size, device=device, dtype=dtype),
@@ -88,6 +93,12 @@ class Cache:
         """Write (B, K, T, E) behind what is there; everything so far, (B, K, S, E) each."""
         end = self.length + keys.shape[2]
         all_keys, all_values = self.layers[layer]
+        if self.lengths is not None:
+            assert keys.shape[2] == 1, "rows of unequal lengths are extended token by token"
+            rows = torch.arange(len(keys), device=keys.device)
+            all_keys[rows, :, self.lengths] = keys[:, :, 0].to(all_keys.dtype)
+            all_values[rows, :, self.lengths] = values[:, :, 0].to(all_values.dtype)
+            return all_keys[: len(keys), :, :end], all_values[: len(keys), :, :end]
         all_keys[:, :, self.length : end] = keys
         all_values[:, :, self.length : end] = values
         return all_keys[:, :, :end], all_values[:, :, :end]
@@ -256,14 +267,20 @@ class Transformer(nn.Module):
         """
         past = 0 if cache is None else cache.length
         total = past + ids.shape[1]
+        lengths = None if cache is None else cache.lengths
         if positions is None:
             positions = _positions(ids, past, mask, self.shape.context)
+            positions = positions if lengths is None else lengths[:, None]
         rotation = (self.cosine[positions], self.sine[positions])  # (T, E) or (B, T, E)
         if positions.dim() == 2:
             rotation = (rotation[0][:, None], rotation[1][:, None])
-        allowed = _allowed(mask, past, total, ids.device)
         window = self.shape.sliding_window
-        near = _allowed(mask, past, total, ids.device, window) if window else allowed
+        if lengths is None:
+            allowed = _allowed(mask, past, total, ids.device)
+            near = _allowed(mask, past, total, ids.device, window) if window else allowed
+        else:
+            allowed = _allowed_to_last(lengths, total)
+            near = _allowed_to_last(lengths, total, window) if window else allowed
         x = self.embedding(ids)
         for block in cast("Iterable[Block]", self.blocks):
             x = block(x, rotation, near if block.is_windowed else allowed, cache, noise)
@@ -411,6 +428,15 @@ def _allowed(
         assert past == 0, "packed rows are read at once, not through a cache"
         allowed = allowed & (mask.documents[:, :, None] == mask.documents[:, None, :])
     return allowed[:, None]
+
+
+def _allowed_to_last(lengths: Tensor, total: int, window: int = 0) -> Tensor:
+    """(B, 1, 1, S) booleans: what the one new token of each row sees, which stands at its length."""
+    seen = torch.arange(total, device=lengths.device)
+    allowed = seen <= lengths[:, None]
+    if window:
+        allowed = allowed & (seen > lengths[:, None] - window)
+    return allowed[:, None, None]
 
 
 def _mix32(x: Tensor) -> Tensor:

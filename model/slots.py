@@ -1,0 +1,310 @@
+"""Answers to prompts that come and go: rows join and leave the batch between two steps.
+
+Letters of tensor shapes: B rows that are live, R rows that join, T tokens, V vocabulary.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from conf.serving import Ask, End, Told
+from model.generate import Generated, draw, uniform_noise
+from model.transformer import Cache, Transformer
+
+PREFILL_TOKENS = 512
+"""Prompt tokens read in a step, padding included, so that nobody waits long for another's prompt."""
+COLUMNS = 64
+"""The cache grows by multiples of so many tokens."""
+
+
+class Slots:
+    """Rows being answered by one model. Live rows are the first ones of the cache, without a gap.
+
+    An answer is a function of its Ask, not of the rows beside it, up to rounding.
+    """
+
+    def __init__(self, model: Transformer, *, rows: int, tokens: int) -> None:
+        """At most so many rows at a time, and rows times their longest at most so many tokens.
+
+        Raises ValueError when not even one row of the model's context fits.
+        """
+        if tokens < model.shape.context:
+            raise ValueError(
+                f"a cache of {tokens} tokens does not hold one row of the model's context of "
+                f"{model.shape.context}; give at least that many"
+            )
+        self.model, self.rows, self.tokens = model, rows, tokens
+        self._waiting: deque[Ask] = deque()
+        self._joining: _Joining | None = None
+        self._live: list[_Row] = []
+        self._cache = self._new_cache(0, 0)
+
+    def add(self, ask: Ask) -> None:
+        """Answer it as soon as there is room, in the order of coming.
+
+        Raises ValueError when prompt and answer do not fit the context.
+        """
+        if ask.places > self.model.shape.context:
+            raise ValueError(
+                f"a prompt of {len(ask.prompt)} tokens and {ask.max_new_tokens} new ones do not fit "
+                f"the context of {self.model.shape.context}; shorten the prompt or max_new_tokens"
+            )
+        self._waiting.append(ask)
+
+    def drop(self, key: int) -> None:
+        """Answer it no further; nothing is told of it from now on."""
+        self._waiting = deque(ask for ask in self._waiting if ask.key != key)
+        joining = self._joining.rows if self._joining else []
+        for row in (*self._live, *joining):
+            row.is_done = row.is_done or row.ask.key == key
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether there is nothing to do."""
+        return not (self._waiting or self._joining or self._live)
+
+    @torch.inference_mode()
+    def step(self) -> list[Told]:
+        """Read some of the prompts that wait, and add one token to every live row."""
+        self._leave()
+        told: list[Told] = []
+        self._joining = self._joining or self._admit()
+        if self._joining and self._joining.read(self.model):
+            told += self._add_tokens(self._joining.rows, self._joining.states)
+            self._join(self._joining)
+            self._joining = None
+        if self._live:
+            device = self.model.embedding.weight.device
+            ids = torch.tensor([[row.last] for row in self._live], device=device)  # (B, 1)
+            lengths = [row.length for row in self._live]
+            self._cache.length = max(lengths)
+            self._cache.lengths = torch.tensor(lengths, device=device)
+            states = self.model.hidden(ids, cache=self._cache)[:, -1]
+            for row in self._live:
+                row.length += 1
+            told += self._add_tokens(self._live, states)
+            self._leave()
+        return told
+
+    def _admit(self) -> "_Joining | None":
+        """Those at the head of the queue for which there is room and which are read in one go."""
+        joined: list[Ask] = []
+        columns = max((row.ask.places for row in self._live), default=0)
+        longest = 0
+        while self._waiting and len(self._live) + len(joined) < self.rows:
+            ask = self._waiting[0]
+            columns, longest = max(columns, ask.places), max(longest, len(ask.prompt))
+            if (len(self._live) + len(joined) + 1) * columns > self.tokens:
+                break
+            if joined and (len(joined) + 1) * longest > PREFILL_TOKENS:
+                break
+            joined.append(self._waiting.popleft())
+        return _Joining(self.model, [_Row(ask) for ask in joined]) if joined else None
+
+    def _join(self, joining: "_Joining") -> None:
+        places = [place for place, row in enumerate(joining.rows) if not row.is_done]
+        first = len(self._live)
+        self._live += [joining.rows[place] for place in places]
+        self._make_room()
+        for theirs, ours in zip(joining.cache.layers, self._cache.layers, strict=True):
+            for source, target in zip(theirs, ours, strict=True):
+                for slot, place in enumerate(places, start=first):
+                    length = joining.rows[place].length
+                    target[slot, :, :length] = source[place, :, :length]
+
+    def _leave(self) -> None:
+        """Take out the rows that are done; the last row moves to where one was."""
+        for slot in reversed(range(len(self._live))):
+            if not self._live[slot].is_done:
+                continue
+            moved = self._live.pop()
+            if slot < len(self._live):
+                self._live[slot] = moved
+                for pair in self._cache.layers:
+                    for held in pair:
+                        held[slot, :, : moved.length] = held[len(self._live), :, : moved.length]
+
+    def _make_room(self) -> None:
+        """A cache that holds the live rows to their ends; it never shrinks."""
+        rows, _, columns, _ = self._cache.layers[0][0].shape
+        longest = max((row.ask.places for row in self._live), default=0)
+        if len(self._live) <= rows and longest <= columns:
+            return
+        rows = min(self.rows, max(rows, 2 * len(self._live)))
+        columns = max(columns, -(-longest // COLUMNS) * COLUMNS)
+        larger = self._new_cache(rows, columns)
+        for old, new in zip(self._cache.layers, larger.layers, strict=True):
+            for source, target in zip(old, new, strict=True):
+                target[: source.shape[0], :, : source.shape[2]] = source
+        self._cache = larger
+
+    def _new_cache(self, rows: int, columns: int) -> Cache:
+        weight = self.model.embedding.weight
+        return Cache(self.model.shape, rows, columns, device=weight.device, dtype=weight.dtype)
+
+    def _add_tokens(self, rows: "Sequence[_Row]", states: Tensor) -> list[Told]:
+        """Choose the next token of rows whose last states (B, D) are given."""
+        logits = self.model.logits(states).float()  # (B, V)
+        tokens = _choose(logits, rows)
+        figures = _logprobs(logits, tokens, rows)
+        told: list[Told] = []
+        for row, token, (logprob, top) in zip(rows, tokens.tolist(), figures, strict=True):
+            if row.is_done:  # dropped while its prompt was read
+                continue
+            row.last, row.made = token, row.made + 1
+            end: End = "stop" if token in row.ask.stops else ""
+            end = end or ("length" if row.made == row.ask.max_new_tokens else "")
+            row.is_done = bool(end)
+            told.append(Told(row.ask.key, token, end, logprob, top))
+        return told
+
+
+@dataclass
+class _Row:
+    """An answer in the making."""
+
+    ask: Ask
+    noise: list[float] = field(default_factory=list[float])
+    length: int = 0
+    """Tokens of it that the cache holds."""
+    made: int = 0
+    last: int = 0
+    """The token that is to be read next."""
+    is_done: bool = False
+
+    def __post_init__(self) -> None:
+        if self.ask.temperature > 0:
+            steps = self.ask.max_new_tokens
+            self.noise = uniform_noise(self.ask.seed, [self.ask.row], steps)[0].tolist()
+
+
+class _Joining:
+    """Prompts that are being read into a cache of their own, padded at the right."""
+
+    def __init__(self, model: Transformer, rows: list[_Row]) -> None:
+        weight = model.embedding.weight
+        longest = max(len(row.ask.prompt) for row in rows)
+        padded = [[*row.ask.prompt, *[0] * (longest - len(row.ask.prompt))] for row in rows]
+        self.rows = rows
+        self.ids = torch.tensor(padded, device=weight.device)  # (R, T)
+        self.cache = Cache(
+            model.shape, len(rows), longest, device=weight.device, dtype=weight.dtype
+        )
+        self.states = torch.zeros(len(rows), model.shape.dim, device=weight.device)
+        """(R, D): the state behind the last token of each prompt that has been read to its end."""
+
+    def read(self, model: Transformer) -> bool:
+        """Read the next columns; whether all is read."""
+        start = self.cache.length
+        end = min(self.ids.shape[1], start + max(1, PREFILL_TOKENS // len(self.rows)))
+        states = model.hidden(self.ids[:, start:end], cache=self.cache)
+        for place, row in enumerate(self.rows):
+            row.length = len(row.ask.prompt)
+            if start < row.length <= end:
+                self.states[place] = states[place, row.length - 1 - start]
+        return end == self.ids.shape[1]
+
+
+def _choose(logits: Tensor, rows: Sequence[_Row]) -> Tensor:
+    """(B,) the next token of each row."""
+    tokens = logits.argmax(-1)
+    drawing = [place for place, row in enumerate(rows) if row.ask.temperature > 0]
+    if drawing:
+        asks = [rows[place].ask for place in drawing]
+        noise = [rows[place].noise[rows[place].made] for place in drawing]
+        temperature = logits.new_tensor([[ask.temperature] for ask in asks])
+        picked = logits if len(drawing) == len(rows) else logits[drawing]
+        shares = _likeliest((picked / temperature).softmax(-1), asks)
+        drawn = draw(shares, logits.new_tensor(noise))
+        # Noise that rounds to 1 would choose the last token, which may have no share.
+        has_share = shares.gather(-1, drawn[:, None])[:, 0] > 0
+        tokens[drawing] = torch.where(has_share, drawn, shares.argmax(-1))
+    return tokens
+
+
+def _likeliest(shares: Tensor, asks: Sequence[Ask]) -> Tensor:
+    """(B, V) the shares, 0 for what top_k leaves out and then for what top_p leaves out.
+
+    Source: Fan et al. 2018 (top-k); Holtzman et al. 2020, section 3.1 (nucleus).
+    """
+    if all(ask.top_k == 0 and ask.top_p == 1.0 for ask in asks):
+        return shares
+    vocabulary = shares.shape[-1]
+    most = shares.new_tensor([[float(ask.top_k or vocabulary)] for ask in asks])
+    portion = shares.new_tensor([[ask.top_p] for ask in asks])
+    ordered, tokens = shares.sort(dim=-1, descending=True, stable=True)
+    ordered = ordered * (torch.arange(vocabulary, device=shares.device) < most)
+    before = ordered.cumsum(-1) - ordered
+    is_kept = (portion == 1.0) | (before < portion * ordered.sum(-1, keepdim=True))
+    return torch.zeros_like(shares).scatter(-1, tokens, ordered * is_kept)
+
+
+Figures = tuple[float | None, list[tuple[int, float]] | None]
+
+
+def _logprobs(logits: Tensor, tokens: Tensor, rows: Sequence[_Row]) -> list[Figures]:
+    """For each row the log-probability of its token, and of the likeliest, where they were asked for."""
+    asked = [place for place, row in enumerate(rows) if row.ask.logprobs is not None]
+    found: list[Figures] = [(None, None)] * len(rows)
+    if not asked:
+        return found
+    asks = [rows[place].ask for place in asked]
+    temperature = logits.new_tensor([[ask.logprobs_temperature] for ask in asks])
+    logprobs = (logits[asked] / temperature).log_softmax(-1)
+    chosen = logprobs.gather(-1, tokens[asked][:, None])[:, 0].tolist()
+    most = max(cast("int", ask.logprobs) for ask in asks)
+    values, ids = logprobs.topk(min(most, logprobs.shape[-1]), dim=-1)
+    for number, place in enumerate(asked):
+        top = list(zip(ids[number].tolist(), values[number].tolist(), strict=True))
+        found[place] = (chosen[number], top[: asks[number].logprobs])
+    return found
+
+
+def generate_continuous(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    *,
+    batch_rows: int,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    eos: int,
+    pad: int,
+    rows: Sequence[int] | None = None,
+) -> Generated:
+    """What `generate_batches` answers, up to rounding; a row that is done makes room for the next.
+
+    Raises ValueError as `generate` does.
+    """
+    slots = Slots(model, rows=batch_rows, tokens=batch_rows * model.shape.context)
+    for key, prompt in enumerate(prompts):
+        slots.add(
+            Ask(
+                key=key,
+                prompt=tuple(prompt),
+                max_new_tokens=max_new_tokens,
+                stops=frozenset([eos]),
+                temperature=temperature,
+                seed=seed,
+                row=key if rows is None else rows[key],
+                logprobs=0,
+                logprobs_temperature=temperature or 1.0,
+            )
+        )
+    shape = (len(prompts), max_new_tokens)
+    ids, logprobs = torch.full(shape, pad, dtype=torch.int64), torch.zeros(shape)
+    lengths = torch.zeros(len(prompts), dtype=torch.int64)
+    ended = torch.zeros(len(prompts), dtype=torch.bool)
+    while not slots.is_idle:
+        for told in slots.step():
+            place = int(lengths[told.key])
+            ids[told.key, place] = told.token
+            logprobs[told.key, place] = cast("float", told.logprob)
+            lengths[told.key] += 1
+            ended[told.key] = told.end == "stop"
+    longest = int(lengths.max()) if len(prompts) else 0
+    return Generated(ids[:, :longest], logprobs[:, :longest], lengths, ended)
