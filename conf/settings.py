@@ -43,7 +43,8 @@ class SourceSpec(Settings):
 
     path: Annotated[str, RUNTIME]
     """File, glob (`**` allowed) or folder; relative to the artifact when `node` is given, else to
-    the working directory."""
+    the working directory. `s3://bucket/..` names files on S3; the environment says who reads them
+    (as with any S3 client) and how much room copies may take here (`BESSEMER_FETCHED_BYTES`)."""
     node: Annotated[str | None, RUNTIME] = None
     """Name of the node whose artifact holds the files; none for the file system."""
     domain: str = "default"

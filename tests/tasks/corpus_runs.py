@@ -28,7 +28,7 @@ def run_stage(
             artifacts={},
             base=root,
             ledger=root / "ledgers" / f"{function.spec.name}-{name}.json",
-            hashes=HashCache(),
+            hashes=HashCache(root / "hashes.sqlite"),
         )
     (root / "ledgers").mkdir(exist_ok=True, parents=True)
     return execute(

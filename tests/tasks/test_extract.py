@@ -13,7 +13,9 @@ import pytest
 import zstandard
 
 from conf.extract import ExtractConfig, NormaliseConfig
+from storage.bucket import Bucket
 from storage.corpus import Corpus
+from storage.fetched import FETCHED_BYTES
 from storage.identity import hash_file
 from tasks import rows
 from tasks.extract import extract
@@ -135,6 +137,33 @@ def test_a_file_of_nothing_or_noise_ends_no_run(tmp_path: Path, name: str, conte
     outcome = run(tmp_path, name)
     assert texts(outcome.artifact) == []
     assert outcome.record.metrics["documents"] == 0
+
+
+def test_archives_on_s3_give_the_corpus_that_a_folder_gives(
+    s3_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(FETCHED_BYTES, "1")  # room for what is being read, no more
+    pages = [(f"http://a/{i}", html(f"{i} {EN * 3}")) for i in range(4)]
+    archives = {
+        "a.warc.gz": b"".join(warc(pages[:2])),
+        "b.warc.gz": b"".join(warc(pages[2:])),
+        "c.jsonl.gz": gzip.compress(json.dumps({"text": ZH}).encode(), mtime=0),
+    }
+    bucket = Bucket(f"{s3_server}/{tmp_path.name}")
+    for name, content in archives.items():
+        bucket.put(f"crawl/{name}", content)
+        path = tmp_path / "crawl" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content)
+    near = run(tmp_path, "crawl")
+    far = run(tmp_path, f"{s3_server}/{tmp_path.name}/crawl/*.gz")
+    assert far.artifact.record.metrics["documents"] == 5
+    assert far.artifact.record.fingerprint == near.artifact.record.fingerprint
+    (tmp_path / "store").rename(tmp_path / "other")
+    again = run(tmp_path, f"{s3_server}/{tmp_path.name}/crawl/*.gz")
+    assert again.status == "built"
+    assert again.artifact.record.digest == near.artifact.record.digest
+    assert len(list((tmp_path / "fetched").glob("*/*"))) == 0
 
 
 def test_no_files_give_an_empty_corpus(tmp_path: Path) -> None:
