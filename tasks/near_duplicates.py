@@ -10,7 +10,7 @@ Source: Leskovec, Rajaraman and Ullman, Mining of Massive Datasets, section 3.4 
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,15 +108,19 @@ class _Documents:
             for i, shard in enumerate(self.shards)
         ]
 
-    def gather(self, name: str, *, band: int | None = None) -> "npt.NDArray[Any]":
+    def gather(self, name: str) -> "npt.NDArray[Any]":
         """One value (or row of values) per unit from the shards' sidecar `name`."""
         import numpy as np
 
-        values = [
-            (_load(shard.signed / name) if band is None else _load(shard.signed / name)[band])[rows]
-            for shard, rows in self.by_shard()
-        ]
-        return np.concatenate(values)
+        return np.concatenate([_load(item.signed / name)[rows] for item, rows in self.by_shard()])
+
+    def bands(self) -> "Iterator[npt.NDArray[np.uint64]]":
+        """The keys of one band after another: all at once would be most of what is in memory."""
+        import numpy as np
+
+        by_shard = [(_load(shard.signed / BANDS), rows) for shard, rows in self.by_shard()]
+        for band in range(len(by_shard[0][0])):
+            yield np.concatenate([keys[band][rows] for keys, rows in by_shard])
 
     def order(self, settings: DedupConfig) -> "Rows":
         """Places in the order of choice: what was kept before, then the new ones, best first."""
@@ -263,7 +267,7 @@ def _near_copies(
     import numpy as np
 
     documents = documents.select(documents.gather(SHINGLES) >= settings.min_shingles)
-    buckets, bucket_count = _buckets(documents, settings)
+    buckets, bucket_count = _numbered(documents.bands(), documents.is_new)
     is_possible = np.logical_or.reduce(buckets >= 0, axis=0)
     documents, buckets = documents.select(is_possible), buckets[:, is_possible]
     count = len(documents.positions)
@@ -365,37 +369,26 @@ def _least_agreeing(settings: DedupConfig) -> float:
     return bands * rows * (settings.threshold - ESTIMATE_SIGMAS * spread)
 
 
-def _buckets(documents: _Documents, settings: DedupConfig) -> "tuple[npt.NDArray[np.int64], int]":
-    import numpy as np
-
-    bands = settings.distance_bits + 1 if settings.mode == "simhash" else settings.banding()[0]
-    buckets = np.full((bands, len(documents.positions)), -1, np.int64)
-    found = 0
-    for band in range(bands):
-        of_band, count = _numbered(documents.gather(BANDS, band=band)[None], documents.is_new)
-        buckets[band] = np.where(of_band[0] >= 0, of_band[0] + found, -1)
-        found += count
-    return buckets, found
-
-
 def _numbered(
-    keys: "npt.NDArray[np.uint64]", is_new: "npt.NDArray[np.bool_]"
+    bands: "Iterable[npt.NDArray[np.uint64]]", is_new: "npt.NDArray[np.bool_]"
 ) -> "tuple[npt.NDArray[np.int64], int]":
-    """(bands, documents) number of the bucket, -1 where it holds no other or no new document."""
+    """(bands, documents) number of the bucket, -1 where it holds no other or no new document; and how many."""
     import numpy as np
 
-    buckets = np.full(keys.shape, -1, np.int64)
+    buckets: list[npt.NDArray[np.int64]] = []
     found = 0
-    for band in range(len(keys) if keys.shape[1] else 0):
-        order = np.argsort(keys[band], kind="stable")
-        ordered = keys[band][order]
+    for keys in bands if len(is_new) else ():
+        order = np.argsort(keys)
+        ordered = keys[order]
         starts = np.flatnonzero(np.concatenate(([True], ordered[1:] != ordered[:-1])))
         sizes = np.diff(np.append(starts, len(ordered)))
         is_used = (sizes > 1) & np.logical_or.reduceat(is_new[order], starts)
         numbers = np.where(is_used, found + np.cumsum(is_used) - 1, -1)
-        buckets[band, order] = np.repeat(numbers, sizes)
+        of_band = np.empty(len(keys), np.int64)
+        of_band[order] = np.repeat(numbers, sizes)
+        buckets.append(of_band)
         found += int(is_used.sum())
-    return buckets, found
+    return np.stack(buckets) if buckets else np.empty((0, 0), np.int64), found
 
 
 def _shingle_sets(
