@@ -8,8 +8,6 @@ from conf.settings import Settings
 
 DEEPSPEED_ENGINES = ("zero1", "zero2", "zero3")
 """Engines that need DeepSpeed and its launcher."""
-SPREADING_ENGINES = ("fsdp", "zero3")
-"""Engines under which no process holds the whole model; only pretraining runs on them."""
 
 DEEPSPEED_SECTIONS = ("zero_optimization", "comms_logger", "flops_profiler", "wall_clock_breakdown")
 """Sections of DeepSpeed's JSON that pass through; what the others choose is told by our settings."""

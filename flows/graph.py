@@ -9,9 +9,8 @@ from typing import Any, cast
 from pydantic import ValidationError
 
 from conf.compose import compose_leniently
-from conf.launch import DEEPSPEED_ENGINES, SPREADING_ENGINES, LaunchConfig
+from conf.launch import DEEPSPEED_ENGINES, LaunchConfig
 from conf.mistakes import Mistake, RecipeError, suggest
-from conf.pretrain import PretrainConfig
 from conf.settings import Settings, SourceSpec
 from conf.shape import ShapeConfig
 from storage.artifact import Artifact
@@ -285,9 +284,6 @@ def _value_mistakes(name: str, settings: Settings) -> Iterator[Mistake]:
     launch = getattr(settings, "launch", None)
     if isinstance(launch, LaunchConfig):
         yield from _launch_mistakes(f"stages.{name}.launch", launch)
-        if launch.engine in SPREADING_ENGINES and not isinstance(settings, PretrainConfig):
-            found = f"engine {launch.engine} spreads the weights, which this stage needs whole"
-            yield Mistake(f"stages.{name}.launch", found, "give it engine: ddp or zero2 of its own")
 
 
 def _launch_mistakes(place: str, launch: LaunchConfig) -> Iterator[Mistake]:

@@ -15,8 +15,8 @@ from conf.contract import ExitCode, JobFile
 from conf.dpo import DpoConfig
 from model.batches import Batch
 from model.dialogues import Pair, Renderer, pair_batch
+from model.engine import Engine, build_engine
 from model.engine import Loss as StepLoss
-from model.engine import build_engine
 from model.journal import Journal
 from model.loop import Ended, train
 from model.lora import add_lora, merge_lora
@@ -70,7 +70,7 @@ def work(job: JobFile, ranks: Ranks, journal: Journal) -> dict[str, Any]:
     add_lora(model, settings.lora, settings.seed)
     engine = build_engine(model, job.launch, ranks, update_rule(settings))
     # The policy is its own reference as long as it has not learnt; this is before a checkpoint is read.
-    scorer = Scorer(model, tokenizer.pad, settings, ranks)
+    scorer = Scorer(engine, tokenizer.pad, settings, ranks)
     asked = sorted({row for step in range(steps) for row in order.rows_at(step)})
     known = cached_reference(
         job.state / "reference.safetensors", scorer, [*(rows[row] for row in asked), *held]
@@ -97,9 +97,10 @@ def work(job: JobFile, ranks: Ranks, journal: Journal) -> dict[str, Any]:
         evaluate=lambda step: held_figures(held_rewards()),
     )
     accuracy = final_accuracy(held_rewards(), settings)
-    merge_lora(model)
+    tuned = engine.whole()
+    merge_lora(tuned)
     if ranks.is_first:
-        save_model(job.files, model, role="policy", tokenizer=source / TOKENIZER)
+        save_model(job.files, tuned, role="policy", tokenizer=source / TOKENIZER)
     return {
         **training_figures(settings, steps, len(rows), state),
         "train": fitted,
@@ -171,7 +172,9 @@ def _means(sums: Sided, tokens: Sided) -> Sided:
 
 def answer_logprobs(model: Transformer, ids: Tensor, labels: Tensor) -> Tensor:
     """(B,) float32: log-probability of the labelled tokens of each row (B, T), summed, in nats."""
-    return token_logprobs(model.head_weight, model.hidden(ids), labels).sum(-1)
+    # The head after the states: ZeRO 3 lets go of a tied embedding once that has been read.
+    hidden = model.hidden(ids)
+    return token_logprobs(model.head_weight, hidden, labels).sum(-1)
 
 
 def dpo_loss(
@@ -214,10 +217,10 @@ def dpo_loss(
 
 
 class Scorer:
-    """Log-probabilities of both answers of pairs under a model, without gradients."""
+    """Log-probabilities of both answers of pairs under an engine's model, without gradients."""
 
-    def __init__(self, model: Transformer, pad: int, settings: DpoConfig, ranks: Ranks) -> None:
-        self._model, self._pad, self._ranks = model, pad, ranks
+    def __init__(self, engine: Engine, pad: int, settings: DpoConfig, ranks: Ranks) -> None:
+        self._engine, self._pad, self._ranks = engine, pad, ranks
         self.is_first = ranks.is_first
         self._precision: Literal["fp32", "bf16"] = settings.precision
 
@@ -225,6 +228,7 @@ class Scorer:
     def logprobs(self, rows: Sequence[Pair]) -> Tensor:
         """(rows, 2) float32 on the CPU, the same on all ranks, which share the work."""
         by_length = sorted(range(len(rows)), key=lambda row: rows[row].length)
+        model = self._engine.whole()
         own = by_length[self._ranks.rank :: self._ranks.world]
         found = torch.zeros(len(rows), 2)
         for start in range(0, len(own), EVALUATED_ROWS):
@@ -232,7 +236,7 @@ class Scorer:
             ids, labels = pair_batch([rows[row] for row in part], self._pad)
             device = self._ranks.device
             with computing_in(self._precision, device):
-                sums = answer_logprobs(self._model, ids.to(device), labels.to(device))
+                sums = answer_logprobs(model, ids.to(device), labels.to(device))
             found[part] = torch.stack(sums.chunk(2), 1).cpu()
         # Every row is computed by one rank and 0 elsewhere.
         return torch.stack(self._ranks.gather(found)).sum(0)

@@ -6,12 +6,13 @@ job may go on with another engine and another number of ranks.
 """
 
 import contextlib
+import copy
 import math
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,6 @@ from model.weights import load_tensors, save_tensors
 MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 
-Seen = TypeVar("Seen")
 Loss = Callable[[Transformer, Batch, Mapping[str, float]], dict[str, Tensor]]
 """Model, micro-batch and the step's totals -> figures that this micro-batch adds to the step's, already
 divided by the totals; `loss` carries the gradient, the others are logged."""
@@ -59,12 +59,12 @@ class Engine(Protocol):
         """Forget the gradients."""
         ...
 
-    def look(self, work: Callable[[Transformer], Seen]) -> Seen:
-        """What some work without gradients finds with the model as it is; all ranks call it."""
-        ...
+    def whole(self) -> Transformer:
+        """The model as it is, to look at, answer with or write down; all ranks call it.
 
-    def weights(self) -> dict[str, Tensor]:
-        """The model's tensors, whole, on the first rank; all ranks call it."""
+        Where weights are spread over ranks it is a copy, which takes their whole memory on every rank
+        as long as it is held; else the model itself.
+        """
         ...
 
     def save(self, folder: Path) -> None:
@@ -158,26 +158,9 @@ class Objective(nn.Module):
         self._precision: Precision = rule.precision
         self._device = device
 
-    def forward(
-        self, loss: Callable[..., Any], batch: Batch | None = None, totals: Any = None
-    ) -> Any:
-        """The loss's figures; without a batch whatever `loss` finds in the model, for wrappers that
-        make weights whole around `forward` alone."""
-        if batch is None:
-            return loss(self.model)
+    def forward(self, loss: Loss, batch: Batch, totals: Mapping[str, float]) -> dict[str, Tensor]:
         with self.precision():
             return loss(self.model, batch.to(self._device), totals)
-
-    @torch.no_grad()
-    def look(self, wrapper: nn.Module, work: Callable[[Transformer], Seen]) -> Seen:
-        """What some work finds with whole weights, inside the forward pass of a wrapper of this."""
-        found: list[Seen] = []
-
-        def note(model: Transformer) -> None:
-            found.append(work(model))
-
-        wrapper(note)
-        return found[0]
 
     def precision(self) -> contextlib.AbstractContextManager[object]:
         """The context in which the model computes."""
@@ -229,11 +212,8 @@ class TorchEngine:
         for optimizer in self._optimizers:
             optimizer.zero_grad(set_to_none=True)
 
-    def look(self, work: Callable[[Transformer], Seen]) -> Seen:
-        return work(self.model)
-
-    def weights(self) -> dict[str, Tensor]:
-        return self.model.state_dict()
+    def whole(self) -> Transformer:
+        return self.model
 
     def save(self, folder: Path) -> None:
         if not self.ranks.is_first:
@@ -269,6 +249,23 @@ class TorchEngine:
         if is_last or self.ranks.world == 1:
             return contextlib.nullcontext()
         return cast("DistributedDataParallel", self._objective).no_sync()
+
+
+class Hollow:
+    """What a model is besides its weights: engines that spread these make whole copies of it."""
+
+    def __init__(self, model: Transformer) -> None:
+        empty: dict[int, Any] = {
+            id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False)
+            for p in model.parameters()
+        }
+        self._model = copy.deepcopy(model, empty)
+
+    def filled(self, weights: Mapping[str, Tensor]) -> Transformer:
+        """A model with these weights, which are not copied."""
+        model = copy.deepcopy(self._model)
+        model.load_state_dict(weights, assign=True)
+        return model
 
 
 def optimizer_states(folder: Path) -> dict[str, dict[str, Tensor]]:

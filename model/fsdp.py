@@ -1,7 +1,7 @@
 """Torch FSDP2 behind the engine's face: weights, gradients and optimizer state spread over the ranks."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import cast
 
@@ -15,9 +15,9 @@ from model.batches import Batch
 from model.engine import (
     MODEL_FILE,
     OPTIMIZER_FILE,
+    Hollow,
     Loss,
     Objective,
-    Seen,
     optimizer_states,
 )
 from model.optimizer import LossScale, UpdateRule, adamw, apply_gradients
@@ -35,6 +35,7 @@ class FsdpEngine:
     def __init__(self, model: Transformer, ranks: Ranks, rule: UpdateRule) -> None:
         self.model, self.ranks, self.rule = model, ranks, rule
         self.scale = LossScale() if rule.precision == "fp16" else None
+        self._hollow = Hollow(model)
         self._objective = _spread(model, rule, ranks)
         self._optimizer = adamw(model, rule)
         self._parameters = [p for p in model.parameters() if p.requires_grad]
@@ -66,14 +67,14 @@ class FsdpEngine:
     def discard(self) -> None:
         self._optimizer.zero_grad(set_to_none=True)
 
-    def look(self, work: Callable[[Transformer], Seen]) -> Seen:
-        return self._objective.look(self._objective, work)
+    def whole(self) -> Transformer:
+        return self._hollow.filled(self._weights())
 
-    def weights(self) -> dict[str, Tensor]:
+    def _weights(self) -> dict[str, Tensor]:
         return {name: _whole(value) for name, value in self.model.state_dict().items()}
 
     def save(self, folder: Path) -> None:
-        weights = self.weights()
+        weights = self._weights()
         states = {
             f"{name}|{key}": _whole(value)
             for name, parameter in self.model.named_parameters()

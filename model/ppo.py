@@ -7,7 +7,7 @@ reward model. Worker: `python -m model.ppo JOBFILE`.
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,12 +72,13 @@ def work(job: JobFile, ranks: Ranks, journal: Journal) -> dict[str, Any]:
     held = [held[row] for row in kept]
     trainer = Trainer(models, prompts, tokenizer, settings, job, ranks, journal)
     checkpoints = Checkpoints(job.state / "checkpoints", identity_of_job(job, settings), ranks)
-    before = held_figures(models, held, tokenizer, settings, ranks)
+    before = held_figures(trainer.models_now(), held, tokenizer, settings, ranks)
     trainer.resume(checkpoints)
     trainer.train(checkpoints)
-    after = held_figures(models, held, tokenizer, settings, ranks)
+    trained = trainer.models_now()
+    after = held_figures(trained, held, tokenizer, settings, ranks)
     if ranks.is_first:
-        save_model(job.files, models.policy, role="policy", tokenizer=source / TOKENIZER)
+        save_model(job.files, trained.policy, role="policy", tokenizer=source / TOKENIZER)
     return {
         "iterations": settings.iterations,
         "answers": settings.iterations * settings.rollout_rows,
@@ -184,6 +185,10 @@ class Trainer:
         self.journal.cut(saved.state["metrics_bytes"])
         self.state = TrainerState(**saved.state["trainer"])
 
+    def models_now(self) -> Models:
+        """The four models, whole, with what policy and value model have learnt."""
+        return replace(self.models, policy=self.policy.whole(), value=self.value.whole())
+
     def train(self, checkpoints: Checkpoints) -> None:
         """Iterate to the end. Raises Stopped after SIGTERM, with a checkpoint saved, and Diverged."""
         saved_at = time.monotonic()
@@ -221,7 +226,7 @@ class Trainer:
         settings, state = self.settings, self.state
         rows = self.order.rows_at(iteration)
         rollout = roll_out(
-            self.models,
+            self.models_now(),
             [self.prompts[row] for row in rows],
             self.tokenizer,
             settings,

@@ -51,11 +51,12 @@ def work(job: JobFile, ranks: Ranks, journal: Journal) -> dict[str, Any]:
         plan=loop_plan(settings, plan, samples, ranks.add([peak.flops])[0]),
         checkpoints=Checkpoints(job.state / "checkpoints", identity_of_job(job, settings), ranks),
         journal=journal,
-        evaluate=lambda step: engine.look(held.losses),
+        evaluate=lambda step: held.losses(engine.whole()),
     )
-    weights, tokenizer = engine.weights(), files.folder / TOKENIZER_FOLDER
+    trained = engine.whole()
     if ranks.is_first:
-        save_model(job.files, model, role="policy", tokenizer=tokenizer, weights=weights)
+        tokenizer = files.folder / TOKENIZER_FOLDER
+        save_model(job.files, trained, role="policy", tokenizer=tokenizer)
         samples.read_windows().write(job.files)
     return figures(state, settings, samples, plan) | speed_figures(
         state, settings, samples, peak, ranks

@@ -80,13 +80,15 @@ def work(job: JobFile, ranks: Ranks, journal: Journal) -> dict[str, Any]:
     )
     best = Best(job.state / "best.safetensors", ranks)
 
+    engine = build_engine(model, job.launch, ranks, update_rule(settings))
+
     def evaluate(step: int) -> dict[str, float]:
-        figures = held_accuracy(held_scores(model, held, tokenizer.pad, settings, ranks))
+        now = engine.whole()
+        figures = held_accuracy(held_scores(now, held, tokenizer.pad, settings, ranks))
         if held and settings.on_gate == "keep_best":
-            best.offer(model, step, figures["held_accuracy"])
+            best.offer(now, step, figures["held_accuracy"])
         return figures
 
-    engine = build_engine(model, job.launch, ranks, update_rule(settings))
     state = train(
         engine,
         batch_at=batch_at,
@@ -96,6 +98,7 @@ def work(job: JobFile, ranks: Ranks, journal: Journal) -> dict[str, Any]:
         journal=journal,
         evaluate=evaluate,
     )
+    model = engine.whole()
     kept_step = best.restore(model) if held and settings.on_gate == "keep_best" else steps
     accuracy = final_accuracy(
         held_scores(model, held, tokenizer.pad, settings, ranks), held, settings

@@ -121,7 +121,9 @@ def answer_states(model: Transformer, rollout: Rollout) -> Tensor:
 def answer_logprobs(model: Transformer, rollout: Rollout, temperature: float) -> Tensor:
     """(B, N) float32 log-probability of each answer token; 0 behind the end."""
     labels = rollout.answers.masked_fill(rollout.mask == 0, -1)
-    return token_logprobs(model.head_weight, answer_states(model, rollout), labels, temperature)
+    # The head after the states: ZeRO 3 lets go of a tied embedding once that has been read.
+    states = answer_states(model, rollout)
+    return token_logprobs(model.head_weight, states, labels, temperature)
 
 
 def answer_values(model: Transformer, rollout: Rollout, scale: RewardScale) -> Tensor:

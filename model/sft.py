@@ -73,11 +73,12 @@ def work(job: JobFile, ranks: Ranks, journal: Journal) -> dict[str, Any]:
         plan=loop_plan(settings, steps, job.launch),
         checkpoints=Checkpoints(job.state / "checkpoints", identity_of_job(job, settings), ranks),
         journal=journal,
-        evaluate=lambda step: held_losses(model, held, tokenizer.pad, settings, ranks),
+        evaluate=lambda step: held_losses(engine.whole(), held, tokenizer.pad, settings, ranks),
     )
-    merge_lora(model)
+    tuned = engine.whole()
+    merge_lora(tuned)
     if ranks.is_first:
-        save_model(job.files, model, role="policy", tokenizer=source / TOKENIZER)
+        save_model(job.files, tuned, role="policy", tokenizer=source / TOKENIZER)
     return {
         **training_figures(settings, steps, len(rows), state),
         "train": fitted,

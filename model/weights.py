@@ -36,14 +36,13 @@ def save_model(
     *,
     role: Role,
     tokenizer: Path,
-    weights: Mapping[str, Tensor] | None = None,
 ) -> ModelCard:
     """Write a model artifact's content into `files`: fp32 weights, card, a copy of the tokenizer.
 
-    `tokenizer` is the folder to copy. `weights` are the model's, where it does not hold them whole.
+    `tokenizer` is the folder to copy.
     """
     files.mkdir(parents=True, exist_ok=True)
-    state = model.state_dict() if weights is None else weights
+    state = model.state_dict()
     save_tensors(files / WEIGHTS, {name: w.float() for name, w in state.items()})
     copy_tokenizer(tokenizer, files / TOKENIZER)
     card = ModelCard(

@@ -3,7 +3,7 @@ too (2), weights too (3)."""
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from conf.launch import LaunchConfig
 from model.batches import Batch
-from model.engine import MODEL_FILE, OPTIMIZER_FILE, Loss, Objective, Seen, optimizer_states
+from model.engine import MODEL_FILE, OPTIMIZER_FILE, Hollow, Loss, Objective, optimizer_states
 from model.optimizer import LossScale, UpdateRule, adamw, parameter_groups, set_learning_rate
 from model.ranks import Ranks
 from model.transformer import Transformer
@@ -30,6 +30,7 @@ class ZeroEngine:
         stage = int(launch.engine.removeprefix("zero"))
         self.model, self.ranks, self.rule, self.stage = model, ranks, rule, stage
         self.scale: LossScale | None = None
+        self._hollow = Hollow(model) if stage == 3 else None
         self._objective = Objective(model, rule, ranks.device)
         self._engine = _initialise(self._objective, model, ranks, rule, zero_options(launch, rule))
         self._zero = self._engine.optimizer
@@ -69,23 +70,19 @@ class ZeroEngine:
             self._zero.averaged_gradients[group] = None
             self._zero.all_grad_tensors[group] = None
 
-    def look(self, work: Callable[[Transformer], Seen]) -> Seen:
-        if self.stage < 3:
-            return work(self.model)
-        return self._objective.look(self._objective, work)
+    def whole(self) -> Transformer:
+        return self.model if self._hollow is None else self._hollow.filled(self._weights())
 
-    def weights(self) -> dict[str, Tensor]:
+    def _weights(self) -> dict[str, Tensor]:
         if self.stage < 3:
             return self.model.state_dict()
-        from deepspeed.utils import safe_get_full_fp32_param
+        from deepspeed import zero
 
-        return {
-            name: cast("Tensor", safe_get_full_fp32_param(parameter))
-            for name, parameter in self.model.named_parameters()
-        }
+        with zero.GatheredParameters(list(self.model.parameters())):
+            return {name: value.clone() for name, value in self.model.state_dict().items()}
 
     def save(self, folder: Path) -> None:
-        weights, states = self.weights(), self._whole_states()
+        weights, states = self._weights(), self._whole_states()
         if not self.ranks.is_first:
             return
         folder.mkdir(parents=True, exist_ok=True)

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, cast
 from pydantic import ValidationError
 
 from conf.contract import EXIT, JOB, OUTPUT, RESULT, ExitCode, ExitFile, JobFile
-from conf.launch import DEEPSPEED_ENGINES, SPREADING_ENGINES, LaunchConfig
+from conf.launch import DEEPSPEED_ENGINES, LaunchConfig
 from conf.settings import Settings
 from storage.artifact import Artifact
 from storage.errors import BessemerError
@@ -108,11 +108,6 @@ def preflight(launch: LaunchConfig, module: str, inputs: Mapping[str, Artifact])
         raise ValueError(
             f"launch.engine={launch.engine} needs deepspeed, which is not installed here; install it "
             "or set launch.engine=fsdp"
-        )
-    if launch.engine in SPREADING_ENGINES and module != "model.pretrain":
-        raise ValueError(
-            f"launch.engine={launch.engine} spreads the weights, which {module} needs whole; set "
-            "launch.engine=ddp or zero2 for this stage"
         )
     if launch.device == "cuda" and len(cuda_devices()) < launch.processes:
         raise ValueError(

@@ -67,6 +67,26 @@ def start(module: str, job: Path, *, processes: int = 1, **environment: str) -> 
     return ranks
 
 
+def start_pair(module: str, *arguments: str, processes: int = 2) -> list[Any]:
+    """Ranks that run a test's module, as a launcher would start them."""
+    port = str(free_port())
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", module, *arguments],
+            cwd=ROOT,
+            env=os.environ | {
+                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1",
+                "DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo",
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(processes)
+    ]  # fmt: skip
+
+
 def finish(ranks: list[Any], *, code: int = 0, timeout: float = 240) -> str:
     """Wait for all ranks; every one must end with that code. Returns what they printed."""
     output = "".join(rank.communicate(timeout=timeout)[0] for rank in ranks)

@@ -1,11 +1,8 @@
 """All engines do the same: equal losses, the same bits after a death, one form of checkpoint."""
 
 import json
-import os
 import random
 import shutil
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +10,7 @@ import pytest
 
 from model.ranks import Ranks
 from tests.model.engine_runs import SETTINGS, run
-from tests.model.small_jobs import ROOT, finish, free_port
+from tests.model.small_jobs import finish, start_pair
 from tests.model.small_tokens import write_small_tokens
 
 ENGINES = ("ddp", "fsdp", "zero1", "zero2", "zero3")
@@ -40,25 +37,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     folder = tmp_path_factory.mktemp("engines")
     tokens = write_small_tokens(folder / "tokens")
     deaths = {engine: random.randint(2, STEPS - 1) for engine in ENGINES}
-    port = str(free_port())
-    ranks = [
-        subprocess.Popen(
-            [
-                sys.executable, "-m", "tests.model.engine_runs", str(tokens), str(folder),
-                *(f"{engine}={step}" for engine, step in deaths.items()),
-            ],
-            cwd=ROOT,
-            env=os.environ | {
-                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
-                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1",
-                "DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo",
-            },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
+    ranks = start_pair(
+        "tests.model.engine_runs",
+        str(tokens),
+        str(folder),
+        *(f"{engine}={step}" for engine, step in deaths.items()),
+    )
     finish(ranks, timeout=550)
     run(folder / "plain", tokens, "plain", Ranks())
     return Runs(folder, tokens, deaths)
