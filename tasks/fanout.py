@@ -2,15 +2,14 @@
 
 reads items   writes one part per item   cost only the items whose part is not in the store
 
-Workers are spawned, never forked (a forked one keeps a dead parent's locks), and end with their
-parent. Where several machines share a store, two that build the same part wait for each other.
+Workers are never forked from the run itself (one would keep a dead parent's locks): they come from a
+server process that is begun anew, has loaded what they need and holds nothing; they end with the run.
+Where several machines share a store, two that build the same part wait for each other.
 """
 
-import ctypes
 import functools
 import os
 import signal
-import sys
 import threading
 import time
 import traceback
@@ -21,7 +20,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
-from multiprocessing.connection import wait as wait_for
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +28,15 @@ from storage.identity import fingerprint as fingerprint_of
 from storage.record import Record
 from storage.store import PARTS_BUILT, Store
 from storage.store_local import empty_folder, read_record
+from tasks.processes import die_with_writer
 from tasks.stage import Job
 
 PART_POLL_SECONDS = 0.2
-PARENT_POLL_SECONDS = 1.0
 THREAD_LIMITS = ("POLARS_MAX_THREADS", "NUMBA_NUM_THREADS", "OMP_NUM_THREADS", "RAYON_NUM_THREADS")
 
-PR_SET_PDEATHSIG = 1
-"""Number of the request in Linux's prctl: the signal to get when the parent dies."""
+LOADED = ("__main__", "tasks.fanout", "polars", "pyarrow.parquet", "tasks.kernels")
+"""Modules that the server of workers loads once. Threads that they begin (of allocators and of OpenBLAS,
+which begin them again after a fork) sleep by the time when the last of them is loaded."""
 
 Build = Callable[..., dict[str, Any]]
 
@@ -223,19 +222,22 @@ def _run_pool(
 
 @contextmanager
 def _pool(workers: int) -> Generator[ProcessPoolExecutor]:
-    context = get_context("spawn")
+    context = get_context("forkserver")
+    context.set_forkserver_preload(list(LOADED))
     reader, writer = context.Pipe(duplex=False)
-    threads = max(1, (os.cpu_count() or 1) // workers)
+    threads = str(max(1, (os.cpu_count() or 1) // workers))
+    # The server has the environment of the time when it was begun.
+    environment = dict.fromkeys(THREAD_LIMITS, threads) | dict(os.environ)
     pool = ProcessPoolExecutor(
         workers,
         mp_context=context,
         initializer=_begin_worker,
-        initargs=(reader, os.getpid(), threads),
+        initargs=(reader, environment),
     )
     try:
         yield pool
     except BaseException:
-        writer.close()  # workers see the end of the pipe and exit at once
+        writer.close()  # the kernel ends the workers at once
         raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
@@ -253,24 +255,13 @@ def _deaf_to_interrupt() -> Generator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _begin_worker(parent_pipe: Connection, parent: int, threads: int) -> None:
-    """Leave Ctrl-C to the parent, bound the threads of libraries, and exit with the parent."""
+def _begin_worker(parent_pipe: Connection, environment: dict[str, str]) -> None:
+    """Leave Ctrl-C to the parent, take its environment, and end with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    if sys.platform == "linux":
-        # A thread cannot act while other code keeps the interpreter's lock (a regular expression
-        # that does not end); the kernel can. It goes by the thread that began the pool, which waits.
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    for name in THREAD_LIMITS:
-        os.environ.setdefault(name, str(threads))
-
-    def watch() -> None:
-        while not wait_for([parent_pipe], timeout=PARENT_POLL_SECONDS):
-            if os.getppid() != parent:
-                break
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True, name="parent-watch").start()
+    die_with_writer(parent_pipe.fileno())
+    os.environ.clear()
+    os.environ.update(environment)
 
 
 def _build_part(task: _Task) -> str | None:

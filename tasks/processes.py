@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import fcntl
 import os
+import select
 import signal
 import tempfile
 import time
@@ -23,6 +24,21 @@ _PR_SET_CHILD_SUBREAPER = 36
 def die_with_parent(number: signal.Signals) -> None:
     """Have the kernel send this process a signal when the thread that started it ends."""
     _prctl(_PR_SET_PDEATHSIG, number)
+
+
+def die_with_writer(pipe: int) -> None:
+    """Have the kernel kill this process when nobody has the writing end of a pipe any more.
+
+    Works for a child of another process than the writer's, and while this one is busy in code that
+    keeps the interpreter's lock (a regular expression that does not end).
+    """
+    # Owner and signal belong to the open file, which processes may share; this opens one of our own.
+    own = os.open(f"/proc/self/fd/{pipe}", os.O_RDONLY | os.O_NONBLOCK)
+    fcntl.fcntl(own, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(own, fcntl.F_SETSIG, signal.SIGKILL)
+    fcntl.fcntl(own, fcntl.F_SETFL, os.O_NONBLOCK | os.O_ASYNC)
+    if select.select([pipe], [], [], 0)[0]:
+        os._exit(1)  # it was closed before
 
 
 def adopt_orphans() -> None:
