@@ -13,6 +13,7 @@ from conf.launch import DEEPSPEED_ENGINES, LaunchConfig
 from conf.mistakes import Mistake, RecipeError, suggest
 from conf.settings import Settings, SourceSpec
 from conf.shape import ShapeConfig
+from conf.tokenize import MAX_UINT16_VOCABULARY
 from storage.artifact import Artifact
 from tasks import stage as registry
 from tasks.stage import InputSpec, StageSpec
@@ -20,7 +21,6 @@ from tasks.stage import InputSpec, StageSpec
 REFERENCE = "artifact:"
 """Start of an input that is an existing artifact rather than a node: `artifact:RUN:NODE`."""
 NODE_KEYS = ("uses", "from", "pin")
-LARGEST_VOCABULARY = 65_536
 """Token ids are stored in 16 bits."""
 TOKENIZED = ("tokenizer", "tokens", "policy", "reward_model")
 """Kinds of artifacts that hold token ids, or weights that belong to one vocabulary."""
@@ -154,6 +154,7 @@ def _build(recipe: str, composed: Mapping[str, Any], base: Path) -> tuple[Graph,
     if not any("cycle" in mistake.found for mistake in mistakes):
         mistakes += _tokenizer_mistakes(order)
         mistakes += _context_mistakes(order)
+        mistakes += _vocabulary_mistakes(order)
     return Graph(recipe, order, composed), mistakes
 
 
@@ -241,8 +242,6 @@ def _settings_mistake(node: str, settings: type[Settings], error: dict[str, Any]
             return Mistake(place, "is missing", "give it a value; it has no default")
         case "value_error" if isinstance(value, dict):
             return Mistake(place, str(error["ctx"]["error"]), "change one of them")
-        case _ if location and location[-1] == "vocabulary" and _is_too_large(value):
-            return _vocabulary_mistake(place, value)
         case "value_error":
             return Mistake(place, f"{value!r}: {error['ctx']['error']}", "change the value")
         case _:
@@ -267,20 +266,8 @@ def _settings_in(annotation: Any) -> list[type[Settings]]:
     return [found for part in parts for found in _settings_in(part)]
 
 
-def _is_too_large(value: Any) -> bool:
-    return isinstance(value, int) and value > LARGEST_VOCABULARY
-
-
-def _vocabulary_mistake(place: str, value: int) -> Mistake:
-    found = f"{value:,} tokens do not fit into 16 bits, which hold {LARGEST_VOCABULARY:,}"
-    return Mistake(place, found, f"give vocabulary: {LARGEST_VOCABULARY} or less")
-
-
 def _value_mistakes(name: str, settings: Settings) -> Iterator[Mistake]:
     """What one settings class cannot see by itself, or where the mend can be named better."""
-    vocabulary = getattr(settings, "vocabulary", None)
-    if _is_too_large(vocabulary):
-        yield _vocabulary_mistake(f"stages.{name}.vocabulary", cast("int", vocabulary))
     launch = getattr(settings, "launch", None)
     if isinstance(launch, LaunchConfig):
         yield from _launch_mistakes(f"stages.{name}.launch", launch)
@@ -426,6 +413,28 @@ def _tokenizer_mistakes(order: Mapping[str, Node]) -> Iterator[Mistake]:
             yield Mistake(f"stages.{node.name}.from", f"mixes tokenizers: {', '.join(parts)}", mend)
         is_tokenizer = node.spec.output.kind == "tokenizer"
         origins[node.name] = {node.pin or node.name} if is_tokenizer else found
+
+
+def _vocabulary_mistakes(order: Mapping[str, Node]) -> Iterator[Mistake]:
+    """Vocabularies whose ids do not fit the token files that are made with them."""
+    for node in order.values():
+        vocabulary = getattr(node.settings, "vocabulary", 0)
+        if vocabulary <= MAX_UINT16_VOCABULARY or getattr(node.settings, "adopt", ()):
+            continue
+        made = [
+            other.name
+            for other in order.values()
+            if other.spec.output.kind == "tokens" and node.name in other.inputs.values()
+        ]
+        wide = [name for name in made if getattr(order[name].settings, "dtype", "") == "uint32"]
+        if made and made == wide:
+            continue
+        name = next((name for name in made if name not in wide), "tokenize")
+        found = (
+            f"{vocabulary:,} tokens do not fit into 16 bits, which hold {MAX_UINT16_VOCABULARY:,}"
+        )
+        mend = f"give vocabulary: {MAX_UINT16_VOCABULARY} or less, or {name} dtype: uint32"
+        yield Mistake(f"stages.{node.name}.vocabulary", found, mend)
 
 
 def _context_mistakes(order: Mapping[str, Node]) -> Iterator[Mistake]:

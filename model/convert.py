@@ -10,14 +10,14 @@ import torch
 from conf.contract import JobFile
 from conf.export import ExportConfig
 from model.gguf import read_gguf, write_gguf
-from model.huggingface import generation_config, hf_config, read_hf, to_hf, tokenizer_config
+from model.huggingface import generation_config, hf_config, read_hf, to_hf
 from model.journal import Journal
 from model.ranks import Ranks
 from model.transformer import Transformer
 from model.weights import load_model, save_tensors
 from model.worker import run
 from storage.checkpoint import CONFIG, TOKENIZER, WEIGHTS
-from storage.tokenizer import CHAT_TEMPLATE, MODEL_FILE, read_meta
+from storage.tokenizer import CONFIG_FILE, MODEL_FILE, chat_template, read_meta, tokenizer_config
 
 GGUF_FILE = "model.gguf"
 LARGEST_DIFFERENCE = {"fp32": 1e-5, "bf16": 0.25}
@@ -64,8 +64,8 @@ def write_hf(files: Path, model: Transformer, tokenizer: Path, *, precision: str
     meta = read_meta(tokenizer)
     _write(files / CONFIG, hf_config(model, meta, precision))
     _write(files / "generation_config.json", generation_config(meta))
-    _write(files / "tokenizer_config.json", tokenizer_config(model.shape, tokenizer))
-    (files / "chat_template.jinja").write_text(CHAT_TEMPLATE, "utf-8")
+    _write(files / CONFIG_FILE, tokenizer_config(tokenizer, context=model.shape.context))
+    (files / "chat_template.jinja").write_text(chat_template(meta.system), "utf-8")
     shutil.copyfile(tokenizer / MODEL_FILE, files / MODEL_FILE)
 
 

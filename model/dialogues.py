@@ -92,7 +92,7 @@ class Renderer:
 
     def answer(self, text: str) -> list[int]:
         """An answer with its end."""
-        return [*self.tokenizer.encode(text.strip()), self.tokenizer.im_end]
+        return [*self.tokenizer.encode_content(text), self.tokenizer.im_end]
 
     def _dialogue(self, row: Conversation) -> Dialogue | None:
         line_break = len(self.tokenizer.encode("\n"))
@@ -132,12 +132,11 @@ class Renderer:
     ) -> Rendered | None:
         """Without the first `excess` tokens of the first question; none if it has no more than that."""
         first = 1 if messages[0]["role"] == "system" else 0
-        if excess >= len(self.tokenizer.encode(messages[first]["content"].strip())):
+        if excess >= len(self.tokenizer.encode_content(messages[first]["content"])):
             return None
         bare: Message = {"role": "user", "content": ""}
         ending = 1 + len(self.tokenizer.encode("\n"))
-        header = len(self.tokenizer.render([bare]).ids) - ending
-        begin = len(self.tokenizer.render(messages[:first]).ids) + header
+        begin = len(self.tokenizer.render([*messages[:first], bare]).ids) - ending
         cut = slice(begin, begin + excess)
         ids, is_answer = list(rendered.ids), list(rendered.is_answer)
         del ids[cut], is_answer[cut]

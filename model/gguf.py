@@ -17,7 +17,7 @@ from torch import Tensor
 
 from conf.shape import RopeScalingConfig, ShapeConfig
 from model.transformer import Transformer, rope_frequencies
-from storage.tokenizer import CHAT_TEMPLATE, MODEL_FILE, read_meta
+from storage.tokenizer import MODEL_FILE, chat_template, read_meta
 
 MAGIC, VERSION, ALIGNMENT = b"GGUF", 3, 32
 UINT32, INT32, FLOAT32, BOOL, STRING, ARRAY = 4, 5, 6, 7, 8, 9
@@ -25,7 +25,7 @@ SCALARS = {UINT32: "<I", INT32: "<i", FLOAT32: "<f", BOOL: "<?"}
 F32, BF16 = 0, 30
 ALL_F32, MOSTLY_BF16 = 0, 32
 """`general.file_type`."""
-NORMAL, CONTROL = 1, 3
+NORMAL, CONTROL, USER_DEFINED = 1, 3, 4
 """`tokenizer.ggml.token_type`."""
 OUTER = {
     "embedding.weight": "token_embd.weight",
@@ -158,7 +158,7 @@ def _tokenizer_keys(tokenizer: Path, vocabulary: int) -> dict[str, Value]:
     kinds = [NORMAL] * vocabulary
     for added in content["added_tokens"]:
         spelled[added["id"]] = added["content"]
-        kinds[added["id"]] = CONTROL if added["special"] else NORMAL
+        kinds[added["id"]] = CONTROL if added["special"] else USER_DEFINED
     merges = [
         merge if isinstance(merge, str) else " ".join(merge) for merge in content["model"]["merges"]
     ]
@@ -172,7 +172,7 @@ def _tokenizer_keys(tokenizer: Path, vocabulary: int) -> dict[str, Value]:
         "tokenizer.ggml.eot_token_id": meta.special["im_end"],
         "tokenizer.ggml.padding_token_id": meta.special["pad"],
         "tokenizer.ggml.add_bos_token": False,
-        "tokenizer.chat_template": CHAT_TEMPLATE,
+        "tokenizer.chat_template": chat_template(meta.system),
     }
 
 

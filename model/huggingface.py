@@ -13,7 +13,7 @@ from conf.shape import RopeScalingConfig, ShapeConfig
 from model.transformer import Transformer
 from model.weights import load_tensors
 from storage.checkpoint import CONFIG
-from storage.tokenizer import CHAT_TEMPLATE, MODEL_FILE, TokenizerMeta, read_meta
+from storage.tokenizer import TokenizerMeta
 
 OUTER = {
     "embedding.weight": "model.embed_tokens.weight",
@@ -307,27 +307,6 @@ def generation_config(meta: TokenizerMeta) -> dict[str, Any]:
         "bos_token_id": None,
         "eos_token_id": [meta.special["im_end"], meta.special["eos"]],
         "pad_token_id": meta.special["pad"],
-    }
-
-
-def tokenizer_config(shape: ShapeConfig, tokenizer: Path) -> dict[str, Any]:
-    """`tokenizer_config.json`, in a class that transformers 4 and 5 both have.
-
-    Special tokens are spelled as the tokenizer in that folder does, since one that was adopted keeps its
-    own.
-    """
-    added = json.loads((tokenizer / MODEL_FILE).read_text("utf-8"))["added_tokens"]
-    spelling = {token["id"]: token["content"] for token in added}
-    spelled = {name: spelling[index] for name, index in read_meta(tokenizer).special.items()}
-    return {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": shape.context,
-        "bos_token": None,
-        "eos_token": spelled["im_end"],
-        "pad_token": spelled["pad"],
-        "additional_special_tokens": [spelled["im_start"], spelled["eos"]],
-        "clean_up_tokenization_spaces": False,
-        "chat_template": CHAT_TEMPLATE,
     }
 
 

@@ -2,13 +2,14 @@
 
 `files/tokenizer.json` is the `tokenizers` format, `files/tokenizer.meta.json` says what it is; these
 two are what every other artifact carries a copy of. `tokenizer_config.json` lets transformers load the
-folder unchanged; `vocab.json` and `merges.txt` (BPE)or `vocab.txt` (WordPiece) are the
+folder unchanged; `vocab.json` and `merges.txt` (BPE), `vocab.txt` (WordPiece) or `unigram.json` are the
 older forms of the same model. Importing this needs only `tokenizers` and pydantic.
 """
 
 import functools
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -32,17 +33,17 @@ SPECIAL_TOKENS = {
     "im_start": "<|im_start|>",
     "im_end": "<|im_end|>",
 }
-"""Name -> spelling, in the order of their ids, which start at 0."""
-
-MAX_VOCABULARY = 65_536
-"""Largest vocabulary whose ids fit the uint16 of the token files."""
+"""Name -> spelling. A trained tokenizer has them first, in this order; one that was adopted where it
+had them or behind all others, and may spell padding and the end of a document in its own way."""
 
 Pretokenizer = Literal["gpt-2", "qwen2", "other"]
 """How text is cut before merging, by the name that llama.cpp has for the pattern."""
-Algorithm = Literal["bpe", "wordpiece"]
+Algorithm = Literal["bpe", "wordpiece", "unigram"]
 
 CONTINUES = "\u203f"
 """Before every piece of a WordPiece word but its first; a sign that no byte is spelled with."""
+FALLBACK_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+"""How SentencePiece spells a byte of a character that it has no piece for."""
 
 ROLES = ("system", "user", "assistant")
 
@@ -69,6 +70,8 @@ class TokenizerMeta(BaseModel):
     """sha256 of `tokenizer.json`; token files and checkpoints name it."""
     pretokenizer: Pretokenizer = "gpt-2"
     algorithm: Algorithm = "bpe"
+    system: str = ""
+    """What a conversation without a system message begins with; nothing where it is empty."""
 
 
 def _byte_of_sign() -> dict[str, int]:
@@ -82,6 +85,9 @@ def _byte_of_sign() -> dict[str, int]:
 
 
 BYTE_OF_SIGN = _byte_of_sign()
+NEVER_BYTES = {0xC0, 0xC1, *range(0xF5, 0x100)}
+"""Bytes that UTF-8 never has."""
+NEVER_IN_UTF8 = {sign for sign, byte in BYTE_OF_SIGN.items() if byte in NEVER_BYTES}
 
 
 @dataclass(frozen=True)
@@ -155,17 +161,47 @@ class ChatTokenizer:
         """Text of ids; bytes that are not UTF-8 (a character cut in half) become U+FFFD."""
         return self._model.decode(list(ids), skip_special_tokens=not keep_special)
 
-    def bytes_of(self, token: int) -> bytes:
-        """The bytes of one ordinary token, which may be a part of a character only.
+    def shown(self, token: int) -> str:
+        """The text of one ordinary token; bytes that are only a part of a character as `‹E5 B0›`.
 
-        Raises ValueError for an id that is none, and for a tokenizer whose tokens are not bytes.
+        Raises ValueError for an id that is none.
         """
         piece = self._model.id_to_token(token)
         if piece is None:
             raise ValueError(f"there is no token {token}; ids are below {self.vocabulary}")
-        if not BYTE_OF_SIGN.keys() >= set(piece.removeprefix(CONTINUES)):
-            raise ValueError(f"token {token} is {piece!r}, which is not spelled in GPT-2's bytes")
-        return bytes(BYTE_OF_SIGN[sign] for sign in piece.removeprefix(CONTINUES))
+        text = self.decode([token])
+        if "\ufffd" not in text:
+            return text
+        if fallback := FALLBACK_BYTE.fullmatch(piece):
+            return f"‹{fallback[1]}›"
+        signs = piece.removeprefix(CONTINUES)
+        if not BYTE_OF_SIGN.keys() >= set(signs):
+            return text
+        return f"‹{bytes(BYTE_OF_SIGN[sign] for sign in signs).hex(' ').upper()}›"
+
+    def unreachable(self) -> list[int]:
+        """Ordinary ids that no text gives: the model reads their own spelling as other tokens, or it
+        holds bytes that UTF-8 never has."""
+        special = {*self.meta.special.values(), *self._model.get_added_tokens_decoder()}
+        return [
+            token
+            for token in range(self.vocabulary)
+            if token not in special and not self._is_reachable(token)
+        ]
+
+    def _is_reachable(self, token: int) -> bool:
+        piece = self._model.id_to_token(token)
+        if piece is None or set(piece) & NEVER_IN_UTF8:
+            return False
+        if fallback := FALLBACK_BYTE.fullmatch(piece):
+            return int(fallback[1], 16) not in NEVER_BYTES
+        prefix = getattr(self._model.model, "continuing_subword_prefix", None)
+        if prefix and piece.startswith(prefix):
+            return True  # read behind another piece, whatever that is
+        text = self.decode([token])
+        if "\ufffd" in text:  # a part of a character, which no text is
+            return [made.id for made in self._model.model.tokenize(piece)] == [token]
+        return any(token in self.encode(before + text) for before in ("", "\n"))
 
     def render(
         self, messages: Sequence[Mapping[str, str]], *, for_generation: bool = False
@@ -174,13 +210,16 @@ class ChatTokenizer:
 
         Built from token pieces, so the mask cannot be forged by what a message spells. Content is
         stripped of outer white space. `for_generation` adds the header of the assistant's next message.
+        The tokenizer's system prompt, where it has one, begins a conversation without its own.
         Raises ValueError for an unknown role.
         """
         ids: list[int] = []
         is_answer: list[bool] = []
+        if self.meta.system and (not messages or messages[0]["role"] != "system"):
+            messages = [{"role": "system", "content": self.meta.system}, *messages]
         for message in messages:
             header = self._header(message["role"])
-            content = [*self.encode(message["content"].strip()), self.im_end]
+            content = [*self.encode_content(message["content"]), self.im_end]
             ids += [*header, *content, *self._line_break]
             is_answer += [False] * len(header)
             is_answer += [message["role"] == "assistant"] * len(content)
@@ -190,6 +229,15 @@ class ChatTokenizer:
             ids += header
             is_answer += [False] * len(header)
         return Rendered(ids, is_answer)
+
+    def encode_content(self, text: str) -> list[int]:
+        """Ids of a message's content, stripped of outer white space, as it stands behind its header.
+
+        A tokenizer that puts a space before every text (SentencePiece's) puts none there.
+        """
+        before = self._line_break
+        ids = self.encode("\n" + text.strip())
+        return ids[len(before) :] if ids[: len(before)] == before else self.encode(text.strip())
 
     def _header(self, role: str) -> list[int]:
         if role not in ROLES:
@@ -228,49 +276,70 @@ def read_meta(folder: Path) -> TokenizerMeta:
 
 
 def write_tokenizer(
-    folder: Path, model: tokenizers.Tokenizer, pretokenizer: Pretokenizer
+    folder: Path,
+    model: tokenizers.Tokenizer,
+    pretokenizer: Pretokenizer,
+    *,
+    spelling: Mapping[str, str] = SPECIAL_TOKENS,
+    system: str = "",
 ) -> TokenizerMeta:
     """Write a tokenizer, what it is, and the files that transformers looks for.
 
-    Raises ValueError if the special tokens do not have their ids or the vocabulary is too large.
+    Raises ValueError if one of the special tokens has no id of its own.
     """
-    special = {name: model.token_to_id(spelling) for name, spelling in SPECIAL_TOKENS.items()}
-    expected = {name: index for index, name in enumerate(SPECIAL_TOKENS)}
-    if special != expected:
-        raise ValueError(
-            f"special tokens have ids {special}, expected {expected}; train them first"
-        )
-    vocabulary = model.get_vocab_size(with_added_tokens=True)
-    refuse_large_vocabulary(vocabulary)
+    special = {name: model.token_to_id(spelling[name]) for name in SPECIAL_TOKENS}
+    found = {name: token for name, token in special.items() if token is not None}
+    if len(set(found.values())) < len(SPECIAL_TOKENS):
+        raise ValueError(f"special tokens have ids {special}, each must have one of its own")
     folder.mkdir(parents=True, exist_ok=True)
     content = model.to_str(pretty=False).encode("utf-8")
     (folder / MODEL_FILE).write_bytes(content)
     meta = TokenizerMeta(
-        vocabulary=vocabulary,
-        special=expected,
+        vocabulary=max(model.get_vocab(with_added_tokens=True).values()) + 1,
+        special=found,
         digest=hashlib.sha256(content).hexdigest(),
         pretokenizer=pretokenizer,
         algorithm=_algorithm_of(content),
+        system=system,
     )
     _write_meta(folder, meta)
     model.model.save(str(folder))
-    config = json.dumps(_tokenizer_config(), indent=2, ensure_ascii=False)
+    config = json.dumps(tokenizer_config(folder), indent=2, ensure_ascii=False)
     (folder / CONFIG_FILE).write_text(config + "\n", "utf-8")
     return meta
 
 
-def _tokenizer_config() -> dict[str, Any]:
-    """`tokenizer_config.json` for transformers 4 and 5: special tokens and chat template."""
+def tokenizer_config(folder: Path, *, context: int = NO_LIMIT) -> dict[str, Any]:
+    """`tokenizer_config.json` of the tokenizer in a folder, in a class that transformers 4 and 5 have.
+
+    Special tokens are spelled as the tokenizer does, since one that was adopted keeps its own.
+    """
+    meta = read_meta(folder)
+    added = json.loads((folder / MODEL_FILE).read_text("utf-8"))["added_tokens"]
+    spelling = {token["id"]: token["content"] for token in added}
+    spelled = {name: spelling[index] for name, index in meta.special.items()}
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": NO_LIMIT,
+        "model_max_length": context,
         "bos_token": None,
-        "eos_token": SPECIAL_TOKENS["im_end"],
-        "pad_token": SPECIAL_TOKENS["pad"],
-        "additional_special_tokens": [SPECIAL_TOKENS["im_start"], SPECIAL_TOKENS["eos"]],
+        "eos_token": spelled["im_end"],
+        "pad_token": spelled["pad"],
+        "additional_special_tokens": [spelled["im_start"], spelled["eos"]],
         "clean_up_tokenization_spaces": False,
-        "chat_template": CHAT_TEMPLATE,
+        "chat_template": chat_template(meta.system),
     }
+
+
+def chat_template(system: str = "") -> str:
+    """`CHAT_TEMPLATE`, beginning with the system prompt where a conversation has none."""
+    if not system:
+        return CHAT_TEMPLATE
+    prompt = json.dumps(system.strip(), ensure_ascii=False)
+    return (
+        "{%- if not messages or messages[0]['role'] != 'system' -%}"
+        f"{{{{- '<|im_start|>system\\n' + {prompt} + '<|im_end|>\\n' -}}}}{{%- endif -%}}"
+        + CHAT_TEMPLATE
+    )
 
 
 def _algorithm_of(content: bytes) -> Algorithm:
@@ -287,15 +356,6 @@ def copy_tokenizer(source: Path, target: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
     for name in (MODEL_FILE, META_FILE):
         shutil.copyfile(source / name, target / name)
-
-
-def refuse_large_vocabulary(vocabulary: int) -> None:
-    """Raise ValueError if ids would not fit uint16."""
-    if vocabulary > MAX_VOCABULARY:
-        raise ValueError(
-            f"the vocabulary has {vocabulary:,} tokens, uint16 token files hold at most "
-            f"{MAX_VOCABULARY:,}; set tokenizer.vocabulary to {MAX_VOCABULARY} or less"
-        )
 
 
 def _write_meta(folder: Path, meta: TokenizerMeta) -> None:

@@ -1,7 +1,7 @@
-"""The tokens artifact: documents as uint16 ids, per domain and split, read through mmap.
+"""The tokens artifact: documents as uint16 or uint32 ids, per domain and split, read through mmap.
 
 Per domain and split (`train`, `held`):
-- `<domain>.<split>.bin`: uint16 little-endian ids, `<|eos|>` after every document;
+- `<domain>.<split>.bin`: little-endian ids as wide as `meta.json` says, `<|eos|>` after every document;
 - `<domain>.<split>.idx`: uint64 little-endian, where each document ends, in tokens (its eos included);
 - `<domain>.held.bytes`: uint32 little-endian, UTF-8 bytes of each held-out document, for bits per byte.
 - `<domain>.train.<column>.npy`: float32, one value a training document in the order of `.idx`; how
@@ -25,12 +25,13 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 Split = Literal["train", "held"]
+IdType = Literal["uint16", "uint32"]
 SPLITS: tuple[Split, ...] = ("train", "held")
 
 META_FILE = "meta.json"
 TOKENIZER_FOLDER = "tokenizer"
 
-TOKEN = "<u2"
+TOKEN = {"uint16": "<u2", "uint32": "<u4"}
 END = "<u8"
 BYTES = "<u4"
 """As numpy writes them: little-endian, unsigned, that many bytes."""
@@ -53,7 +54,7 @@ class TokensMeta(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    dtype: Literal["uint16"] = "uint16"
+    dtype: IdType = "uint16"
     eos: int
     vocabulary: int
     tokenizer_digest: str
@@ -73,7 +74,7 @@ class TokenFiles:
         self.meta = TokensMeta.model_validate_json((folder / META_FILE).read_text("utf-8"))
         for domain, splits in self.meta.domains.items():
             for split, count in splits.items():
-                _check_size(token_path(folder, domain, split), count.tokens, TOKEN)
+                _check_size(token_path(folder, domain, split), count.tokens, TOKEN[self.meta.dtype])
                 _check_size(end_path(folder, domain, split), count.documents, END)
 
     @property
@@ -87,10 +88,10 @@ class TokenFiles:
             raise ValueError(f"no domain {domain!r} in {self.folder}; it has {self.domains}")
         return self.meta.domains[domain][split]
 
-    def tokens(self, domain: str, split: Split) -> "npt.NDArray[np.uint16]":
-        """(tokens,) uint16, all documents after one another."""
+    def tokens(self, domain: str, split: Split) -> "npt.NDArray[np.uint16 | np.uint32]":
+        """(tokens,) of `meta.dtype`, all documents after one another."""
         count = self.count(domain, split).tokens
-        return _map(token_path(self.folder, domain, split), count, TOKEN)
+        return _map(token_path(self.folder, domain, split), count, TOKEN[self.meta.dtype])
 
     def ends(self, domain: str, split: Split) -> "npt.NDArray[np.uint64]":
         """(documents,) uint64, where each document ends; document i is `tokens[ends[i-1]:ends[i]]`."""
@@ -131,7 +132,7 @@ class TokenFiles:
 
     def held_documents(
         self, domain: str, limit: int = 0
-    ) -> "list[tuple[npt.NDArray[np.uint16], int]]":
+    ) -> "list[tuple[npt.NDArray[np.uint16 | np.uint32], int]]":
         """Ids without the eos, and UTF-8 bytes, of the held-out documents that have text.
 
         With a `limit` at most so many of them, spread evenly.

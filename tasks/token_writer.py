@@ -37,7 +37,9 @@ CHECKED_CHARS = 500
 DOMAIN_NAME = re.compile(r"\w[\w.-]*")
 
 
-def build_shard(files: Path, shard: Shard, tokenizer: Path, dtype: IdType, engine: str) -> dict[str, Any]:
+def build_shard(
+    files: Path, shard: Shard, tokenizer: Path, dtype: IdType, engine: str
+) -> dict[str, Any]:
     """Write the token files of a shard's kept documents, in order of rows; some MB at a time.
 
     Returns counts per domain and split, and per language. Raises ValueError for a domain that cannot

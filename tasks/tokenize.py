@@ -1,4 +1,4 @@
-"""tokenize: documents to uint16 token files."""
+"""tokenize: documents to token files."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -6,9 +6,9 @@ from pathlib import Path
 from shutil import copyfileobj
 from typing import Any
 
-from conf.tokenize import TokenizeConfig
+from conf.tokenize import MAX_UINT16_VOCABULARY, TokenizeConfig
 from storage.corpus import Corpus
-from storage.tokenizer import Tokenizer, copy_tokenizer, refuse_large_vocabulary
+from storage.tokenizer import Tokenizer, copy_tokenizer
 from storage.tokens import (
     END,
     SPLITS,
@@ -39,15 +39,16 @@ def tokenize(job: Job, corpus: Corpus, tokenizer: Tokenizer, settings: TokenizeC
 
     A shard's tokens are a part of the store: what the corpus already had is not encoded again.
     """
-    refuse_large_vocabulary(tokenizer.meta.vocabulary)
+    _refuse_narrow_ids(tokenizer.meta.vocabulary, settings)
     items = [
         PartItem(
             identity={
                 "shard": shard.entry.digest,
                 "kept": kept_digest(shard),
                 "tokenizer": tokenizer.meta.digest,
+                "dtype": settings.dtype,
             },
-            arguments=(shard, tokenizer.files, settings.engine),
+            arguments=(shard, tokenizer.files, settings.dtype, settings.engine),
             label=shard.entry.name,
             cost=shard.text_path.stat().st_size,
         )
@@ -62,6 +63,7 @@ def tokenize(job: Job, corpus: Corpus, tokenizer: Tokenizer, settings: TokenizeC
     write_meta(
         job.files,
         TokensMeta(
+            dtype=settings.dtype,
             eos=tokenizer.meta.special["eos"],
             vocabulary=tokenizer.meta.vocabulary,
             tokenizer_digest=tokenizer.meta.digest,
@@ -71,6 +73,14 @@ def tokenize(job: Job, corpus: Corpus, tokenizer: Tokenizer, settings: TokenizeC
     copy_tokenizer(tokenizer.files, job.files / TOKENIZER_FOLDER)
     _report(job, parts, domains)
     return Tokens(job.path)
+
+
+def _refuse_narrow_ids(vocabulary: int, settings: TokenizeConfig) -> None:
+    if settings.dtype == "uint16" and vocabulary > MAX_UINT16_VOCABULARY:
+        raise ValueError(
+            f"the tokenizer has {vocabulary:,} tokens, uint16 token files hold at most "
+            f"{MAX_UINT16_VOCABULARY:,}; set tokenize.dtype=uint32, or choose a smaller vocabulary"
+        )
 
 
 def _domains(parts: Sequence[Part]) -> Counts:

@@ -1,6 +1,8 @@
-"""Learns the pieces of a tokenizer. Both algorithms work on bytes, so every text comes back."""
+"""Learns the pieces of a tokenizer. All algorithms work on bytes, so every text comes back."""
 
+from collections import Counter
 from collections.abc import Sequence
+from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 from conf.tokenizer import TokenizerConfig
@@ -16,20 +18,25 @@ QWEN2_PATTERN = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 LONGEST_WORD_BYTES = 64
-"""WordPiece looks at every piece of a word that fits; a line of a million letters is cut."""
+"""WordPiece and Unigram look at every piece of a word that fits; a line of a million letters is cut."""
+NEVER_CHOSEN = -1e6
+"""Score of a special token in a Unigram model, far below every path through the pieces of a word."""
 
 
 def train(texts: Sequence[str], settings: TokenizerConfig) -> "tokenizers.Tokenizer":
     """The tokenizer that the texts give; the same texts give the same bytes.
 
     Source: Sennrich et al. 2016 (BPE), Radford et al. 2019 (byte level, GPT-2's split pattern),
-    Bai et al. 2023 (Qwen, the pattern with single digits), Wu et al. 2016 (WordPiece).
+    Bai et al. 2023 (Qwen, the pattern with single digits), Wu et al. 2016 (WordPiece), Kudo 2018
+    (Unigram).
     """
     match settings.algorithm:
         case "bpe":
             return _bpe(texts, settings)
         case "wordpiece":
             return _wordpiece(texts, settings)
+        case "unigram":
+            return _unigram(texts, settings)
 
 
 def pattern_name(settings: TokenizerConfig) -> Pretokenizer:
@@ -37,6 +44,18 @@ def pattern_name(settings: TokenizerConfig) -> Pretokenizer:
     if settings.algorithm != "bpe":
         return "other"
     return "qwen2" if settings.splits_digits else "gpt-2"
+
+
+def text_splitter(name: Pretokenizer) -> Any:
+    """How text becomes words of byte signs, by the name of the pattern: `gpt-2` or `qwen2`."""
+    from tokenizers import Regex, pre_tokenizers
+
+    if name == "gpt-2":
+        return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    by_pattern = pre_tokenizers.Split(Regex(QWEN2_PATTERN), "isolated")
+    return pre_tokenizers.Sequence(
+        [by_pattern, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
 
 
 def spelled_tokens(settings: TokenizerConfig) -> list[str]:
@@ -101,16 +120,69 @@ def _wordpiece(texts: Sequence[str], settings: TokenizerConfig) -> "tokenizers.T
     return made
 
 
+def _unigram(texts: Sequence[str], settings: TokenizerConfig) -> "tokenizers.Tokenizer":
+    """Unigram over bytes. SentencePiece learns the pieces, one thread, since the trainer of
+    `tokenizers` gives other pieces in every process; words and their counts are ours."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    splitter = _split(settings, LONGEST_WORD_BYTES)
+    spelled = spelled_tokens(settings)
+    counts = Counter(pre_tokenizers.ByteLevel.alphabet())  # a piece for every byte
+    for text in texts:
+        counts.update(word for word, _ in splitter.pre_tokenize_str(text))
+    pieces = _learnt_pieces(counts, settings)
+    special = [(text, NEVER_CHOSEN) for text in spelled]
+    model = Tokenizer(models.Unigram([*special, *pieces], None, False))
+    model.pre_tokenizer, model.decoder = splitter, decoders.ByteLevel()
+    model.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in spelled])
+    return model
+
+
+def _learnt_pieces(words: Counter[str], settings: TokenizerConfig) -> list[tuple[str, float]]:
+    """Pieces of words and their log-probabilities, every sign of the words among them."""
+    try:
+        import sentencepiece
+    except ImportError as error:
+        raise ValueError(
+            "algorithm=unigram learns with SentencePiece, which is not installed; "
+            "run `pip install 'bessemer[unigram]'`, or choose algorithm=bpe"
+        ) from error
+    from storage.sentencepiece_model import NORMAL, parse
+
+    written = BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        # Most frequent first and ties by spelling: not in the order of a hash.
+        sentence_iterator=(
+            f"{w}\t{n}" for w, n in sorted(words.items(), key=lambda i: (-i[1], i[0]))
+        ),
+        model_writer=written,
+        input_format="tsv",
+        model_type="unigram",
+        vocab_size=settings.vocabulary - len(spelled_tokens(settings)) + 1,  # and its own <unk>
+        character_coverage=1.0,
+        max_sentencepiece_length=settings.max_token_bytes,
+        num_threads=1,
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        split_by_unicode_script=False,
+        split_by_number=False,
+        split_by_whitespace=False,
+        hard_vocab_limit=False,
+        bos_id=-1,
+        eos_id=-1,
+        minloglevel=2,
+    )
+    found = parse(written.getvalue()).pieces
+    return [(piece.text, piece.score) for piece in found if piece.kind == NORMAL]
+
+
 def _split(settings: TokenizerConfig, longest: int = 0) -> Any:
     """How text becomes words of byte signs; at most `longest` of them in one, if given."""
     from tokenizers import Regex, pre_tokenizers
 
-    if settings.splits_digits:
-        by_pattern = pre_tokenizers.Split(Regex(QWEN2_PATTERN), "isolated")
-        plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        steps: list[Any] = [by_pattern, plain]
-    else:
-        steps = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
-    if longest:
-        steps.append(pre_tokenizers.Split(Regex(f".{{1,{longest}}}"), "isolated"))
-    return pre_tokenizers.Sequence(steps) if len(steps) > 1 else steps[0]
+    whole = text_splitter("qwen2" if settings.splits_digits else "gpt-2")
+    if not longest:
+        return whole
+    cut = pre_tokenizers.Split(Regex(f".{{1,{longest}}}"), "isolated")
+    return pre_tokenizers.Sequence([whole, cut])
