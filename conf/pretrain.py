@@ -1,12 +1,13 @@
 """Settings of pretraining, and how many steps they come to on given data."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from conf.curriculum import CurriculumConfig
 from conf.launch import DEEPSPEED_ENGINES, LaunchConfig
 from conf.settings import RUNTIME, Settings
 from conf.shape import ShapeConfig
@@ -37,6 +38,8 @@ class PretrainConfig(Settings):
     """Tokens of a training row; 0 for the shape's context."""
     phases: tuple[PhaseConfig, ...] = ()
     """Phases in order; none for one phase in which each domain has the share of its tokens."""
+    curriculum: CurriculumConfig = CurriculumConfig()
+    """What training begins with: easy documents, short rows, frequent tokens."""
     learning_rate: Annotated[float, Field(gt=0)] = 3e-4
     """Highest learning rate (Touvron et al. 2023, table 2: 3e-4 at 7B; smaller models bear more)."""
     schedule: Literal["constant", "linear", "cosine", "wsd", "cosine_stable_decay"] = "cosine"
@@ -112,10 +115,25 @@ class PretrainConfig(Settings):
                 f"precision=fp16 does not run on launch.engine={self.launch.engine}; use precision=bf16 or "
                 f"launch.engine=fsdp"
             )
+        self._refuse_unfit_curriculum()
         total = sum(phase.tokens for phase in self.phases)
         if self.phases and abs(total - 1) > 1e-6:
             raise ValueError(f"the phases' shares of tokens add up to {total:g}; make it 1")
         return self
+
+    def _refuse_unfit_curriculum(self) -> None:
+        first = self.curriculum.first_row_tokens
+        # A power of two has a single bit.
+        if first and (self.row_tokens % first or (self.row_tokens // first).bit_count() != 1):
+            halves = [self.row_tokens >> times for times in range(1, 5)]
+            raise ValueError(
+                f"curriculum.first_row_tokens={first} does not double to the row of {self.row_tokens} "
+                f"tokens; use one of {', '.join(str(half) for half in halves if half)}"
+            )
+        if self.curriculum.domain_order and self.phases:
+            raise ValueError(
+                "curriculum.domain_order and phases both say which domain comes when; give one of them"
+            )
 
     @property
     def row_tokens(self) -> int:
@@ -138,7 +156,8 @@ class PretrainConfig(Settings):
                 f"no domain has the {self.row_tokens} training tokens of one row (found "
                 f"{dict(domains)}); give more data or a smaller context"
             )
-        mixes = [_mix(phase.mix, domains) for phase in self.phases or (PhaseConfig(tokens=1),)]
+        phases = self.phases or _one_by_one(self.curriculum.domain_order, domains)
+        mixes = [_mix(phase.mix, domains) for phase in phases]
         used = {name for mix in mixes for name, share in mix.items() if share > 0}
         rows = sum(math.ceil(domains[name] / self.row_tokens) for name in used)
         wanted = self.tokens / self.row_tokens if self.tokens else self.epochs * rows
@@ -147,7 +166,7 @@ class PretrainConfig(Settings):
             steps=steps,
             warmup_steps=round(self.warmup * steps),
             domains=tuple(names),
-            phases=_phases(self.phases, mixes, names, steps),
+            phases=_phases(phases, mixes, names, steps),
         )
 
 
@@ -161,6 +180,15 @@ class PretrainPlan:
     """All domains of the data, sorted; the order of the shares."""
     phases: tuple[tuple[int, tuple[float, ...]], ...]
     """Steps of each phase, and the share of each domain in it."""
+
+
+def _one_by_one(order: Sequence[str], domains: Mapping[str, int]) -> tuple[PhaseConfig, ...]:
+    """A phase for each domain, as long as its share of their tokens; without an order a single one."""
+    if not order:
+        return (PhaseConfig(tokens=1),)
+    _mix(dict.fromkeys(order, 1.0), domains)
+    total = sum(domains[name] for name in order)
+    return tuple(PhaseConfig(tokens=domains[name] / total, mix={name: 1.0}) for name in order)
 
 
 def _mix(mix: Mapping[str, float], domains: Mapping[str, int]) -> dict[str, float]:
@@ -184,7 +212,7 @@ def _phases(
     names: list[str],
     steps: int,
 ) -> tuple[tuple[int, tuple[float, ...]], ...]:
-    shares = [phase.tokens for phase in phases] or [1.0]
+    shares = [phase.tokens for phase in phases]
     ends = [round(steps * sum(shares[: number + 1])) for number in range(len(shares))]
     starts = [0, *ends[:-1]]
     return tuple(

@@ -174,7 +174,7 @@ class Windows:
     eos separates documents. The last window is filled up with the label -1.
     """
 
-    def __init__(self, tokens: npt.NDArray[np.uint16], context: int, eos: int) -> None:
+    def __init__(self, tokens: npt.NDArray[np.uint16 | np.uint32], context: int, eos: int) -> None:
         self.tokens, self.context, self.eos = tokens, context, eos
 
     def __len__(self) -> int:
@@ -188,6 +188,13 @@ class Windows:
         row[places < 0] = self.eos
         labels = np.where(places[:, 1:] < len(self.tokens), row[:, 1:], -1)
         return row[:, :-1], labels
+
+
+def uniform_draws(seed: int, numbers: Ints) -> npt.NDArray[np.float64]:
+    """A number in [0, 1) for each of the numbers, as if drawn evenly; a pure function of seed and number."""
+    key = np.random.SeedSequence([seed]).generate_state(1, np.uint64)
+    bits = _scramble(_scramble(numbers.astype(np.uint64)) + key)
+    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def micro_batch_rows(rows: Ints, rank: int, world: int, micro_batch: int) -> list[Ints]:

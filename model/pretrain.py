@@ -1,6 +1,5 @@
 """Pretraining: next-token loss on a mixture of token files. Worker: `python -m model.pretrain JOBFILE`."""
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,21 +11,20 @@ from torch import Tensor
 from conf.contract import JobFile
 from conf.pretrain import PretrainConfig, PretrainPlan
 from model.batches import BLOCK_SAMPLES, Batch, Ints, MixPhase, Mixture, Windows, micro_batch_rows
+from model.curriculum import Curriculum
 from model.engine import Loss, build_engine
 from model.head import label_loss
+from model.held_out import HeldOut, document_mask, window_losses
 from model.journal import Journal
 from model.loop import LoopPlan, LoopState, train
 from model.optimizer import UpdateRule, learning_rate
 from model.ranks import Ranks
 from model.speed import Peak, device_peak
-from model.transformer import AttentionMask, Noise, Transformer, token_logprobs
+from model.transformer import Noise, Transformer, token_logprobs
 from model.weights import Checkpoints, load_model, save_model
 from model.worker import identity_of_job, run
 from storage.checkpoint import ReadWindows
 from storage.tokens import TOKENIZER_FOLDER, TokenFiles
-
-EVALUATION_TOKENS = 16_384
-"""Held-out tokens in one forward pass."""
 
 
 def main() -> None:
@@ -43,16 +41,31 @@ def work(job: JobFile, ranks: Ranks, journal: Journal) -> dict[str, Any]:
     engine = build_engine(model, job.launch, ranks, update_rule(settings))
     samples = Samples(files, settings, plan, ranks, job.launch.micro_batch)
     held = HeldOut(files, settings, ranks)
+
+    def prepare(step: int) -> None:
+        samples.curriculum.prepare(
+            step,
+            job.state,
+            lambda windows: window_losses(engine.whole(), windows, settings, ranks),
+            ranks,
+        )
+
+    def batches(step: int) -> list[Batch]:
+        prepare(step)
+        return samples.at(step)
+
     peak = device_peak(ranks.device, settings.precision, settings.launch.peak_tflops)
     state = train(
         engine,
-        batch_at=samples.at,
+        batch_at=batches,
         loss=pretrain_loss(settings),
-        plan=loop_plan(settings, plan, samples, ranks.add([peak.flops])[0]),
+        plan=loop_plan(settings, plan, samples, ranks.add([peak.flops])[0] * ranks.peers),
         checkpoints=Checkpoints(job.state / "checkpoints", identity_of_job(job, settings), ranks),
         journal=journal,
         evaluate=lambda step: held.losses(engine.whole()),
     )
+    # A job that goes on from its last step has not ordered the windows yet.
+    prepare(plan.steps)
     trained = engine.whole()
     if ranks.is_first:
         tokenizer = files.folder / TOKENIZER_FOLDER
@@ -103,7 +116,7 @@ def loop_plan(
     settings: PretrainConfig, plan: PretrainPlan, samples: "Samples", peak_flops: float
 ) -> LoopPlan:
     """The settings' course; `peak_flops` is that of all devices together."""
-    ends = np.cumsum([steps for steps, _ in plan.phases]).tolist()
+    ends: list[int] = np.cumsum([steps for steps, _ in plan.phases]).tolist()
     return LoopPlan(
         steps=plan.steps,
         learning_rate=lambda step: learning_rate(
@@ -124,7 +137,7 @@ def loop_plan(
         evaluate_steps=settings.evaluate_every_steps if settings.held_tokens else 0,
         bad_steps=settings.bad_steps,
         guard_sigmas=settings.guard_sigmas,
-        fresh_starts=frozenset(ends),
+        fresh_starts=samples.curriculum.breaks(settings.row_tokens).union(ends),
         flops_per_token=settings.shape.training_flops(samples.vocabulary, settings.row_tokens),
         peak_flops=peak_flops,
         describe=samples.described,
@@ -136,7 +149,7 @@ def pretrain_loss(settings: PretrainConfig) -> Loss:
 
     def loss(model: Transformer, batch: Batch, totals: Mapping[str, float]) -> dict[str, Tensor]:
         noise = Noise(settings.seed, batch["rows"]) if settings.shape.dropout else None
-        hidden = model.hidden(batch["ids"], mask=_mask(batch, settings), noise=noise)
+        hidden = model.hidden(batch["ids"], mask=document_mask(batch, settings), noise=noise)
         if _has_fused_head(settings, hidden):
             nats = label_loss(
                 model.head_weight, hidden, batch["labels"], is_compiled=settings.launch.compile
@@ -155,12 +168,6 @@ def _has_fused_head(settings: PretrainConfig, hidden: Tensor) -> bool:
     return settings.precision != "fp16" and (wish == "on" or (wish == "auto" and hidden.is_cuda))
 
 
-def _mask(batch: Batch, settings: PretrainConfig) -> AttentionMask | None:
-    if not settings.is_document_masked:
-        return None
-    return AttentionMask(documents=batch["is_start"].cumsum(1))
-
-
 class Samples:
     """The rows of every step, as micro-batches of this rank."""
 
@@ -172,15 +179,27 @@ class Samples:
         ranks: Ranks,
         micro_batch: int,
     ) -> None:
-        self.domains, self.rows = plan.domains, settings.batch_rows
+        self.domains, self.rows, self._context = (
+            plan.domains,
+            settings.batch_rows,
+            settings.row_tokens,
+        )
         self.vocabulary = files.meta.vocabulary
         self._ends = [files.ends(name, "train") for name in plan.domains]
         self._excluded = self._numbers(settings.exclude)
         self._ranks, self._micro_batch, self._eos = ranks, micro_batch, files.meta.eos
         self._windows = [
-            Windows(files.tokens(name, "train"), settings.row_tokens, files.meta.eos)
+            Windows(files.tokens(name, "train"), self._context, files.meta.eos)
             for name in plan.domains
         ]
+        self.curriculum = Curriculum(
+            settings.curriculum,
+            files,
+            dict(zip(plan.domains, self._windows, strict=True)),
+            steps=plan.steps,
+            rows=self.rows,
+            seed=settings.seed,
+        )
         self.mixture = Mixture(
             [len(windows) for windows in self._windows],
             [MixPhase(steps * self.rows, shares) for steps, shares in plan.phases],
@@ -190,10 +209,10 @@ class Samples:
     def at(self, step: int) -> list[Batch]:
         """Micro-batches of update number `step`."""
         first = step * self.rows
-        sources, windows = self.mixture.at(first, self.rows)
+        sources, windows = self._drawn(first, self.rows)
         rows = np.arange(self.rows)
         return [
-            self._batch(first + own, sources[own], windows[own])
+            self._batch(step, first + own, sources[own], windows[own])
             for own in micro_batch_rows(
                 rows, self._ranks.rank, self._ranks.world, self._micro_batch
             )
@@ -203,8 +222,8 @@ class Samples:
         """A sample with the documents it comes from, both counted from 0."""
         name, _, number = sample.rpartition("/")
         source = self.domains.index(name)
-        first = int(number) * self._windows[source].context
-        last = min(first + self._windows[source].context, int(self._ends[source][-1])) - 1
+        first = int(number) * self._context
+        last = min(first + self._context, int(self._ends[source][-1])) - 1
         begin, end = np.searchsorted(self._ends[source], [first, last], side="right").tolist()
         documents = f"document {begin}" if begin == end else f"documents {begin} to {end}"
         return f"{sample} ({documents})"
@@ -237,29 +256,38 @@ class Samples:
         read = [np.zeros(len(windows), np.bool_) for windows in self._windows]
         for first in range(0, self.mixture.samples, BLOCK_SAMPLES):
             count = min(BLOCK_SAMPLES, self.mixture.samples - first)
-            sources, windows = self.mixture.at(first, count)
+            sources, windows = self._drawn(first, count)
             for source in np.unique(sources):
                 read[source][windows[sources == source]] = True
         for bits, excluded in zip(read, self._excluded, strict=True):
             bits[excluded[excluded < len(bits)]] = False
         packed = [np.packbits(bits, bitorder="little").tobytes() for bits in read]
         return ReadWindows(
-            row_tokens=self._windows[0].context,
+            row_tokens=self._context,
             domains={
                 name: ReadWindows.pack(bits)
                 for name, bits in zip(self.domains, packed, strict=True)
             },
         )
 
-    def _batch(self, rows: Ints, sources: Ints, windows: Ints) -> Batch:
-        width = self._windows[0].context
-        ids = np.empty((len(rows), width), np.int64)
-        labels = np.empty((len(rows), width), np.int64)
+    def _drawn(self, first: int, count: int) -> tuple[Ints, Ints]:
+        sources, windows = self.mixture.at(first, count)
+        numbers = np.arange(first, first + count)
+        return sources, self.curriculum.choose(numbers, sources, windows)
+
+    def _batch(self, step: int, rows: Ints, sources: Ints, windows: Ints) -> Batch:
+        ids = np.empty((len(rows), self._context), np.int64)
+        labels = np.empty((len(rows), self._context), np.int64)
         for source in np.unique(sources):
             here = sources == source
             ids[here], labels[here] = self._windows[source].at(windows[here])
             if len(self._excluded[source]):
                 labels[here & np.isin(windows, self._excluded[source])] = -1
+        labels = self.curriculum.without_rare(step, labels)
+        width = self.curriculum.row_tokens(step, self._context)
+        ids, labels = ids.reshape(-1, width), labels.reshape(-1, width)
+        pieces = self._context // width
+        rows = (rows[:, None] * pieces + np.arange(pieces)).reshape(-1)
         return Batch(
             tensors={
                 "ids": torch.from_numpy(ids),
@@ -274,48 +302,6 @@ class Samples:
                 for source, window in zip(sources.tolist(), windows.tolist(), strict=True)
             ],
         )
-
-
-class HeldOut:
-    """Held-out documents of each domain, whole ones up to a number of tokens, split over the ranks."""
-
-    def __init__(self, files: TokenFiles, settings: PretrainConfig, ranks: Ranks) -> None:
-        self._settings, self._ranks = settings, ranks
-        self._domains: dict[str, tuple[Windows, int]] = {}
-        for name in files.domains:
-            ends = files.ends(name, "held").astype(np.int64)
-            documents = int(np.searchsorted(ends, settings.held_tokens, side="right"))
-            if documents:
-                tokens = files.tokens(name, "held")[: ends[documents - 1]]
-                size = int(files.text_bytes(name)[:documents].sum())
-                windows = Windows(tokens, settings.row_tokens, files.meta.eos)
-                self._domains[name] = (windows, size)
-
-    @torch.no_grad()
-    def losses(self, model: Transformer) -> dict[str, float]:
-        """Nats per token and bits per byte of each domain; the eos of each document counts as a token."""
-        found: dict[str, float] = {}
-        for name, (windows, size) in self._domains.items():
-            [nats] = self._ranks.add([self._nats(model, windows)])
-            found[f"held_loss/{name}"] = nats / len(windows.tokens)
-            if size:
-                found[f"held_bits_per_byte/{name}"] = nats / math.log(2) / size
-        return found
-
-    def _nats(self, model: Transformer, windows: Windows) -> float:
-        own = np.arange(len(windows))[self._ranks.rank :: self._ranks.world]
-        at_once = max(1, EVALUATION_TOKENS // windows.context)
-        nats = 0.0
-        for start in range(0, len(own), at_once):
-            ids, labels = windows.at(own[start : start + at_once])
-            is_start = torch.from_numpy(ids == windows.eos)
-            batch = Batch(
-                {"ids": torch.from_numpy(ids), "is_start": is_start}, weights={}, tokens=ids.size
-            ).to(self._ranks.device)
-            hidden = model.hidden(batch["ids"], mask=_mask(batch, self._settings))
-            wanted = torch.from_numpy(labels).to(self._ranks.device)
-            nats -= token_logprobs(model.head_weight, hidden, wanted).double().sum().item()
-        return nats
 
 
 def figures(
@@ -345,7 +331,7 @@ def speed_figures(
     needed = settings.shape.training_flops(samples.vocabulary, settings.row_tokens) * speed
     found: dict[str, Any] = {"seconds": state.seconds, "tokens_per_second": speed}
     if peak.flops:
-        found["mfu"] = needed / (peak.flops * ranks.world)
+        found["mfu"] = needed / (peak.flops * ranks.processes)
     found |= {"peak_flops": peak.flops, "peak_source": peak.source}
     if ranks.device.type == "cuda":
         found["peak_memory_bytes"] = torch.cuda.max_memory_allocated(ranks.device)

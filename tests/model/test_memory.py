@@ -14,7 +14,7 @@ from conf.pretrain import PretrainConfig
 from conf.shape import ShapeConfig
 from flows import memory
 from flows.memory import Pass, kept_bytes, training_memory
-from model import pretrain, transformer
+from model import held_out, transformer
 from model.transformer import AttentionMask, Noise, Transformer, token_logprobs
 from storage.tokens import SplitCount, TokensMeta, bytes_path, end_path, token_path, write_meta
 from tests.model.small_jobs import start, write_job
@@ -72,7 +72,7 @@ def test_kept_activations_are_those_that_autograd_keeps(kind: str, precision: st
 
 def test_limits_are_those_of_the_model() -> None:
     assert memory.LOGITS_AT_ONCE == transformer.LOGITS_AT_ONCE
-    assert memory.EVALUATION_TOKENS == pretrain.EVALUATION_TOKENS
+    assert memory.EVALUATION_TOKENS == held_out.EVALUATION_TOKENS
 
 
 def test_engines_spread_what_they_say() -> None:
