@@ -77,5 +77,8 @@ class ExtractConfig(Settings):
     characters, each with its own split; 0 leaves every text whole."""
     bucket_bytes: Annotated[int, Field(ge=1)] = 16 << 20
     """Files below a quarter of this are read together, in shards of about this size."""
+    shard_bytes: Annotated[int, Field(ge=1 << 12)] = 256 << 20
+    """A larger file of JSON lines (not compressed), Parquet (by row groups), WARC or WAT becomes several
+    shards of at least this size: each can use a core, and is what a resumed run keeps."""
     page_wall_seconds: Annotated[float, RUNTIME, Field(gt=0)] = 300.0
     """Wall-clock limit of one page, for a page process that hangs without using the processor."""

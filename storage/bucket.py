@@ -5,7 +5,7 @@ its stand-ins decide in one place; nothing here relies on a client's clock.
 """
 
 import email.utils
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -79,9 +79,17 @@ class Bucket:
 
     def sizes(self, prefix: str) -> dict[str, int]:
         """Bytes of every object below a prefix that ends in `/`, by its name after the prefix."""
+        return {name: size for name, (size, _) in self.objects(prefix).items()}
+
+    def objects(self, prefix: str) -> dict[str, tuple[int, str]]:
+        """Bytes and etag of every object below a prefix, by its name after the prefix; where the prefix
+        is an object itself, that one, named ``."""
         place = self._path(prefix).rstrip("/")
         found = self._fs.find(place, detail=True)
-        return {name.removeprefix(f"{place}/"): entry["size"] for name, entry in found.items()}
+        return {
+            name.removeprefix(place).removeprefix("/"): (entry["size"], entry["ETag"])
+            for name, entry in found.items()
+        }
 
     def names(self, prefix: str) -> list[str]:
         """Names directly below a prefix that ends in `/`."""
@@ -110,10 +118,19 @@ class Bucket:
     def hash(self, key: str) -> str:
         """xxh3-128 of an object's bytes, streamed, hexadecimal."""
         digest = xxhash.xxh3_128()
-        with self._fs.open(self._path(key), "rb", block_size=READ_BYTES) as stream:
-            while chunk := stream.read(READ_BYTES):
-                digest.update(chunk)
+        for chunk in self.chunks(key):
+            digest.update(chunk)
         return digest.hexdigest()
+
+    def chunks(self, key: str, *, etag: str | None = None) -> Iterator[bytes]:
+        """An object's bytes. Raises FileNotFoundError when it is gone or, with `etag`, another one."""
+        with self._fs.open(self._path(key), "rb", block_size=READ_BYTES) as stream:
+            if etag is not None and stream.details["ETag"] != etag:
+                raise FileNotFoundError(
+                    f"s3://{self._path(key)} was replaced while it was read; run again"
+                )
+            while chunk := stream.read(READ_BYTES):
+                yield chunk
 
     def _each(self, names: Iterable[str], work: Callable[[str], None]) -> None:
         with ThreadPoolExecutor(TRANSFER_THREADS) as pool:

@@ -34,7 +34,7 @@ def acquire(path: Path) -> FileLease | None:
             os.close(fd)
             return None
         # gc removes lock files under their lock: one that is no longer at its path guards nothing.
-        if _is_at(fd, path):
+        if is_at(fd, path):
             return FileLease(fd)
         os.close(fd)
 
@@ -50,7 +50,8 @@ def is_held(path: Path) -> bool:
     return False
 
 
-def _is_at(fd: int, path: Path) -> bool:
+def is_at(fd: int, path: Path) -> bool:
+    """Whether an open file is still the one at a path."""
     try:
         return os.fstat(fd).st_ino == path.stat().st_ino
     except FileNotFoundError:

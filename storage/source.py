@@ -11,9 +11,9 @@ import os
 import sqlite3
 import time
 from collections import defaultdict
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from conf.settings import SourceSpec
 from storage import lease as leases
 from storage.artifact import Artifact
 from storage.bucket import Bucket
+from storage.fetched import SCHEME, Remote, fetched, list_remote
 from storage.identity import hash_file
 from storage.store_local import write_atomically
 
@@ -39,6 +40,8 @@ FOLDER_DOMAIN = "{folder}"
 SETTLED_NS = 2_000_000_000
 """A file changed less than this before it was hashed may change again within its time stamp."""
 HASH_THREADS = 4
+SAVED_TOGETHER = 256
+"""Files that are hashed before their hashes are kept: a first look that is broken off loses no more."""
 
 Key = tuple[str, str, int]
 """Digest, format and index of the spec: what of a file enters identity."""
@@ -49,6 +52,7 @@ class SourceFile:
     """One outside file."""
 
     path: Path
+    """Where it lies on this machine; for one on S3, where its copy does while it is `fetched`."""
     name: str
     """Its path below the folder or glob that named it, with `/`; for people."""
     size: int
@@ -62,6 +66,19 @@ class SourceFile:
     """Place of `spec` among the source's specs."""
     has_folder_domain: bool = False
     """Whether the domain comes from the folder, and so is not told by the settings."""
+    remote: Remote | None = None
+    """The object on S3 that it is."""
+    span: tuple[int, int] | None = None
+    """The piece of it that is read: bytes, or row groups of Parquet; none: all of it."""
+
+    @contextmanager
+    def fetched(self) -> Generator[Path]:
+        """Its place on this machine, as long as the context lasts; a file on S3 is copied there.
+
+        Raises FileNotFoundError where it was replaced or removed since it was listed.
+        """
+        with fetched(self.remote, self.path) if self.remote else nullcontext():
+            yield self.path
 
     @property
     def key(self) -> Key:
@@ -107,32 +124,41 @@ class HashCache:
 
     def digests(self, paths: Sequence[Path]) -> list[tuple[int, str]]:
         """Size and xxh3-128 of every file, hashing only those that changed."""
-        self._load()
-        stats = [path.stat() for path in paths]
-        states = [
-            f"{s.st_size}:{s.st_mtime_ns}:{s.st_ctime_ns}:{s.st_ino}:{s.st_dev}" for s in stats
-        ]
-        stale = [
-            index
-            for index, path in enumerate(paths)
-            if self._known.get(str(path), ("", ""))[0] != states[index]
-        ]
-        with ThreadPoolExecutor(HASH_THREADS) as pool:
-            digests = pool.map(hash_file, [paths[index] for index in stale])
-            hashed = dict(zip(stale, digests, strict=True))
-        fresh = {str(paths[i]): (states[i], digest) for i, digest in hashed.items()}
+        stats = {str(path): path.stat() for path in paths}
         now = time.time_ns()
-        settled = {
-            str(paths[i]): fresh[str(paths[i])]
-            for i in stale
-            if now - max(stats[i].st_mtime_ns, stats[i].st_ctime_ns) > SETTLED_NS
+        found = self.measured(
+            {
+                path: f"{s.st_size}:{s.st_mtime_ns}:{s.st_ctime_ns}:{s.st_ino}:{s.st_dev}"
+                for path, s in stats.items()
+            },
+            lambda path: hash_file(Path(path)),
+            is_settled=lambda path: (
+                now - max(stats[path].st_mtime_ns, stats[path].st_ctime_ns) > SETTLED_NS
+            ),
+        )
+        return [(stats[str(path)].st_size, found[str(path)]) for path in paths]
+
+    def measured(
+        self,
+        states: Mapping[str, str],
+        measure: Callable[[str], str],
+        is_settled: Callable[[str], bool] = lambda place: True,
+    ) -> dict[str, str]:
+        """Digest of every place, by its state; measured where that is new, kept where it is settled."""
+        self._load()
+        found = {
+            place: self._known[place][1]
+            for place, state in states.items()
+            if self._known.get(place, ("", ""))[0] == state
         }
-        self._known |= settled
-        self._save(settled)
-        found = self._known | fresh
-        return [
-            (stat.st_size, found[str(path)][1]) for path, stat in zip(paths, stats, strict=True)
-        ]
+        stale = [place for place in states if place not in found]
+        with ThreadPoolExecutor(HASH_THREADS) as pool:
+            for start in range(0, len(stale), SAVED_TOGETHER):
+                places = stale[start : start + SAVED_TOGETHER]
+                fresh = dict(zip(places, pool.map(measure, places), strict=True))
+                found |= fresh
+                self._save({p: (states[p], digest) for p, digest in fresh.items() if is_settled(p)})
+        return found
 
     def _load(self) -> None:
         if self._is_loaded or self.path is None or not self.path.exists():
@@ -143,6 +169,7 @@ class HashCache:
         self._is_loaded = True
 
     def _save(self, fresh: Mapping[str, tuple[str, str]]) -> None:
+        self._known |= fresh
         if self.path is None or not fresh:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -278,6 +305,51 @@ def _files_of(
     base: Path,
     hashes: HashCache,
 ) -> list[SourceFile]:
+    found = (
+        _remote_files(spec.path, hashes)
+        if spec.path.startswith(SCHEME) and spec.node is None
+        else _local_files(spec, artifacts=artifacts, base=base, hashes=hashes)
+    )
+    if not found and not spec.is_optional:
+        where = f"in the files of node {spec.node!r}" if spec.node else f"below {base}"
+        where = "there" if spec.path.startswith(SCHEME) else where
+        raise ValueError(
+            f"source {spec.path}: no file found {where}, at least one expected; correct the path, "
+            "or set is_optional: true"
+        )
+    by_folder = spec.domain == FOLDER_DOMAIN
+    return [
+        SourceFile(
+            path=place.path,
+            name=place.name,
+            size=place.size,
+            digest=place.digest,
+            format=format_of(place.name, spec.format),
+            spec=spec.model_copy(update={"domain": place.folder}) if by_folder else spec,
+            spec_index=index,
+            has_folder_domain=by_folder,
+            remote=place.remote,
+        )
+        for place in found
+    ]
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A file that a spec names."""
+
+    path: Path
+    name: str
+    size: int
+    digest: str
+    folder: str
+    """Name of the folder that it lies in."""
+    remote: Remote | None = None
+
+
+def _local_files(
+    spec: SourceSpec, *, artifacts: Mapping[str, Artifact], base: Path, hashes: HashCache
+) -> list[_Found]:
     known: dict[str, tuple[int, str]] = {}
     if spec.node is not None:
         if spec.node not in artifacts:
@@ -288,27 +360,38 @@ def _files_of(
         base = artifact.files
         known = {str(base / e.name): (e.size, e.xxh3) for e in artifact.record.files}
     root, paths = _match(spec.path, base)
-    if not paths and not spec.is_optional:
-        where = f"in the files of node {spec.node!r}" if spec.node else f"below {base}"
-        raise ValueError(
-            f"source {spec.path}: no file found {where}, at least one expected; correct the path, "
-            "or set is_optional: true"
-        )
-    by_folder = spec.domain == FOLDER_DOMAIN
     unknown = [path for path in paths if str(path) not in known]
     known |= {str(p): found for p, found in zip(unknown, hashes.digests(unknown), strict=True)}
     return [
-        SourceFile(
-            path=path,
-            name=(name := path.relative_to(root).as_posix()),
-            size=known[str(path)][0],
-            digest=known[str(path)][1],
-            format=format_of(name, spec.format),
-            spec=spec.model_copy(update={"domain": path.parent.name}) if by_folder else spec,
-            spec_index=index,
-            has_folder_domain=by_folder,
-        )
+        _Found(path, path.relative_to(root).as_posix(), *known[str(path)], path.parent.name)
         for path in paths
+    ]
+
+
+def _remote_files(pattern: str, hashes: HashCache) -> list[_Found]:
+    """Files on S3: the first look at one fetches it, to know it by its content; later ones cost a
+    listing."""
+    if hashes.path is None:
+        raise ValueError(f"source {pattern}: S3 needs a folder for copies; give the hashes a path")
+    folder = hashes.path.parent / "fetched"
+    listed = {remote.url: remote for remote in list_remote(pattern)}
+
+    def measure(url: str) -> str:
+        place = listed[url].place(folder)
+        with fetched(listed[url], place):
+            return hash_file(place)
+
+    digests = hashes.measured({url: remote.state for url, remote in listed.items()}, measure)
+    return [
+        _Found(
+            remote.place(folder),
+            remote.name,
+            remote.size,
+            digests[url],
+            url.rsplit("/", 2)[1],
+            remote,
+        )
+        for url, remote in listed.items()
     ]
 
 

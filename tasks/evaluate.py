@@ -91,7 +91,8 @@ def evaluate(
 def _requests(job: Job, settings: EvaluateConfig) -> list[Request]:
     def questions(name: str) -> Iterable[Any]:
         for file in job.sources[name].files if name in job.sources else ():
-            yield from read_questions(file.path)
+            with file.fetched() as path:
+                yield from read_questions(path)
 
     asked: dict[str, list[Any]] = {}
     for question in questions("exams"):
@@ -105,7 +106,8 @@ def _requests(job: Job, settings: EvaluateConfig) -> list[Request]:
         scoring=settings.scoring,
     )
     for file in job.sources["minimal_pairs"].files if "minimal_pairs" in job.sources else ():
-        requests += read_minimal_pairs(file.path, per_paradigm=settings.pairs_per_paradigm)
+        with file.fetched() as path:
+            requests += read_minimal_pairs(path, per_paradigm=settings.pairs_per_paradigm)
     return requests
 
 

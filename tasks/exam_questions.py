@@ -30,7 +30,7 @@ def read_exams(source: Source, fields: tuple[str, ...]) -> Iterator[ExamText]:
             case "csv":
                 yield from _csv_questions(file)
             case "text" | "markdown":
-                with open_text(file.path) as stream:
+                with file.fetched() as path, open_text(path) as stream:
                     for line in stream.read().decode("utf-8-sig").splitlines():
                         if line.strip():
                             yield ExamText(file.name, line.strip(), line.strip())
@@ -39,7 +39,7 @@ def read_exams(source: Source, fields: tuple[str, ...]) -> Iterator[ExamText]:
 
 
 def _csv_questions(file: SourceFile) -> Iterator[ExamText]:
-    with open_text(file.path) as stream:
+    with file.fetched() as path, open_text(path) as stream:
         rows = csv.reader(io.TextIOWrapper(stream, "utf-8-sig", newline=""))
         header = next(rows, [])
         names = [name.strip().lower() for name in header]

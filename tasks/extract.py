@@ -17,6 +17,7 @@ from tasks.han import traditional_share
 from tasks.language import HAN_SHARE, ScriptShares, language_of, script_shares
 from tasks.main_text import PageReader, page_reader
 from tasks.normalise import normalise
+from tasks.pieces import cut
 from tasks.pii import mask
 from tasks.records import RawRecord, Refusal, read_records
 from tasks.stage import Job, stage
@@ -25,17 +26,17 @@ from tasks.url_rules import UrlRules, write_blocked
 REFUSED = "refused.parquet"
 """Beside a shard: `url` and `reason` of every record that became no document."""
 EXAMPLES = 20
-SHARD_VERSION = 3
+SHARD_VERSION = 4
 
 
-@stage(version=3)
+@stage(version=4)
 def extract(job: Job, settings: ExtractConfig) -> Corpus:
     """Make documents of raw files.
 
     reads raw files   writes Corpus   cost one part per file, only for files that are new
     """
     blocked = _compile_block_lists(job)
-    shards = _shards(job.sources.get("sources", Source()), settings)
+    shards = _shards(job, settings)
     parts = fan_out(
         job,
         build_shard,
@@ -68,13 +69,15 @@ class ShardPlan:
         return f"{self.source}-{digest[:8]}"
 
 
-def _shards(source: Source, settings: ExtractConfig) -> list[ShardPlan]:
-    """A shard per file; small files of one spec and landing share shards, by a hash of the content."""
+def _shards(job: Job, settings: ExtractConfig) -> list[ShardPlan]:
+    """A shard per file or piece of a large one; small files of one spec and landing share shards, by a
+    hash of the content."""
     plans: list[ShardPlan] = []
-    for number, landing in enumerate(source.landings):
+    for number, landing in enumerate(job.sources.get("sources", Source()).landings):
         groups: dict[tuple[int, str, int], list[SourceFile]] = {}
-        for position, file in enumerate(landing.files):
-            groups.setdefault(_bucket(file, position, landing.files, settings), []).append(file)
+        pieces = cut(job, landing.files, settings.shard_bytes)
+        for position, file in enumerate(pieces):
+            groups.setdefault(_bucket(file, position, pieces, settings), []).append(file)
         for files in groups.values():
             plans.append(ShardPlan(number, tuple(files), source_name(settings, files[0])))
     return plans
@@ -108,7 +111,8 @@ def source_name(settings: ExtractConfig, file: SourceFile) -> str:
 
 
 def _item(plan: ShardPlan, settings: ExtractConfig, job: Job, blocked: Path | None) -> PartItem:
-    listed = {"sources", "block_lists"}
+    # A piece says itself where it was cut.
+    listed = {"sources", "block_lists", "shard_bytes"}
     identity = {
         "files": [list(file.key[:2]) for file in plan.files],
         "spec": plan.files[0].spec.identity(),
@@ -131,7 +135,7 @@ def _compile_block_lists(job: Job) -> Path | None:
 
     def lines() -> Iterator[str]:
         for file in source.files:
-            with open_text(file.path) as stream:
+            with file.fetched() as path, open_text(path) as stream:
                 yield from (line.decode("utf-8", "replace") for line in stream)
 
     path = job.state / "blocked.npy"

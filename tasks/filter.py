@@ -107,7 +107,7 @@ def _items(
 def _bad_words(source: Source) -> list[str]:
     words: set[str] = set()
     for file in source.files:
-        with open_text(file.path) as stream:
+        with file.fetched() as path, open_text(path) as stream:
             words |= {line.strip() for line in stream.read().decode("utf-8-sig").splitlines()}
     return sorted(words - {""})
 

@@ -29,6 +29,7 @@ from conf.settings import Settings
 from storage.artifact import Artifact
 from storage.errors import BessemerError
 from storage.lease import FileLease, acquire
+from storage.source import SourceFile
 from storage.store import Claim, Store
 from tasks.command import ROOT
 from tasks.explain import tail_of
@@ -133,7 +134,7 @@ def _job_file(
         settings=settings.model_dump(mode="json"),
         inputs={name: str(artifact.files.absolute()) for name, artifact in inputs.items()},
         sources={
-            name: [str(Path(file.path).absolute()) for file in source.files]
+            name: [_local_place(file) for file in source.files]
             for name, source in job.sources.items()
         },
         files=job.files.absolute(),
@@ -141,6 +142,15 @@ def _job_file(
         state=job.state.absolute(),
         launch=launch,
     )
+
+
+def _local_place(file: SourceFile) -> str:
+    if file.remote is not None:
+        raise ValueError(
+            f"{file.remote.url} is a source of a training job, which reads files of this machine "
+            "only; copy it to a folder and name that"
+        )
+    return str(file.path.absolute())
 
 
 def _earlier_result(job: "Job", wanted: JobFile) -> dict[str, Any] | None:

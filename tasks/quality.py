@@ -56,7 +56,7 @@ def quality_parts(job: Job, shards: Sequence[Shard], settings: FilterConfig) -> 
                     "models": trained.digest if trained else None,
                     "own": own.identity(),
                 },
-                arguments=(shard, trained and trained.files, [file.path for file in own.files]),
+                arguments=(shard, trained and trained.files, list(own.files)),
                 label=f"scores of {shard.entry.name}",
             )
             for shard in shards
@@ -126,7 +126,7 @@ def classifier(good: Sequence[str], bad: Sequence[str]) -> "NDArray[np.float32]"
 
 
 def build_scores(
-    files: Path, shard: Shard, models: Path | None, own: Sequence[Path]
+    files: Path, shard: Shard, models: Path | None, own: Sequence[SourceFile]
 ) -> dict[str, Any]:
     """Write `scores.parquet`, one row per document: `perplexity` (bits per word), `quality` (log-odds),
     `is_dropped_by_own`; null where there is no model, and for a text without words."""
@@ -159,8 +159,11 @@ def _scored(text: Any, models: Path | None) -> "pl.DataFrame":
     return pl.DataFrame(scores).fill_nan(None)
 
 
-def _own_judgements(shard: Shard, own: Sequence[Path]) -> list[bool]:
-    rules = [own_rule(path) for path in own]
+def _own_judgements(shard: Shard, own: Sequence[SourceFile]) -> list[bool]:
+    rules: list[Callable[[dict[str, Any]], bool]] = []
+    for file in own:
+        with file.fetched() as path:
+            rules.append(own_rule(path))
     columns = ["url", "source", "domain", "language", "n_chars", "text"]
     documents = shard.read(columns, kept_only=False).iter_rows(named=True)
     return [any(rule(document) for rule in rules) for document in documents]

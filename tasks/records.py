@@ -21,7 +21,7 @@ from typing import IO, Any, Literal, cast
 from storage.source import SourceFile
 from tasks.charset import decode
 from tasks.http_body import CodingError, decoded_body
-from tasks.rows import MAX_ROW_BYTES, BadRow, open_text, read_rows
+from tasks.rows import MAX_ROW_BYTES, BadRow, open_span, open_text, read_rows
 
 TextDocuments = Literal["blank_line", "file", "line"]
 UrlRule = Callable[[str], str | None]
@@ -66,26 +66,32 @@ def read_records(
     `url_reason` says for an address why it is refused, before its record is read. Pages above
     `max_page_bytes` come cut off one byte behind it. Raises OSError where the file cannot be opened.
     """
+    with file.fetched():
+        yield from _until_damage(_records(file, text_documents, url_reason, max_page_bytes))
+
+
+def _records(
+    file: SourceFile, text_documents: TextDocuments, url_reason: UrlRule, max_page_bytes: int
+) -> Iterator[RawRecord | Refusal]:
     match file.format:
         case "warc":
-            records = _warc_records(file.path, url_reason, max_page_bytes)
+            return _warc_records(file, url_reason, max_page_bytes)
         case "wat":
-            records = _wat_records(file, url_reason)
+            return _wat_records(file, url_reason)
         case "html":
-            records = _pages(file, max_page_bytes)
+            return _pages(file, max_page_bytes)
         case "jsonl" | "json" | "parquet":
-            records = _rows(read_rows(file), file.spec.text, url_reason)
+            return _rows(read_rows(file), file.spec.text, url_reason)
         case "csv":
-            records = _rows(_csv_rows(file.path), file.spec.text, url_reason)
+            return _rows(_csv_rows(file.path), file.spec.text, url_reason)
         case "text" | "markdown" | "latex" | "code":
             whole = text_documents if file.format == "text" else "file"
-            records = (RawRecord(text=text) for text in _texts(file.path, whole))
+            return (RawRecord(text=text) for text in _texts(file.path, whole))
         case _:
             raise ValueError(
                 f"{file.name}: {file.format} is no layout of raw text; expected warc, wat, html, "
                 "jsonl, json, parquet, csv, text, markdown, latex or code; set `format` of the source"
             )
-    yield from _until_damage(records)
 
 
 def _until_damage(records: Iterator[RawRecord | Refusal]) -> Iterator[RawRecord | Refusal]:
@@ -113,23 +119,23 @@ def _until_damage(records: Iterator[RawRecord | Refusal]) -> Iterator[RawRecord 
 
 
 def _warc_records(
-    path: Path, url_reason: UrlRule, max_page_bytes: int
+    file: SourceFile, url_reason: UrlRule, max_page_bytes: int
 ) -> Iterator[RawRecord | Refusal]:
     from fastwarc.warc import ArchiveIterator
 
     start = 0
     for _ in range(MAX_RESYNCS):
         position = start
-        with path.open("rb") as stream:
+        with open_span(file) as stream:
             stream.seek(start)
             records = cast("Iterator[Any]", iter(ArchiveIterator(stream, parse_http=True)))
             while True:
                 try:
                     record = next(records)
-                    position = start + int(record.stream_pos)
+                    position = int(record.stream_pos)  # counted from the begin of the stream
                     found = _warc_record(record, url_reason, max_page_bytes)
                 except StopIteration:
-                    if _is_cut_off(path, position):
+                    if _is_cut_off(file, position):
                         yield Refusal("", "damaged_record:cut_off")
                     return
                 except (OSError, ValueError, EOFError) as error:
@@ -138,22 +144,22 @@ def _warc_records(
                     break
                 if found is not None:
                     yield found
-        following = _next_member(path, position + 1)
+        following = _next_member(file, position + 1)
         if following is None:
             return
         start = following
 
 
-def _is_cut_off(path: Path, start: int) -> bool:
+def _is_cut_off(file: SourceFile, start: int) -> bool:
     """Whether a compressed archive does not end with the member at `start`, the last one read.
 
     The reader takes a member's end, or a head that is too short, for the end of the archive.
     """
     engine = zlib.decompressobj(31)
-    with path.open("rb") as stream:
+    with open_span(file) as stream:
         stream.seek(start)
         piece = stream.read(1 << 20)
-        if path.suffix != ".gz" or not piece:
+        if file.path.suffix != ".gz" or not piece:
             return False
         try:
             while piece and not engine.eof:
@@ -164,11 +170,11 @@ def _is_cut_off(path: Path, start: int) -> bool:
         return not engine.eof or bool((engine.unused_data + stream.read(64)).strip(b"\0"))
 
 
-def _next_member(path: Path, start: int) -> int | None:
+def _next_member(file: SourceFile, start: int) -> int | None:
     """Where the next member or record of a damaged archive begins, searched from `start`."""
-    with path.open("rb") as stream:
+    with open_span(file) as stream:
         # The name counts as well: the first member may be the damaged one.
-        mark = _MEMBER_STARTS[stream.read(2) == b"\x1f\x8b" or path.suffix == ".gz"]
+        mark = _MEMBER_STARTS[stream.read(2) == b"\x1f\x8b" or file.path.suffix == ".gz"]
         stream.seek(start)
         position, tail = start, b""
         while chunk := stream.read(1 << 20):
@@ -243,7 +249,7 @@ def _wat_records(file: SourceFile, url_reason: UrlRule) -> Iterator[RawRecord | 
     from fastwarc.warc import ArchiveIterator
 
     text_of = _template(file.spec.text)
-    with file.path.open("rb") as stream:
+    with open_span(file) as stream:
         for record in cast("Iterator[Any]", iter(ArchiveIterator(stream))):
             if not str(record.headers.get("Content-Type") or "").startswith("application/json"):
                 continue

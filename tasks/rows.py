@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, BinaryIO, cast
 
 from storage.source import SourceFile
 
@@ -46,15 +46,13 @@ def read_rows(file: SourceFile) -> Iterator[tuple[int, Any] | BadRow]:
 
     Raises ValueError for a file that is damaged as a whole or in a format that has no rows.
     """
-    if file.format == "parquet":
-        yield from _parquet_rows(file)
-    elif file.format not in ("json", "jsonl"):
+    if file.format not in ("parquet", "json", "jsonl"):
         raise ValueError(
             f"{file.path}: {file.format} holds no conversations or pairs; expected JSON, "
             "JSON lines or Parquet; convert the file or set `format` of the source"
         )
-    else:
-        yield from _json_rows(file)
+    with file.fetched():
+        yield from _parquet_rows(file) if file.format == "parquet" else _json_rows(file)
 
 
 def open_text(path: Path) -> IO[bytes]:
@@ -80,11 +78,9 @@ def open_text(path: Path) -> IO[bytes]:
 
 def _json_rows(file: SourceFile) -> Iterator[tuple[int, Any] | BadRow]:
     try:
-        with open_text(file.path) as stream:
-            if _is_lines(file.path):
-                yield from _lines(stream, file.name)
-            else:
-                yield from _document(stream, file.name)
+        has_lines = is_lines(file)
+        with open_text(file.path) if file.span is None else open_span(file) as stream:
+            yield from _lines(stream, file.name) if has_lines else _document(stream, file.name)
     except _damages(file.path) as error:
         raise ValueError(
             f"{file.path}: cannot be decompressed ({error}); fetch it again"
@@ -100,12 +96,12 @@ def _damages(path: Path) -> tuple[type[Exception], ...]:
     return (EOFError, OSError, zstandard.ZstdError)
 
 
-def _is_lines(path: Path) -> bool:
+def is_lines(file: SourceFile) -> bool:
     """Whether the first line that is not blank is a whole JSON value and another one follows, or the
     name says so: some projects call JSON lines `.json`."""
-    if ".jsonl" in path.name or ".ndjson" in path.name:
+    if file.span is not None or ".jsonl" in file.path.name or ".ndjson" in file.path.name:
         return True
-    with open_text(path) as stream:
+    with open_text(file.path) as stream:
         first, second = (
             *(line for line, _ in zip(_filled(stream), range(2), strict=False)),
             b"",
@@ -121,10 +117,54 @@ def _filled(stream: IO[bytes]) -> Iterator[bytes]:
 def bounded_lines(stream: IO[bytes]) -> Iterator[bytes]:
     """Every line; one above `MAX_ROW_BYTES` is passed over and comes as a line of one NUL."""
     while line := stream.readline(MAX_ROW_BYTES):
-        rest = line
-        while rest and len(rest) >= MAX_ROW_BYTES and not rest.endswith(b"\n"):
-            line, rest = b"\0\n", stream.readline(MAX_ROW_BYTES)
+        if len(line) >= MAX_ROW_BYTES and not line.endswith(b"\n"):
+            line = b"\0\n"
+            skip_line(stream)
         yield line
+
+
+def skip_line(stream: IO[bytes]) -> None:
+    """Read on to the begin of the next line, however far that is."""
+    while (line := stream.readline(WHOLE_BYTES)) and not line.endswith(b"\n"):
+        pass
+
+
+def open_span(file: SourceFile) -> BinaryIO:
+    """The bytes of a file's piece, of the whole file where it has none; not decompressed."""
+    if file.span is None:
+        return file.path.open("rb")
+    return io.BufferedReader(_Span(file.path, *file.span))
+
+
+class _Span(io.RawIOBase):
+    """A piece of a file as a file of its own."""
+
+    def __init__(self, path: Path, start: int, end: int) -> None:
+        super().__init__()
+        self._file = path.open("rb", buffering=0)
+        self._start, self._size = start, end - start
+        self.seek(0)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._file.tell() - self._start
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        origin = {io.SEEK_SET: 0, io.SEEK_CUR: self.tell(), io.SEEK_END: self._size}[whence]
+        return self._file.seek(self._start + origin + offset) - self._start
+
+    def readinto(self, buffer: Any) -> int:
+        room = max(0, min(len(buffer), self._size - self.tell()))
+        return self._file.readinto(memoryview(buffer)[:room])
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def _lines(stream: IO[bytes], name: str) -> Iterator[tuple[int, Any] | BadRow]:
@@ -274,7 +314,7 @@ def _parquet_rows(file: SourceFile) -> Iterator[tuple[int, Any] | BadRow]:
 
     first = 1
     with pq.ParquetFile(file.path) as table:
-        for group in range(table.num_row_groups):
+        for group in range(*(file.span or (0, table.num_row_groups))):
             # A damaged footer may promise any number of rows.
             rows = min(table.metadata.row_group(group).num_rows, 1000 * file.size)
             yield from _row_group(table, group, range(first, first + rows), file.name)
