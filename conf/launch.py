@@ -1,8 +1,8 @@
 """Where and how the jobs of torch stages run. Nothing here changes what is computed."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from conf.settings import Settings
 
@@ -24,6 +24,9 @@ class LaunchConfig(Settings):
     torch's; `zero3`, DeepSpeed's), optimizer state (`zero1`), that and gradients (`zero2`)."""
     processes: Annotated[int, Field(ge=1)] = 1
     """Ranks on this host."""
+    tensor_parallel: Annotated[int, Field(ge=1)] = 1
+    """Processes that share every matrix of the blocks, each a part of the heads and of the feed-forward
+    width, with engine fsdp, which spreads the parts over the others; `processes` is a multiple."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes CUDA where a device is found."""
     deepspeed: dict[str, Any] = Field(default_factory=dict[str, Any])
@@ -61,6 +64,25 @@ class LaunchConfig(Settings):
     """How long a job whose follower is gone goes on; 0 for ever."""
     grace_seconds: Annotated[float, Field(gt=0)] = 30.0
     """Time between asking a job to stop (it checkpoints) and killing it."""
+
+    @property
+    def model_processes(self) -> int:
+        """Processes that compute one model together, on the same data."""
+        return self.tensor_parallel
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.tensor_parallel > 1 and self.engine != "fsdp":
+            raise ValueError(
+                f"tensor_parallel={self.tensor_parallel} does not run on engine={self.engine}; use "
+                f"engine=fsdp"
+            )
+        if self.processes % self.model_processes:
+            raise ValueError(
+                f"processes={self.processes} is not a multiple of the {self.model_processes} that "
+                f"compute one model; use {self.model_processes} or a multiple"
+            )
+        return self
 
     @field_validator("deepspeed")
     @classmethod

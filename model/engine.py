@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from conf.launch import LaunchConfig
+from conf.shape import ShapeConfig
 from model.batches import Batch
 from model.optimizer import LossScale, Precision, UpdateRule, apply_gradients, build_optimizers
 from model.ranks import Ranks
@@ -83,7 +84,7 @@ def build_engine(
 
     Raises ValueError for what the engine or the machine cannot do.
     """
-    refuse_impossible(launch, ranks, rule)
+    refuse_impossible(launch, ranks, rule, model.shape)
     model.to(ranks.device).train()
     prepare_blocks(model, launch)
     match launch.engine:
@@ -100,13 +101,24 @@ def build_engine(
             return ZeroEngine(model, ranks, rule, launch)
 
 
-def refuse_impossible(launch: LaunchConfig, ranks: Ranks, rule: UpdateRule) -> None:
+def refuse_impossible(
+    launch: LaunchConfig, ranks: Ranks, rule: UpdateRule, shape: ShapeConfig
+) -> None:
     """Raises ValueError for what an engine or this machine cannot do, with the way out."""
     if launch.engine == "plain" and ranks.world > 1:
         raise ValueError(
             f"engine plain runs in one process, launch.processes is {ranks.world}; set "
             f"launch.engine=ddp or launch.processes=1"
         )
+    parts = launch.tensor_parallel
+    for name, count in (
+        ("heads", shape.heads), ("kv_heads", shape.kv_heads), ("ffn_width", shape.ffn_width)
+    ):  # fmt: skip
+        if count % parts:
+            raise ValueError(
+                f"launch.tensor_parallel={parts} does not divide shape.{name}={count}; use a divisor "
+                f"of all of heads, kv_heads and ffn_width"
+            )
     if launch.engine not in ("plain", "ddp") and rule.optimizer == "muon":
         raise ValueError(
             f"engine {launch.engine} spreads matrices that Muon needs whole; use launch.engine=ddp or "
@@ -199,7 +211,7 @@ class TorchEngine:
     def step(self, learning_rate: float, limit: float = math.inf) -> float:
         norm = apply_gradients(
             self._optimizers,
-            self._parameters,
+            [self._parameters],
             self.rule,
             self.scale,
             learning_rate=learning_rate,

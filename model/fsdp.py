@@ -1,4 +1,5 @@
-"""Torch FSDP2 behind the engine's face: weights, gradients and optimizer state spread over the ranks."""
+"""Torch FSDP2 behind the engine's face: weights, gradients and optimizer state spread over the ranks; and
+tensor parallelism beneath it, where several processes compute each block together."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -7,9 +8,16 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
 
 from model.batches import Batch
 from model.engine import (
@@ -22,7 +30,7 @@ from model.engine import (
 )
 from model.optimizer import LossScale, UpdateRule, adamw, apply_gradients
 from model.ranks import Ranks
-from model.transformer import Transformer
+from model.transformer import Block, Transformer
 from model.weights import load_tensors, save_tensors
 
 
@@ -37,8 +45,8 @@ class FsdpEngine:
         self.scale = LossScale() if rule.precision == "fp16" else None
         self._hollow = Hollow(model)
         self._objective = _spread(model, rule, ranks)
-        self._optimizer = adamw(model, rule)
-        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._meshes = _by_mesh(p for p in model.parameters() if p.requires_grad)
+        self._optimizers = [adamw(parameters, rule) for parameters in self._meshes]
 
     def backward(
         self, loss: Loss, batch: Batch, totals: Mapping[str, float], *, is_last: bool
@@ -53,8 +61,8 @@ class FsdpEngine:
 
     def step(self, learning_rate: float, limit: float = math.inf) -> float:
         norm = apply_gradients(
-            [self._optimizer],
-            self._parameters,
+            self._optimizers,
+            self._meshes,
             self.rule,
             self.scale,
             learning_rate=learning_rate,
@@ -65,7 +73,8 @@ class FsdpEngine:
         return norm
 
     def discard(self) -> None:
-        self._optimizer.zero_grad(set_to_none=True)
+        for optimizer in self._optimizers:
+            optimizer.zero_grad(set_to_none=True)
 
     def whole(self) -> Transformer:
         return self._hollow.filled(self._weights())
@@ -78,7 +87,8 @@ class FsdpEngine:
         states = {
             f"{name}|{key}": _whole(value)
             for name, parameter in self.model.named_parameters()
-            for key, value in self._optimizer.state.get(parameter, {}).items()
+            for optimizer in self._optimizers
+            for key, value in optimizer.state.get(parameter, {}).items()
         }
         if not self.ranks.is_first:
             return
@@ -95,12 +105,14 @@ class FsdpEngine:
                 cast("DTensor", parameter).to_local().copy_(
                     _like(weights[name], parameter).to_local()
                 )
-                if name in by_name:
-                    self._optimizer.state[parameter] = {
-                        # The step count stays on the host, as AdamW itself keeps it.
-                        key: value if key == "step" else _like(value, parameter)
-                        for key, value in by_name[name].items()
-                    }
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        for parameters, optimizer in zip(self._meshes, self._optimizers, strict=True):
+            for parameter in parameters:
+                # The step count stays on the host, as AdamW itself keeps it.
+                optimizer.state[parameter] = {
+                    key: value if key == "step" else _like(value, parameter)
+                    for key, value in by_name.get(names[id(parameter)], {}).items()
+                }
         if self.scale:
             self.scale.load(folder)
 
@@ -111,11 +123,39 @@ class FsdpEngine:
 
 def _spread(model: Transformer, rule: UpdateRule, ranks: Ranks) -> Objective:
     objective = Objective(model, rule, ranks.device)
-    mesh = init_device_mesh(ranks.device.type, (ranks.world,))
-    for block in cast("Iterable[nn.Module]", model.blocks):
-        fully_shard(block, mesh=mesh)
-    fully_shard(objective, mesh=mesh)
+    mesh = init_device_mesh(
+        ranks.device.type, (ranks.world, ranks.peers), mesh_dim_names=("data", "tensor")
+    )
+    for block in cast("Iterable[Block]", model.blocks):
+        if ranks.peers > 1:
+            parallelize_module(block, mesh["tensor"], _parts_of(block))
+        fully_shard(block, mesh=mesh["data"])
+    fully_shard(objective, mesh=mesh["data"])
     return objective
+
+
+def _parts_of(block: Block) -> dict[str, ParallelStyle]:
+    """Each process has some heads and some of the feed-forward width; two sums a block join them.
+
+    Source: Shoeybi et al. 2019 (Megatron-LM), section 3.
+    """
+    plan: dict[str, ParallelStyle] = dict.fromkeys(
+        ("query", "key", "value", "gate", "up"), ColwiseParallel()
+    )
+    plan |= dict.fromkeys(("attention_out", "ffn_out"), RowwiseParallel())
+    if block.query_norm is not None:
+        # Its weight is the same for all heads, of which each process has some: gradients are summed.
+        of_heads = SequenceParallel(sequence_dim=1, use_local_output=True)
+        plan |= dict.fromkeys(("query_norm", "key_norm"), of_heads)
+    return plan
+
+
+def _by_mesh(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Parameters that are spread alike: what torch does to many tensors at once wants one mesh."""
+    found: dict[DeviceMesh, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        found.setdefault(cast("DTensor", parameter).device_mesh, []).append(parameter)
+    return list(found.values())
 
 
 def _whole(value: Tensor) -> Tensor:

@@ -70,7 +70,7 @@ class LossScale:
 
 def apply_gradients(
     optimizers: Sequence[torch.optim.Optimizer],
-    parameters: Sequence[nn.Parameter],
+    meshes: Sequence[Sequence[nn.Parameter]],
     rule: UpdateRule,
     scale: LossScale | None,
     *,
@@ -80,16 +80,19 @@ def apply_gradients(
 ) -> float:
     """Clip the gradients and update; their norm before clipping.
 
-    Nothing is changed where the norm is not finite or above the limit. `whole` makes the norm of tensors
-    that are spread over ranks one number.
+    Nothing is changed where the norm is not finite or above the limit. `meshes` are the parameters, apart
+    where they are spread over other meshes of ranks, and `whole` makes a norm of spread ones one number.
     """
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    if scale:
-        scale.undo(gradients)
-    norm = whole(torch.nn.utils.get_total_norm(gradients))
+    norms: list[Tensor] = []
+    for parameters in meshes:
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if scale:
+            scale.undo(gradients)
+        norms.append(whole(torch.nn.utils.get_total_norm(gradients)))
+    norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
     is_finite = bool(norm.isfinite())
     if is_finite and norm <= limit:
-        if rule.clip_norm:
+        for parameters in meshes if rule.clip_norm else ():
             torch.nn.utils.clip_grads_with_norm_(parameters, rule.clip_norm, norm)
         for optimizer in optimizers:
             set_learning_rate(optimizer.param_groups, learning_rate)
@@ -106,7 +109,7 @@ def build_optimizers(model: nn.Module, rule: UpdateRule) -> list[torch.optim.Opt
     decay. Source: Jordan et al. 2024; factor: Liu et al. 2025 (Moonlight), equation 4.
     """
     if rule.optimizer == "adamw":
-        return [adamw(model, rule)]
+        return [adamw(model.parameters(), rule)]
     hidden = [
         p
         for name, p in model.named_parameters()
@@ -116,28 +119,30 @@ def build_optimizers(model: nn.Module, rule: UpdateRule) -> list[torch.optim.Opt
     muon = torch.optim.Muon(
         hidden, lr=0.0, weight_decay=rule.weight_decay, adjust_lr_fn="match_rms_adamw"
     )
-    groups = parameter_groups(model, rule.weight_decay)
+    groups = parameter_groups(model.parameters(), rule.weight_decay)
     for group in groups:
         group["params"] = [p for p in group["params"] if id(p) not in taken]
     rest = torch.optim.AdamW(groups, lr=0.0, betas=rule.betas, eps=rule.eps, fused=True)
     return [muon, rest]
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(
+    parameters: Iterable[nn.Parameter], weight_decay: float
+) -> list[dict[str, Any]]:
     """Weights of two and more dimensions decay; norms and biases do not."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    learning = [p for p in parameters if p.requires_grad]
     return [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p in learning if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in learning if p.dim() < 2], "weight_decay": 0.0},
     ]
 
 
-def adamw(model: nn.Module, rule: UpdateRule) -> torch.optim.AdamW:
-    """AdamW over the model; the learning rate is set at every step.
+def adamw(parameters: Iterable[nn.Parameter], rule: UpdateRule) -> torch.optim.AdamW:
+    """AdamW over those that learn; the learning rate is set at every step.
 
     Source: Loshchilov and Hutter 2019, algorithm 2.
     """
-    groups = parameter_groups(model, rule.weight_decay)
+    groups = parameter_groups(parameters, rule.weight_decay)
     return torch.optim.AdamW(groups, lr=0.0, betas=rule.betas, eps=rule.eps, fused=True)
 
 

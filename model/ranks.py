@@ -18,10 +18,17 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 
 @dataclass
 class Ranks:
-    """This process among the processes of its job. Alone, every exchange is free."""
+    """This process among the processes of its job. Alone, every exchange is free.
+
+    Where several processes hold one model together, they are peers: they get the same data and agree in
+    every figure, and `rank` and `world` number the groups of peers.
+    """
 
     rank: int = 0
     world: int = 1
+    peer: int = 0
+    """Which of the processes of its model this is."""
+    peers: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     is_stopping: bool = False
     """Set by SIGTERM: save at the next step's end and leave."""
@@ -29,27 +36,38 @@ class Ranks:
     @property
     def is_first(self) -> bool:
         """Whether this process writes what is written once."""
-        return self.rank == 0
+        return self.place == 0
+
+    @property
+    def place(self) -> int:
+        """Number of this process among all of the job."""
+        return self.rank * self.peers + self.peer
+
+    @property
+    def processes(self) -> int:
+        """All of the job."""
+        return self.world * self.peers
 
     def add(self, numbers: Sequence[float]) -> list[float]:
-        """Sum of each number over the ranks, the same on all of them (float64)."""
-        if self.world == 1:
+        """Sum of each number over the ranks, the same on all processes (float64)."""
+        if self.processes == 1:
             return list(numbers)
         total = torch.tensor(numbers, dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
-        return total.tolist()
+        # Peers bring the same numbers; whole ones stay whole.
+        return (total / self.peers).tolist()
 
     def gather(self, value: Any) -> list[Any]:
         """The plain value of every rank, in order."""
-        if self.world == 1:
+        if self.processes == 1:
             return [value]
-        values: list[Any] = [None] * self.world
+        values: list[Any] = [None] * self.processes
         dist.all_gather_object(values, value)
-        return values
+        return values[:: self.peers]
 
     def wait(self) -> None:
-        """Until all ranks are here."""
-        if self.world > 1:
+        """Until all processes are here."""
+        if self.processes > 1:
             dist.barrier()
 
     def stop_on_sigterm(self) -> None:
@@ -72,7 +90,7 @@ def join_ranks(launch: LaunchConfig) -> Ranks:
     Raises ValueError when the number of processes is not the one that the launch settings name, or
     CUDA is asked for and absent.
     """
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    place, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if world != launch.processes:
         raise ValueError(
             f"{world} process(es) were started, launch.processes is {launch.processes}; start the job "
@@ -87,7 +105,14 @@ def join_ranks(launch: LaunchConfig) -> Ranks:
     if world > 1 or launch.engine not in ("plain", "ddp"):
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
-    return Ranks(rank=rank, world=world, device=device)
+    rank, peer = divmod(place, launch.model_processes)
+    return Ranks(
+        rank=rank,
+        world=world // launch.model_processes,
+        peer=peer,
+        peers=launch.model_processes,
+        device=device,
+    )
 
 
 def _be_deterministic() -> None:

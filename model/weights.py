@@ -184,11 +184,11 @@ def _save_generators(folder: Path, ranks: Ranks) -> None:
     state = {"cpu": torch.get_rng_state()}
     if ranks.device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state()
-    save_tensors(folder / f"generators-{ranks.rank:05d}.safetensors", state)
+    save_tensors(folder / f"generators-{ranks.place:05d}.safetensors", state)
 
 
 def _restore_generators(folder: Path, ranks: Ranks) -> None:
-    path = folder / f"generators-{ranks.rank:05d}.safetensors"
+    path = folder / f"generators-{ranks.place:05d}.safetensors"
     if not path.is_file():
         # Fewer ranks saved than now go on; nothing that is computed draws from these generators.
         return

@@ -153,7 +153,10 @@ class ZeroEngine:
 
     def _check_groups(self) -> None:
         """Group options are known to have changed silently on a load; a wrong decay diverges."""
-        wanted = [g["weight_decay"] for g in parameter_groups(self.model, self.rule.weight_decay)]
+        wanted = [
+            g["weight_decay"]
+            for g in parameter_groups(self.model.parameters(), self.rule.weight_decay)
+        ]
         found = [group["weight_decay"] for group in self._zero.param_groups]
         assert found == wanted, f"DeepSpeed's groups decay {found}, wanted {wanted}"
 
@@ -173,7 +176,7 @@ def _initialise(
     cast("dict[str, bool]", deepspeed.ops.__compatible_ops__)["deepspeed_shm_comm"] = False
     engine, *_ = deepspeed.initialize(
         model=objective,
-        optimizer=adamw(model, rule),
+        optimizer=adamw(model.parameters(), rule),
         dist_init_required=False,
         config=options,
     )

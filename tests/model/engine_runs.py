@@ -1,13 +1,16 @@
 """Every engine over the same small pretraining in one pair of ranks: `python -m tests.model.engine_runs
-TOKENS FOLDER ENGINE=STEP ...`.
+TOKENS FOLDER NAME=STEP ...`.
 
-For each engine: an unbroken run in FOLDER/ENGINE; a run in FOLDER/ENGINE-broken that dies while it
+For each of LAUNCHES: an unbroken run in FOLDER/NAME; a run in FOLDER/NAME-broken that dies while it
 writes down that step, and is run again by a new engine. Starting processes costs more than the runs.
 """
 
+import os
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from conf.contract import JobFile
 from conf.launch import LaunchConfig
@@ -20,7 +23,16 @@ from tests.model.small_jobs import write_job
 
 # Everything that could break a resume is on: dropout, a mixture, two phases, accumulation, held-out looks.
 SETTINGS = PretrainConfig(
-    shape=ShapeConfig(dim=32, layers=2, heads=4, kv_heads=2, context=32, dropout=0.1),
+    shape=ShapeConfig(
+        dim=32,
+        layers=2,
+        heads=4,
+        kv_heads=2,
+        context=32,
+        dropout=0.1,
+        has_qk_norm=True,
+        has_qkv_bias=True,
+    ),
     tokens=20 * 256,
     batch_tokens=256,
     learning_rate=3e-3,
@@ -32,6 +44,20 @@ SETTINGS = PretrainConfig(
     evaluate_every_steps=10,
     checkpoint_every_steps=4,
 )
+
+# Buckets of DeepSpeed that this small model does not fit into at once.
+BUCKETS = {
+    "zero_optimization": {"reduce_bucket_size": 20_000, "stage3_prefetch_bucket_size": 10_000}
+}
+LAUNCHES: dict[str, dict[str, Any]] = {
+    "plain": {"engine": "plain"},
+    "ddp": {"engine": "ddp"},
+    "fsdp": {"engine": "fsdp"},
+    "tensor": {"engine": "fsdp", "tensor_parallel": 2},
+    "zero1": {"engine": "zero1", "deepspeed": BUCKETS},
+    "zero2": {"engine": "zero2", "deepspeed": BUCKETS},
+    "zero3": {"engine": "zero3", "deepspeed": BUCKETS},
+}
 
 
 class Killed(BaseException):
@@ -52,20 +78,15 @@ class BreakingJournal(Journal):
 
 
 def run(
-    attempt: Path, tokens: Path, engine: str, ranks: Ranks, *, last: int = 0, **settings: object
+    attempt: Path, tokens: Path, name: str, ranks: Ranks, *, last: int = 0, **settings: object
 ) -> None:
     """The whole job, or up to the step at which it dies."""
-    # Buckets of DeepSpeed that this small model does not fit into at once.
-    buckets = {"reduce_bucket_size": 20_000, "stage3_prefetch_bucket_size": 10_000}
     launch = LaunchConfig.model_validate(
-        {
-            "engine": engine,
-            "processes": ranks.world,
-            "threads": 1,
-            "micro_batch": 3,
-            "deepspeed": {"zero_optimization": buckets} if engine.startswith("zero") else {},
-        }
+        {**LAUNCHES[name], "processes": ranks.processes, "threads": 1, "micro_batch": 3}
     )
+    rank, peer = divmod(ranks.place, launch.model_processes)
+    peers = launch.model_processes
+    ranks = replace(ranks, rank=rank, world=ranks.processes // peers, peer=peer, peers=peers)
     chosen = SETTINGS.model_copy(update={"launch": launch, **settings})
     if ranks.is_first:
         write_job(attempt, "pretrain", chosen, {"tokens": tokens}, launch)
@@ -82,13 +103,14 @@ def run(
 def main() -> None:
     """Entry of each rank."""
     tokens, folder = Path(sys.argv[1]), Path(sys.argv[2])
-    ranks = join_ranks(LaunchConfig(engine="ddp", processes=2, threads=1, device="cpu"))
+    processes = int(os.environ["WORLD_SIZE"])
+    ranks = join_ranks(LaunchConfig(engine="ddp", processes=processes, threads=1, device="cpu"))
     for wish in sys.argv[3:]:
-        engine, _, last = wish.partition("=")
-        run(folder / engine, tokens, engine, ranks)
-        broken = folder / f"{engine}-broken"
-        run(broken, tokens, engine, ranks, last=int(last))
-        run(broken, tokens, engine, ranks)
+        name, _, last = wish.partition("=")
+        run(folder / name, tokens, name, ranks)
+        broken = folder / f"{name}-broken"
+        run(broken, tokens, name, ranks, last=int(last))
+        run(broken, tokens, name, ranks)
     ranks.leave()
 
 

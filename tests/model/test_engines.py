@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from model.ranks import Ranks
-from tests.model.engine_runs import SETTINGS, run
+from tests.model.engine_runs import LAUNCHES, SETTINGS, run
 from tests.model.small_jobs import finish, start_pair
 from tests.model.small_tokens import write_small_tokens
 
-ENGINES = ("ddp", "fsdp", "zero1", "zero2", "zero3")
+ENGINES = tuple(name for name in LAUNCHES if name != "plain")
 STEPS = 20
 pytestmark = pytest.mark.slow
 

@@ -51,7 +51,7 @@ def test_cosine_stable_decay_rests_between_peak_and_floor() -> None:
 
 def test_only_matrices_decay() -> None:
     shape = ShapeConfig(dim=16, layers=1, heads=2, kv_heads=1, context=8, has_qkv_bias=True)
-    optimizer = adamw(Transformer(shape, 20), UpdateRule(weight_decay=0.3))
+    optimizer = adamw(Transformer(shape, 20).parameters(), UpdateRule(weight_decay=0.3))
     decayed, kept = optimizer.param_groups
     assert (decayed["weight_decay"], kept["weight_decay"]) == (0.3, 0.0)
     assert {p.dim() for p in decayed["params"]} == {2}
@@ -61,7 +61,7 @@ def test_only_matrices_decay() -> None:
 def test_one_update_by_hand() -> None:
     shape = ShapeConfig(dim=8, layers=1, heads=2, kv_heads=1, context=8)
     model = Transformer(shape, 20)
-    optimizer = adamw(model, UpdateRule(weight_decay=0.5))
+    optimizer = adamw(model.parameters(), UpdateRule(weight_decay=0.5))
     weight, before = model.embedding.weight, model.embedding.weight.detach().clone()
     weight.grad = torch.full_like(weight, 2.0)
     for group in optimizer.param_groups:
