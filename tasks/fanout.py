@@ -34,9 +34,10 @@ from tasks.stage import Job
 PART_POLL_SECONDS = 0.2
 THREAD_LIMITS = ("POLARS_MAX_THREADS", "NUMBA_NUM_THREADS", "OMP_NUM_THREADS", "RAYON_NUM_THREADS")
 
-LOADED = ("__main__", "tasks.fanout", "polars", "pyarrow.parquet", "tasks.kernels")
-"""Modules that the server of workers loads once. Threads that they begin (of allocators and of OpenBLAS,
-which begin them again after a fork) sleep by the time when the last of them is loaded."""
+LOADED = ("__main__", "tasks.fanout", "pyarrow.parquet", "tasks.kernels")
+"""Modules that the server of workers loads once. Threads that they begin (of an allocator and of OpenBLAS,
+which both know of forks) sleep by the time when the last is loaded. Not polars: it takes the number of
+its threads when it is loaded, and begins some that know of no fork."""
 
 Build = Callable[..., dict[str, Any]]
 
