@@ -218,7 +218,10 @@ def _warc_record(
 
 
 def _body(record: Any, max_page_bytes: int) -> bytes:
+    promised = int(record.content_length)
     content = record.reader.read(max_page_bytes + 1)
+    if len(content) < min(promised, max_page_bytes + 1):
+        raise ValueError("the record is cut off")
     if _RECORD_START.search(content):
         raise ValueError("the record's length is wrong: it holds the records behind it")
     if not record.is_http or record.http_headers is None:
