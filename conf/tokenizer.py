@@ -35,7 +35,9 @@ class TokenizerConfig(Settings):
     """An existing tokenizer to take instead of learning one: a `tokenizer.json`, a Hugging Face folder,
     `vocab.json` with `merges.txt`, or a SentencePiece `.model`; a path, or a source. What it lacks of
     the special tokens gets ids behind its own; the settings of learning are not used."""
-    adopted_special: Annotated[dict[Literal["pad", "eos"], str], Field(default_factory=dict)]
+    adopted_special: dict[Literal["pad", "eos"], str] = Field(
+        default_factory=dict[Literal["pad", "eos"], str]
+    )
     """How the adopted tokenizer spells padding and the end of a document, where the usual names (those
     of its `tokenizer_config.json`, `<|endoftext|>`, `</s>`, `<pad>`, ...) would be wrong."""
     compare: tuple[SourceSpec, ...] = ()

@@ -95,13 +95,12 @@ class Renderer:
         return [*self.tokenizer.encode_content(text), self.tokenizer.im_end]
 
     def _dialogue(self, row: Conversation) -> Dialogue | None:
-        line_break = len(self.tokenizer.encode("\n"))
+        line_break = len(self.tokenizer.encode("\n"))  # none where spaces at the ends go
         fitted = self._fit(row["messages"], self.limit + line_break, for_generation=False)
         if fitted is None:
             return None
-        return Dialogue(
-            fitted.ids[:-line_break], fitted.is_answer[:-line_break], row["id"], row["domain"]
-        )
+        end = len(fitted.ids) - line_break
+        return Dialogue(fitted.ids[:end], fitted.is_answer[:end], row["id"], row["domain"])
 
     def _pair(self, row: Preference) -> Pair | None:
         chosen, rejected = self.answer(row["chosen"]), self.answer(row["rejected"])
@@ -132,7 +131,7 @@ class Renderer:
     ) -> Rendered | None:
         """Without the first `excess` tokens of the first question; none if it has no more than that."""
         first = 1 if messages[0]["role"] == "system" else 0
-        if excess >= len(self.tokenizer.encode_content(messages[first]["content"])):
+        if excess >= len(self.tokenizer.encode_content(messages[first]["content"], "user")):
             return None
         bare: Message = {"role": "user", "content": ""}
         ending = 1 + len(self.tokenizer.encode("\n"))

@@ -186,12 +186,14 @@ class ChatTokenizer:
         return [
             token
             for token in range(self.vocabulary)
-            if token not in special and not self._is_reachable(token)
+            if token not in special
+            and self._model.id_to_token(token) is not None
+            and not self._is_reachable(token)
         ]
 
     def _is_reachable(self, token: int) -> bool:
-        piece = self._model.id_to_token(token)
-        if piece is None or set(piece) & NEVER_IN_UTF8:
+        piece = self._model.id_to_token(token) or ""
+        if set(piece) & NEVER_IN_UTF8:
             return False
         if fallback := FALLBACK_BYTE.fullmatch(piece):
             return int(fallback[1], 16) not in NEVER_BYTES
@@ -219,7 +221,7 @@ class ChatTokenizer:
             messages = [{"role": "system", "content": self.meta.system}, *messages]
         for message in messages:
             header = self._header(message["role"])
-            content = [*self.encode_content(message["content"]), self.im_end]
+            content = [*self.encode_content(message["content"], message["role"]), self.im_end]
             ids += [*header, *content, *self._line_break]
             is_answer += [False] * len(header)
             is_answer += [message["role"] == "assistant"] * len(content)
@@ -230,13 +232,13 @@ class ChatTokenizer:
             is_answer += [False] * len(header)
         return Rendered(ids, is_answer)
 
-    def encode_content(self, text: str) -> list[int]:
+    def encode_content(self, text: str, role: str = "assistant") -> list[int]:
         """Ids of a message's content, stripped of outer white space, as it stands behind its header.
 
         A tokenizer that puts a space before every text (SentencePiece's) puts none there.
         """
-        before = self._line_break
-        ids = self.encode("\n" + text.strip())
+        before = self._header(role)[1:]
+        ids = self.encode(f"{role}\n{text.strip()}")
         return ids[len(before) :] if ids[: len(before)] == before else self.encode(text.strip())
 
     def _header(self, role: str) -> list[int]:

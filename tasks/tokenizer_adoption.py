@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from storage.source import SourceFile
+from storage.source import COMPRESSIONS, SourceFile
 from storage.tokenizer import CONFIG_FILE, MODEL_FILE, SPECIAL_TOKENS, Pretokenizer
+from tasks.rows import open_text
 from tasks.tokenizer_training import text_splitter
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def adopted(
     """
     from tokenizers import AddedToken
 
-    paths = {file.path.name: file.path for file in files}
+    paths = {_plain_name(file.path): file.path for file in files}
     model = _read(paths)
     spelling = _spelling(model, paths, given or {})
     asked = [spelling[name] for name in SPECIAL_TOKENS] + list(further)
@@ -61,21 +62,34 @@ def _read(paths: Mapping[str, Path]) -> "tokenizers.Tokenizer":
     documents = [path for name, path in paths.items() if name.endswith(MODEL_FILE)]
     pieces = [path for name, path in paths.items() if name.endswith(".model")]
     if len(documents) == 1:
-        return Tokenizer.from_str(documents[0].read_text("utf-8"))
+        return Tokenizer.from_str(_content(documents[0]).decode("utf-8"))
     if {"vocab.json", "merges.txt"} <= paths.keys():
-        bpe = models.BPE.from_file(str(paths["vocab.json"]), str(paths["merges.txt"]))
-        model = Tokenizer(bpe)
+        vocabulary = json.loads(_content(paths["vocab.json"]))
+        lines = _content(paths["merges.txt"]).decode("utf-8").split("\n")
+        pairs = [(left, right) for left, _, right in (line.partition(" ") for line in lines)]
+        # Neither the first line, a comment, nor what some copies of GPT-2 merge into no token.
+        merges = [pair for pair in pairs if pair[1] and "".join(pair) in vocabulary]
+        model = Tokenizer(models.BPE(vocabulary, merges))
         model.pre_tokenizer, model.decoder = text_splitter("gpt-2"), decoders.ByteLevel()
         return model
     if len(pieces) == 1:
         from storage.sentencepiece_model import converted, parse
 
-        return converted(parse(pieces[0].read_bytes()))
+        return converted(parse(_content(pieces[0])))
     raise ValueError(
         f"{', '.join(sorted(paths))}: neither one tokenizer.json, nor vocab.json with merges.txt, nor "
         "one SentencePiece .model; name the file or the folder of one tokenizer (one that only its own "
         "program reads becomes a tokenizer.json by `AutoTokenizer.from_pretrained(..).save_pretrained`)"
     )
+
+
+def _plain_name(path: Path) -> str:
+    return path.stem if path.suffix.removeprefix(".") in COMPRESSIONS else path.name
+
+
+def _content(path: Path) -> bytes:
+    with open_text(path) as stream:
+        return stream.read()
 
 
 def _spelling(
@@ -85,12 +99,14 @@ def _spelling(
     usual names, or as we do."""
     told: dict[str, Any] = {}
     if CONFIG_FILE in paths:
-        told = json.loads(paths[CONFIG_FILE].read_text("utf-8"))
+        told = json.loads(_content(paths[CONFIG_FILE]))
     spelling = dict(SPECIAL_TOKENS)
     for name in ("eos", "pad"):
         own = told.get(f"{name}_token")
         own = cast("dict[str, str]", own)["content"] if isinstance(own, dict) else own
-        taken = {*spelling.values(), told.get("unk_token")} - {SPECIAL_TOKENS[name]}
+        taken = {*spelling.values()} - {SPECIAL_TOKENS[name]}
+        if name == "pad":
+            taken.add(told.get("unk_token"))  # which text may give
         known = [
             text
             for text in (own, *USUAL_SPELLINGS[name])
