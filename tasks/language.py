@@ -2,9 +2,11 @@
 
 import functools
 import re
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     from py3langid.langid import LanguageIdentifier
 
 KANA_SHARE = 0.02
@@ -12,12 +14,16 @@ HANGUL_SHARE = 0.3
 HAN_SHARE = 0.3
 SAMPLE_CHARS = 600
 """The model sees the beginning, the middle and the end, so many characters of each."""
+TABLED = 0x10000
+"""Characters from here on, mostly emoji, are so few that they are looked at one by one."""
+KINDS = 32
 
 _HAN = re.compile(r"[㐀-䶿一-鿿豈-﫿\U00020000-\U0003134f]+")
 _KANA = re.compile(r"[぀-ヿㇰ-ㇿｦ-ﾝ]+")
 _HANGUL = re.compile(r"[가-힯ᄀ-ᇿ㄰-㆏]+")
 _LATIN = re.compile(r"[A-Za-zÀ-ÖØ-öø-ɏ]+")
 _LETTERS = re.compile(r"[^\W\d_]+")
+_SCRIPTS = (_HAN, _LATIN, _KANA, _HANGUL)
 _URL = re.compile(r"(?:https?://|www\.)\S+")
 
 
@@ -34,10 +40,8 @@ def script_shares(text: str) -> ScriptShares:
     """How many of the letters belong to each script."""
     if text.isascii():
         return ScriptShares(0.0, 1.0 if _LATIN.search(text) else 0.0, 0.0, 0.0)
-    letters = _count(_LETTERS, text)
-    if letters == 0:
-        return ScriptShares(0.0, 0.0, 0.0, 0.0)
-    return ScriptShares(*(_count(script, text) / letters for script in _SCRIPTS))
+    letters, *counts = _tally(text)
+    return ScriptShares(*(count / letters if letters else 0.0 for count in counts))
 
 
 def language_of(text: str, shares: ScriptShares) -> str:
@@ -57,8 +61,32 @@ def language_of(text: str, shares: ScriptShares) -> str:
     return str(_identifier().classify(_sample(text))[0])
 
 
-def _count(script: re.Pattern[str], text: str) -> int:
-    return sum(map(len, script.findall(text)))
+def _tally(text: str) -> "list[int]":
+    """Letters, and characters of each script."""
+    import numpy as np
+
+    codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+    counts = np.bincount(_kinds()[np.minimum(codes, TABLED)], minlength=KINDS)
+    if len(rare := codes[codes >= TABLED]):
+        counts += np.bincount(_kinds_of("".join(map(chr, rare))), minlength=KINDS)
+    has_bit = np.arange(KINDS) >> np.arange(1 + len(_SCRIPTS))[:, None] & 1
+    return (has_bit @ counts).tolist()
+
+
+@functools.cache
+def _kinds() -> "npt.NDArray[np.uint8]":
+    return _kinds_of("".join(map(chr, range(TABLED))) + " ")
+
+
+def _kinds_of(characters: str) -> "npt.NDArray[np.uint8]":
+    """Per character a bit for a letter and one for each script."""
+    import numpy as np
+
+    kinds = np.zeros(len(characters), np.uint8)
+    for bit, pattern in enumerate((_LETTERS, *_SCRIPTS)):
+        for match in pattern.finditer(characters):
+            kinds[match.start() : match.end()] |= 1 << bit
+    return kinds
 
 
 def _sample(text: str) -> str:
@@ -73,9 +101,31 @@ def _sample(text: str) -> str:
 
 @functools.cache
 def _identifier() -> "LanguageIdentifier":
+    """py3langid's model, its loop over bytes compiled: the same features in the same order, and so the same sum."""
+    import numpy as np
     from py3langid import langid
 
-    return langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE, norm_probs=True)
+    from tasks.kernels import automaton
+    from tasks.kernels.compiling import alone
 
+    class Compiled(langid.LanguageIdentifier):
+        """Of the loops only the one over bytes is another."""
 
-_SCRIPTS = (_HAN, _LATIN, _KANA, _HANGUL)
+        def __init__(self, *given: Any, **options: Any) -> None:
+            super().__init__(*given, **options)
+            self.rows = np.array(self.tk_row).astype(np.int64) << 8
+            self.moves, self.features = np.array(self.tk_nextmove), np.array(self.tk_output, "i4")
+
+        def _raw_score(self, text: bytes) -> "npt.NDArray[np.float32]":
+            visited, counts = np.empty(len(text), np.int32), np.empty(len(text), np.float32)
+            content = np.frombuffer(text, np.uint8)
+            found = automaton.visit(content, self.moves, self.rows, self.features, visited, counts)
+            if found == 0:
+                return np.zeros(len(self.nb_classes), np.float32)
+            weights = self.nb_ptc[visited[:found]].astype(np.float32)
+            return np.log1p(counts[:found]) @ weights + self.nb_pc
+
+    model = Compiled.from_model_file(langid.MODEL_FILE, norm_probs=True)
+    with alone():
+        model.classify("a")
+    return model
