@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from conf.settings import Settings
+from conf.settings import RUNTIME, Settings
 
 LEAST_PERMUTATIONS, MOST_PERMUTATIONS = 64, 256
 """What `least_recall` chooses from, as far as it needs to."""
@@ -64,6 +64,10 @@ class DedupConfig(Settings):
     least_weight: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Weight of an exact copy. It falls in a line from 1 at `soft_floor`; a document stays with a probability
     that is its weight, drawn from its id."""
+
+    memory_mb: Annotated[int | None, RUNTIME, Field(ge=1)] = None
+    """MB that buckets, signatures and shingles of documents with possible copies may take in memory; what is
+    more lies on disk. None: a quarter of what the machine or the container has."""
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

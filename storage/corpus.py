@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.json"
 SHARD = "shard.parquet"
 ROW_GROUP_ROWS = 65_536
-ROW_GROUP_CHARS = 1 << 26
-"""A row group ends here too, so that writing one never holds more than some hundred MB of text."""
+ROW_GROUP_CHARS = 1 << 24
+"""A row group ends here too, so that writing one never holds more than some 50 MB of text."""
 DOCUMENT_COLUMNS = (
     "doc_id",
     "source",

@@ -1,11 +1,11 @@
 """Figures and examples of what dedup found."""
 
-import functools
 import json
 from typing import TYPE_CHECKING, Any
 
 from conf.dedup import DedupConfig
 from storage.corpus import Corpus
+from tasks.shard_batches import texts_at
 from tasks.stage import Job
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ def write_report(
     job: Job, corpus: Corpus, table: "pl.DataFrame", misses: "pl.DataFrame", settings: DedupConfig
 ) -> None:
     """Put figures, the table by domain and `logs/examples.json` on the job; its files are written."""
-    rows = [_domain_row(*item) for item in _by_domain(corpus, Corpus(job.path))]
+    rows = _by_domain(corpus, Corpus(job.path))
 
     def total(name: str) -> int:
         return sum(row[name] for row in rows)
@@ -45,8 +45,8 @@ def write_report(
     _write_examples(job, corpus, table, misses)
 
 
-def _by_domain(corpus: Corpus, result: Corpus) -> "list[tuple[str, pl.DataFrame]]":
-    """Per domain what came in, one row a document, with the `reason` it was dropped for (or null)."""
+def _by_domain(corpus: Corpus, result: Corpus) -> list[dict[str, Any]]:
+    """Figures of every domain, added up shard by shard."""
     import polars as pl
 
     frames: list[pl.DataFrame] = []
@@ -57,27 +57,27 @@ def _by_domain(corpus: Corpus, result: Corpus) -> "list[tuple[str, pl.DataFrame]
         if "cuts" in decisions.columns:
             span = pl.element().struct.field("end") - pl.element().struct.field("start")
             cut = decisions.select(pl.col("cuts").list.eval(span).list.sum())["cuts"].cast(pl.Int64)
-        frames.append(frame.with_columns(decisions["reason"], cut=cut))
+        frames.append(_counted(frame.with_columns(decisions["reason"], cut=cut)))
     if not frames:
         return []
-    groups = pl.concat(frames).group_by("domain")
-    return sorted((str(name), frame) for (name,), frame in groups)
+    return pl.concat(frames).group_by("domain").sum().sort("domain").to_dicts()
 
 
-def _domain_row(domain: str, documents: "pl.DataFrame") -> dict[str, Any]:
-    kept = documents.filter(documents["reason"].is_null())
-    reasons = documents["reason"]
-    return {
-        "domain": domain,
-        "documents": documents.height,
-        "exact": int((reasons == "exact_duplicate").sum()),
-        "near": int((reasons == "near_duplicate").sum()),
-        "cut": int((kept["cut"] > 0).sum()),
-        "dropped": documents.height - kept.height,
-        "kept": kept.height,
-        "chars_in": int(documents["n_chars"].sum()),
-        "chars_kept": int(kept["n_chars"].sum()) - int(kept["cut"].sum()),
-    }
+def _counted(documents: "pl.DataFrame") -> "pl.DataFrame":
+    import polars as pl
+
+    reason, chars, cut = pl.col("reason"), pl.col("n_chars").cast(pl.Int64), pl.col("cut")
+    is_kept = reason.is_null()
+    return documents.group_by("domain").agg(
+        documents=pl.len().cast(pl.Int64),
+        exact=(reason == "exact_duplicate").sum().cast(pl.Int64),
+        near=(reason == "near_duplicate").sum().cast(pl.Int64),
+        cut=(is_kept & (cut > 0)).sum().cast(pl.Int64),
+        dropped=reason.is_not_null().sum().cast(pl.Int64),
+        kept=is_kept.sum().cast(pl.Int64),
+        chars_in=chars.sum(),
+        chars_kept=(chars - cut).filter(is_kept).sum(),
+    )
 
 
 def _write_examples(
@@ -96,21 +96,20 @@ def _examples(corpus: Corpus, pairs: "pl.DataFrame") -> list[dict[str, Any]]:
     """Both texts of some pairs: their beginnings, or the passage that they share."""
     shards = corpus.shards
 
-    @functools.lru_cache(maxsize=1)
-    def texts(shard: int) -> "pl.Series":
-        return shards[shard].read(["text"], kept_only=False)["text"]
-
     shown = pairs.head(EXAMPLES)
     # As good, from fewer shards to read.
     inside = pairs.filter(pairs["shard"] == pairs["of_shard"])
     if inside.height >= EXAMPLES:
         most = inside["shard"].value_counts(sort=True)["shard"].head(2).implode()
         shown = inside.filter(inside["shard"].is_in(most)).head(EXAMPLES)
+    wanted: dict[int, set[int]] = {}
+    for shard, row, of_shard, of_row in shown.select("shard", "row", "of_shard", "of_row").rows():
+        wanted.setdefault(shard, set()).add(row)
+        wanted.setdefault(of_shard, set()).add(of_row)
     beginnings = {
-        (shard, row): str(texts(shard)[row])
-        for shard, row in sorted(
-            {*shown.select("shard", "row").rows(), *shown.select("of_shard", "of_row").rows()}
-        )
+        (shard, row): text
+        for shard, rows in wanted.items()
+        for row, text in texts_at(shards[shard], sorted(rows)).items()
     }
 
     def text(shard: int, row: int, start: int = 0) -> str:

@@ -21,6 +21,7 @@ from tasks.quality import (
     write_bounds,
 )
 from tasks.rows import open_text
+from tasks.shard_batches import texts_at
 from tasks.stage import Job, stage
 from tasks.text_statistics import build_statistics, read_statistics
 
@@ -424,6 +425,6 @@ def _texts(
         wanted.setdefault(row["shard"], set()).add(row["row"])
     found: dict[tuple[int, int], str] = {}
     for index, places in wanted.items():
-        text = shards[index].read(["text"], kept_only=False)["text"]
-        found |= {(index, place): str(text[place]) for place in sorted(places)}
+        texts = texts_at(shards[index], sorted(places))
+        found |= {(index, place): text for place, text in texts.items()}
     return found

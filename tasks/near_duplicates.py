@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from conf.dedup import DedupConfig
 from storage.corpus import Shard
+from tasks.memory import Scratch
 from tasks.signatures import (
     BANDS,
     SCORES,
@@ -31,6 +32,7 @@ from tasks.signatures import (
     sign_texts,
     texts_of,
 )
+from tasks.text_statistics import batches
 
 if TYPE_CHECKING:
     import numpy as np
@@ -47,6 +49,8 @@ NEAR_MISSES = "near_misses.parquet"
 """Some kept units that are nearest to being dropped; the same columns."""
 
 NEAR_MISSES_KEPT = 100
+ROWS_AT_ONCE = 1 << 16
+UNITS_AT_ONCE = 1 << 20
 ESTIMATE_SIGMAS = 6.0
 """Signatures that agree less than this far below the threshold are not compared exactly: about one
 pair in a billion at the threshold is missed by it."""
@@ -68,17 +72,22 @@ class SignedShard:
             return np.arange(self.shard.rows, dtype=np.int64)
         return pl.read_parquet(self.signed / UNITS, columns=["row"])["row"].to_numpy().astype("i8")
 
-    def texts(self, units: "Rows") -> "Texts":
-        """The texts of some units."""
+    def texts(self, units: "Rows") -> "Iterator[Texts]":
+        """The texts of some units, in order, some MB at a time (of paragraphs, all of them at once)."""
+        import numpy as np
         import polars as pl
 
-        texts = texts_of(self.shard)
         if not (self.signed / UNITS).exists():
-            return texts if len(units) == len(texts) else texts.take(units)
+            start = 0
+            for texts, _ in batches(self.shard):
+                first, last = np.searchsorted(units, (start, start + len(texts)))
+                yield texts.take(units[first:last] - start)
+                start += len(texts)
+            return
         spans = pl.read_parquet(self.signed / UNITS)[units]
-        pieces = spans.with_columns(text=pl.Series(texts).gather(spans["row"]))
+        pieces = spans.with_columns(text=pl.Series(texts_of(self.shard)).gather(spans["row"]))
         piece = pl.col("text").str.slice("start", pl.col("end") - pl.col("start"))
-        return pieces.select(piece.str.strip_chars())["text"]
+        yield pieces.select(piece.str.strip_chars())["text"]
 
 
 @dataclass(frozen=True)
@@ -108,11 +117,20 @@ class _Documents:
             for i, shard in enumerate(self.shards)
         ]
 
-    def gather(self, name: str) -> "npt.NDArray[Any]":
+    def gather(self, name: str, scratch: Scratch) -> "npt.NDArray[Any]":
         """One value (or row of values) per unit from the shards' sidecar `name`."""
         import numpy as np
 
-        return np.concatenate([_load(item.signed / name)[rows] for item, rows in self.by_shard()])
+        by_shard = [(_load(item.signed / name), rows) for item, rows in self.by_shard()]
+        first = by_shard[0][0]
+        values = scratch.empty((len(self.positions), *first.shape[1:]), first.dtype)
+        ends = np.cumsum([len(rows) for _, rows in by_shard])
+        for (of_shard, rows), end in zip(by_shard, ends, strict=True):
+            for start in range(0, len(rows), ROWS_AT_ONCE):
+                piece = rows[start : start + ROWS_AT_ONCE]
+                at = int(end) - len(rows) + start
+                values[at : at + len(piece)] = of_shard[piece]
+        return values
 
     def bands(self) -> "Iterator[npt.NDArray[np.uint64]]":
         """The keys of one band after another: all at once would be most of what is in memory."""
@@ -122,7 +140,7 @@ class _Documents:
         for band in range(len(by_shard[0][0])):
             yield np.concatenate([keys[band][rows] for keys, rows in by_shard])
 
-    def order(self, settings: DedupConfig) -> "Rows":
+    def order(self, settings: DedupConfig, scratch: Scratch) -> "Rows":
         """Places in the order of choice: what was kept before, then the new ones, best first."""
         import numpy as np
 
@@ -132,7 +150,7 @@ class _Documents:
             case "source":
                 worse = np.concatenate([_source_ranks(*item, settings) for item in self.by_shard()])
             case _:
-                worse = -self.gather(SCORES)
+                worse = -self.gather(SCORES, scratch)
         return np.lexsort((self.positions, np.where(self.is_new, worse, 0), self.is_new))
 
 
@@ -150,11 +168,12 @@ def build_landing(
     as the threshold. There is no transitive closure: what is dropped always has a kept partner within the
     threshold, chains of small changes are not collapsed.
     """
+    scratch = Scratch(files.parent, settings.memory_mb)
     documents = _documents_of(shards, first_new, earlier)
-    exact, remaining = _exact_copies(documents, settings)
+    exact, remaining = _exact_copies(documents, settings, scratch)
     near, misses, compared, candidates = empty_table(), empty_table(), 0, 0
     if settings.mode in ("near", "simhash"):
-        near, misses, compared, candidates = _near_copies(remaining, settings)
+        near, misses, compared, candidates = _near_copies(remaining, settings, scratch)
         exact = _with_kept_partners(exact, near)
     table = _sorted_table(exact, near)
     table.write_parquet(files / DUPLICATES, compression="zstd")
@@ -197,7 +216,7 @@ def _near_among(texts: "pl.Series", settings: DedupConfig) -> "Iterator[tuple[in
     values, ends = shingle_sets(texts.gather(places), settings)
     sets = (values, np.concatenate([np.zeros(1, np.int64), ends])[: len(ends)], ends)
     is_dropped, nearest, _, _ = _choose(
-        buckets, bucket_count, ~is_new, places, signatures[places], sets, settings
+        np.stack(buckets), bucket_count, ~is_new, places, signatures[places], sets, settings
     )
     for place in np.flatnonzero(is_dropped):
         yield int(places[place]), int(places[nearest[place]])
@@ -238,19 +257,24 @@ def _source_ranks(
 
 
 def _exact_copies(
-    documents: _Documents, settings: DedupConfig
+    documents: _Documents, settings: DedupConfig, scratch: Scratch
 ) -> "tuple[pl.DataFrame, _Documents]":
     """What equals another text of 128-bit hash; and the documents without it."""
     import numpy as np
     import polars as pl
 
-    order = documents.order(settings)
-    hashes = documents.gather(TEXT_HASHES)[order]
-    firsts = (
-        pl.DataFrame({"low": hashes[:, 0], "high": hashes[:, 1], "place": np.arange(len(order))})
-        .select(pl.col("place").min().over("low", "high"))["place"]
-        .to_numpy()
-    )
+    order = documents.order(settings, scratch)
+    hashes = documents.gather(TEXT_HASHES, scratch)
+    firsts = np.empty(len(order), np.int64)
+    groups = hashes[:, 0] % np.uint64(1 + len(order) // UNITS_AT_ONCE)
+    for group in range(1 + len(order) // UNITS_AT_ONCE):
+        places = np.flatnonzero(groups[order] == group)
+        of_group = hashes[order[places]]
+        firsts[places] = (
+            pl.DataFrame({"low": of_group[:, 0], "high": of_group[:, 1], "place": places})
+            .select(pl.col("place").min().over("low", "high"))["place"]
+            .to_numpy()
+        )
     original = np.empty(len(order), np.int64)
     original[order] = order[firsts]
     # A paragraph that its own document repeats is not a copy across documents.
@@ -261,16 +285,21 @@ def _exact_copies(
 
 
 def _near_copies(
-    documents: _Documents, settings: DedupConfig
+    documents: _Documents, settings: DedupConfig, scratch: Scratch
 ) -> "tuple[pl.DataFrame, pl.DataFrame, int, int]":
     """What is dropped, what was nearly dropped, pairs compared, documents with a possible partner."""
     import numpy as np
 
-    documents = documents.select(documents.gather(SHINGLES) >= settings.min_shingles)
-    buckets, bucket_count = _numbered(documents.bands(), documents.is_new)
-    is_possible = np.logical_or.reduce(buckets >= 0, axis=0)
-    documents, buckets = documents.select(is_possible), buckets[:, is_possible]
+    documents = documents.select(documents.gather(SHINGLES, scratch) >= settings.min_shingles)
+    every, bucket_count = _numbered(documents.bands(), documents.is_new, scratch)
+    is_possible = np.zeros(len(documents.positions), np.bool_)
+    for of_band in every:
+        is_possible |= of_band >= 0
+    documents = documents.select(is_possible)
     count = len(documents.positions)
+    buckets = scratch.empty((len(every), count), np.int64)
+    for band, of_band in enumerate(every):
+        buckets[band] = of_band[is_possible]
     if not count:
         return empty_table(), empty_table(), 0, 0
     is_dropped, nearest, similarity, compared = _choose(
@@ -278,13 +307,13 @@ def _near_copies(
         bucket_count,
         ~documents.is_new,
         documents.owners,
-        documents.gather(SIGNATURES),
-        None if settings.mode == "simhash" else _shingle_sets(documents, settings),
+        documents.gather(SIGNATURES, scratch),
+        None if settings.mode == "simhash" else _shingle_sets(documents, settings, scratch),
         settings,
-        documents.order(settings),
+        documents.order(settings, scratch),
     )
     if settings.mode == "simhash":
-        similarity = _similarities(documents, is_dropped, nearest, settings)
+        similarity = _similarities(documents, is_dropped, nearest, settings, scratch)
     dropped = np.flatnonzero(is_dropped)
     table = _table(documents, dropped, nearest[dropped], similarity[dropped], "near")
     missed = np.flatnonzero(~is_dropped & (nearest >= 0))
@@ -305,7 +334,7 @@ def _choose(
 ) -> "tuple[npt.NDArray[np.bool_], Rows, npt.NDArray[np.float64], int]":
     """Per unit: whether it is dropped, its partner (-1: none) and their similarity; and pairs compared.
 
-    By SimHash where there are no shingle sets; the similarity is then 0.
+    `buckets` are used up. By SimHash where there are no shingle sets; the similarity is then 0.
     """
     import numpy as np
 
@@ -342,6 +371,7 @@ def _similarities(
     is_dropped: "npt.NDArray[np.bool_]",
     nearest: "Rows",
     settings: DedupConfig,
+    scratch: Scratch,
 ) -> "npt.NDArray[np.float64]":
     """Exact Jaccard similarity of everything dropped to its partner; 0 for the others."""
     import numpy as np
@@ -353,7 +383,7 @@ def _similarities(
     is_meant[nearest[is_dropped]] = True
     if not is_meant.any():
         return similarity
-    values, begins, ends = _shingle_sets(documents.select(is_meant), settings)
+    values, begins, ends = _shingle_sets(documents.select(is_meant), settings, scratch)
     place_of = np.cumsum(is_meant) - 1
     for place in np.flatnonzero(is_dropped):
         similarity[place] = minhash.jaccard(
@@ -370,9 +400,11 @@ def _least_agreeing(settings: DedupConfig) -> float:
 
 
 def _numbered(
-    bands: "Iterable[npt.NDArray[np.uint64]]", is_new: "npt.NDArray[np.bool_]"
-) -> "tuple[npt.NDArray[np.int64], int]":
-    """(bands, documents) number of the bucket, -1 where it holds no other or no new document; and how many."""
+    bands: "Iterable[npt.NDArray[np.uint64]]",
+    is_new: "npt.NDArray[np.bool_]",
+    scratch: Scratch | None = None,
+) -> "tuple[Sequence[npt.NDArray[np.int64]], int]":
+    """Per band (documents,) number of the bucket, -1 where it holds no other or no new document; and how many."""
     import numpy as np
 
     buckets: list[npt.NDArray[np.int64]] = []
@@ -384,15 +416,15 @@ def _numbered(
         sizes = np.diff(np.append(starts, len(ordered)))
         is_used = (sizes > 1) & np.logical_or.reduceat(is_new[order], starts)
         numbers = np.where(is_used, found + np.cumsum(is_used) - 1, -1)
-        of_band = np.empty(len(keys), np.int64)
+        of_band = (scratch.empty if scratch else np.empty)((len(keys),), np.int64)
         of_band[order] = np.repeat(numbers, sizes)
         buckets.append(of_band)
         found += int(is_used.sum())
-    return np.stack(buckets) if buckets else np.empty((0, 0), np.int64), found
+    return buckets, found
 
 
 def _shingle_sets(
-    documents: _Documents, settings: DedupConfig
+    documents: _Documents, settings: DedupConfig, scratch: Scratch
 ) -> "tuple[npt.NDArray[np.uint64], Rows, Rows]":
     """Sorted distinct shingles of every unit, and where each one's begin and end."""
     import numpy as np
@@ -400,15 +432,17 @@ def _shingle_sets(
     by_shard = documents.by_shard()
     counts = [int(_load(item.signed / SHINGLES)[rows].sum()) for item, rows in by_shard]
     room = np.cumsum([0, *counts])
-    values = np.empty(int(room[-1]), np.uint64)
+    values = scratch.empty((int(room[-1]),), np.uint64)
 
     def of_shard(number: int) -> "tuple[Rows, Rows]":
         signed, units = by_shard[number]
         ends = np.empty(len(units), np.int64)
-        own = values[room[number] : room[number + 1]]
-        if len(units):
-            fill_shingle_sets(signed.texts(units), settings, own, ends)
-        ends += room[number]
+        at, done = int(room[number]), 0
+        for texts in signed.texts(units) if len(units) else ():
+            of_piece = ends[done : done + len(texts)]
+            filled = fill_shingle_sets(texts, settings, values[at : room[number + 1]], of_piece)
+            of_piece += at
+            at, done = at + filled, done + len(texts)
         return np.concatenate([room[number : number + 1], ends])[: len(ends)], ends
 
     # Threads: reading and the kernel let go of the interpreter.

@@ -1,4 +1,4 @@
-"""A shard's kept documents in small frames, so that no stage needs a whole shard in memory."""
+"""A shard's documents in small pieces, so that no stage needs a whole shard in memory."""
 
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -11,19 +11,17 @@ if TYPE_CHECKING:
 BATCH_BYTES = 8_000_000
 
 
-def kept_batches(
+def arrow_batches(
     shard: Shard, columns: Sequence[str], *, batch_bytes: int = BATCH_BYTES
-) -> "Iterator[pl.DataFrame]":
-    """The kept rows in order, with `row` added and removed spans taken out of `text`.
+) -> Iterator[Any]:
+    """Every row in order, as `pyarrow.RecordBatch`es; removed spans are taken out of `text`.
 
-    A frame holds about `batch_bytes` of text (as the Parquet file counts them) or one document; two
-    or three times that are in memory at once. Raises ValueError if the file has not the rows that the
-    manifest names.
+    A batch holds about `batch_bytes` of text (as the Parquet file counts them) or one document. Raises
+    ValueError if the file has not the rows that the manifest names.
     """
-    import polars as pl
     import pyarrow.parquet as pq
 
-    decisions = shard.decisions() if shard.keep_path is not None else None
+    cuts = shard.decisions()["cuts"] if "text" in columns and shard.has_cuts else None
     # Not mapped: pages of a map count as memory of the process until the kernel wants them back.
     with pq.ParquetFile(shard.text_path, memory_map=False, buffer_size=1 << 20) as file:
         if file.metadata.num_rows != shard.rows:
@@ -38,13 +36,39 @@ def kept_batches(
                 rows, row_groups=[group], columns=list(columns), use_threads=False
             )
             for batch in found:
-                frame = pl.DataFrame(pl.from_arrow(batch)).with_row_index("row", offset=start)
-                start += frame.height
-                if decisions is not None:
-                    of_rows = decisions[start - frame.height : start]
-                    frame = _cut(frame, of_rows).filter(of_rows["keep"])
-                if frame.height:
-                    yield frame
+                yield batch if cuts is None else _cut(batch, cuts[start : start + batch.num_rows])
+                start += batch.num_rows
+
+
+def kept_batches(
+    shard: Shard, columns: Sequence[str], *, batch_bytes: int = BATCH_BYTES
+) -> "Iterator[pl.DataFrame]":
+    """The kept rows in order, with `row` added; two or three times `batch_bytes` are in memory at once."""
+    import polars as pl
+
+    keep = shard.keep
+    start = 0
+    for batch in arrow_batches(shard, columns, batch_bytes=batch_bytes):
+        frame = pl.DataFrame(pl.from_arrow(batch)).with_row_index("row", offset=start)
+        start += frame.height
+        if keep is not None:
+            frame = frame.filter(keep[start - frame.height : start])
+        if frame.height:
+            yield frame
+
+
+def texts_at(shard: Shard, rows: Sequence[int]) -> dict[int, str]:
+    """The texts of a few rows, without removed spans; what lies behind the last one is not read."""
+    found: dict[int, str] = {}
+    start = 0
+    for batch in arrow_batches(shard, ["text"]) if rows else ():
+        texts = batch.column("text")
+        here = (row for row in rows if start <= row < start + len(texts))
+        found |= {row: texts[row - start].as_py() for row in here}
+        start += len(texts)
+        if start > max(rows):
+            break
+    return found
 
 
 def _rows_per_batch(group: Any, batch_bytes: int) -> int:
@@ -53,13 +77,12 @@ def _rows_per_batch(group: Any, batch_bytes: int) -> int:
     return max(1, int(batch_bytes / max(per_row, 1.0)))
 
 
-def _cut(frame: "pl.DataFrame", decisions: "pl.DataFrame") -> "pl.DataFrame":
-    import polars as pl
+def _cut(batch: Any, cuts: "pl.Series") -> Any:
+    import pyarrow as pa
 
-    if "cuts" not in decisions.columns or "text" not in frame.columns:
-        return frame
     texts = [
-        without_spans(text, cuts) if cuts else text
-        for text, cuts in zip(frame["text"], decisions["cuts"].to_list(), strict=True)
+        without_spans(text, spans) if spans else text
+        for text, spans in zip(batch.column("text").to_pylist(), cuts.to_list(), strict=True)
     ]
-    return frame.with_columns(pl.Series("text", texts, dtype=pl.String))
+    place = batch.schema.get_field_index("text")
+    return batch.set_column(place, "text", pa.array(texts, pa.large_string()))

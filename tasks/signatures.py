@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from conf.dedup import DedupConfig
 from storage.corpus import Shard
+from tasks.text_statistics import batches
 
 if TYPE_CHECKING:
     import numpy as np
@@ -58,29 +59,47 @@ def build_signatures(
     text a second.
     """
     import numpy as np
-    import xxhash
+    import polars as pl
 
     from tasks.kernels.compiling import alone
 
-    texts: Texts = texts_of(shard)
-    if settings.unit == "paragraph":
-        units = paragraphs_of(_series(texts), settings.min_paragraph_tokens)
-        texts = units["text"]
-        units.drop("text").write_parquet(files / UNITS, compression="zstd")
+    columns: dict[str, list[npt.NDArray[Any]]] = {}
+    units: list[pl.DataFrame] = []
+    rows = 0
+    for every, _ in batches(shard):
+        texts: Texts = every
+        if settings.unit == "paragraph":
+            found = paragraphs_of(_series(texts), settings.min_paragraph_tokens)
+            texts = found["text"]
+            units.append(found.drop("text").with_columns(pl.col("row") + rows))
+        rows += len(every)
+        columns.setdefault(TEXT_HASHES, []).append(_text_hashes(texts))
+        if settings.keep in ("longest", "quality"):
+            columns.setdefault(SCORES, []).append(_scores(_series(texts), settings))
+        if settings.mode in ("near", "simhash"):
+            with alone():
+                _sign(texts[:1], settings, frequencies, permutations)
+            signatures, shingles = _sign(texts, settings, frequencies, permutations)
+            columns.setdefault(SIGNATURES, []).append(signatures)
+            columns.setdefault(SHINGLES, []).append(shingles)
+    arrays = {name: np.concatenate(pieces) for name, pieces in columns.items()}
+    if units:
+        pl.concat(units).write_parquet(files / UNITS, compression="zstd")
+    if SIGNATURES in arrays:
+        arrays[BANDS] = keys_of(arrays[SIGNATURES], settings)
+    for name, values in arrays.items():
+        np.save(files / name, values)
+    return {"units": len(arrays[TEXT_HASHES])}
+
+
+def _text_hashes(texts: "Texts") -> "npt.NDArray[np.uint64]":
+    import numpy as np
+    import xxhash
+
     content, offsets = text_buffers(texts)
     view, limits = content.data, itertools.pairwise(offsets.tolist())
     digests = b"".join(xxhash.xxh3_128_digest(view[start:end]) for start, end in limits)
-    np.save(files / TEXT_HASHES, np.frombuffer(digests, np.uint64).reshape(-1, 2))
-    if settings.keep in ("longest", "quality"):
-        np.save(files / SCORES, _scores(_series(texts), settings))
-    if settings.mode in ("near", "simhash"):
-        with alone():
-            _sign(texts[:1], settings, frequencies, permutations)
-        signatures, shingles = _sign(texts, settings, frequencies, permutations)
-        np.save(files / SIGNATURES, signatures)
-        np.save(files / BANDS, keys_of(signatures, settings))
-        np.save(files / SHINGLES, shingles)
-    return {"units": len(texts)}
+    return np.frombuffer(digests, np.uint64).reshape(-1, 2)
 
 
 def texts_of(shard: Shard) -> Any:

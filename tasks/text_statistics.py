@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from storage.corpus import Shard
 from tasks.han import common_han
+from tasks.shard_batches import arrow_batches
 
 if TYPE_CHECKING:
     import numpy as np
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 STATISTICS = "statistics.parquet"
-BATCH_ROWS = 4096
 GRAM_WORDS = (2, 3, 4, 5, 6, 7, 8, 9, 10)
 HAN_GRAM_WORDS = (3, 5, 6, 8, 10, 11, 13, 14, 16)
 """The same for text whose words are single characters: a Chinese word is about 1.6 of them."""
@@ -116,21 +116,11 @@ def batches(shard: Shard) -> Iterator[tuple[Any, list[str]]]:
     Where an earlier stage has cut spans, the text is the cut one.
     """
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
-    if shard.has_cuts:
-        frame = shard.read(["text", "language"], kept_only=False)
-        for piece in frame.iter_slices(BATCH_ROWS):
-            text = pa.array(piece["text"].to_list(), pa.large_string())
-            yield text, piece["language"].to_list()
-        return
-    with pq.ParquetFile(shard.text_path) as table:
-        is_empty = True
-        for batch in table.iter_batches(batch_size=BATCH_ROWS, columns=["text", "language"]):
-            is_empty = False
-            yield batch.column("text"), batch.column("language").to_pylist()
-        if is_empty:
-            yield pa.array([], pa.large_string()), []
+    for batch in arrow_batches(shard, ["text", "language"]):
+        yield batch.column("text"), batch.column("language").to_pylist()
+    if not shard.rows:
+        yield pa.array([], pa.large_string()), []
 
 
 def _columns(text: Any, languages: list[str], bad_words: Sequence[str]) -> dict[str, Any]:

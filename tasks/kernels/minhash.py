@@ -340,7 +340,7 @@ def rarity_of(value, known, rarity, rarest):
 
 
 @nb.njit(nogil=True, cache=True)
-def _candidates(p, buckets, head, following, seen_by, out):
+def _candidates(p, buckets, head, seen_by, out):
     """Write every kept document that shares a bucket with p, in order, each once; how many."""
     found = 0
     for band in range(buckets.shape[0]):
@@ -351,18 +351,18 @@ def _candidates(p, buckets, head, following, seen_by, out):
                 seen_by[other] = p
                 out[found] = other
                 found += 1
-            other = following[band, other]
+            other = buckets[band, other]
     out[:found].sort()
     return found
 
 
 @nb.njit(nogil=True, cache=True)
-def _keep(p, buckets, head, following):
-    """Enter p into the chains of its buckets."""
+def _keep(p, buckets, head):
+    """Enter p into the chains of its buckets; the one before it takes the place of the bucket's number."""
     for band in range(buckets.shape[0]):
         bucket = buckets[band, p]
         if bucket >= 0:
-            following[band, p] = head[bucket]
+            buckets[band, p] = head[bucket]
             head[bucket] = p
 
 
@@ -385,6 +385,7 @@ def choose(
     """Go through documents in order; drop one if an earlier kept one is as close as the threshold.
 
     `buckets` is (bands, documents): the number of the bucket a document is in, -1 if it is alone.
+    It is used up.
     Documents with `is_old` were kept by an earlier landing and stay; those of one owner are not
     compared. Writes, per document, whether it is dropped, and a kept document with its similarity: the
     earliest within the threshold for a dropped one, else the nearest that was compared (-1 for none).
@@ -395,13 +396,12 @@ def choose(
     are not compared.
     """
     head = np.full(bucket_count, -1, np.int64)
-    following = np.full(buckets.shape, -1, np.int64)
     seen_by = np.full(buckets.shape[1], -1, np.int64)
     out = np.empty(buckets.shape[1], np.int64)
     compared = 0
     for p in range(buckets.shape[1]):
         is_dropped[p], nearest[p], similarity[p] = False, -1, 0.0
-        found = 0 if is_old[p] else _candidates(p, buckets, head, following, seen_by, out)
+        found = 0 if is_old[p] else _candidates(p, buckets, head, seen_by, out)
         for i in range(found):
             if owners[out[i]] == owners[p]:
                 continue
@@ -415,7 +415,7 @@ def choose(
             if is_dropped[p]:
                 break
         if not is_dropped[p]:
-            _keep(p, buckets, head, following)
+            _keep(p, buckets, head)
     return compared
 
 
@@ -432,13 +432,12 @@ def choose_by_bits(
 ) -> int:
     """As `choose`, by SimHashes: dropped if an earlier kept one differs in at most `distance_bits` bits."""
     head = np.full(bucket_count, -1, np.int64)
-    following = np.full(buckets.shape, -1, np.int64)
     seen_by = np.full(buckets.shape[1], -1, np.int64)
     out = np.empty(buckets.shape[1], np.int64)
     compared = 0
     for p in range(buckets.shape[1]):
         is_dropped[p], nearest[p] = False, -1
-        found = 0 if is_old[p] else _candidates(p, buckets, head, following, seen_by, out)
+        found = 0 if is_old[p] else _candidates(p, buckets, head, seen_by, out)
         for i in range(found):
             if owners[out[i]] == owners[p]:
                 continue
@@ -447,5 +446,5 @@ def choose_by_bits(
                 is_dropped[p], nearest[p] = True, out[i]
                 break
         if not is_dropped[p]:
-            _keep(p, buckets, head, following)
+            _keep(p, buckets, head)
     return compared

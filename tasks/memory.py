@@ -1,0 +1,74 @@
+"""How much memory there is, and arrays that go to disk when they would need more than their share."""
+
+import math
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from numpy.typing import DTypeLike, NDArray
+
+GROUPS = Path("/sys/fs/cgroup")
+SHARE = 0.25
+"""Of the memory there is, what one stage's arrays may take where no bound is set."""
+
+
+def host_memory() -> int:
+    """Bytes that processes of this host may use: what is built in, or the limit of a memory group (container)
+    that this process is in."""
+    built_in = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min([built_in, *_group_limits(GROUPS, Path("/proc/self/cgroup"))])
+
+
+def _group_limits(groups: Path, membership: Path) -> list[int]:
+    """Limits of the groups of both versions that the process is in, those above them included."""
+    limits: list[int] = []
+    lines = membership.read_text("utf-8").splitlines() if membership.is_file() else []
+    for line in lines:
+        _, controllers, name = line.split(":", 2)
+        match controllers.split(","):
+            case [""]:
+                root, file = groups, "memory.max"
+            case ["memory"]:
+                root, file = groups / "memory", "memory.limit_in_bytes"
+            case _:
+                continue
+        # Inside a container the group's own name may not be mounted; its limit is then the root's.
+        places = [root, *(root / part for part in _prefixes(name))]
+        found = [
+            (place / file).read_text("utf-8").strip()
+            for place in places
+            if (place / file).is_file()
+        ]
+        limits += [int(text) for text in found if text.isdigit()]
+    return limits
+
+
+def _prefixes(name: str) -> list[str]:
+    parts = [part for part in name.split("/") if part]
+    return ["/".join(parts[: i + 1]) for i in range(len(parts))]
+
+
+class Scratch:
+    """Gives arrays: in memory up to a bound, then in files of a folder.
+
+    The files have no name, so that nothing stays behind, however the process ends; the kernel keeps of them in
+    memory what fits.
+    """
+
+    def __init__(self, folder: Path, memory_mb: int | None) -> None:
+        """Without a bound in MB it is a quarter of what the host, or its memory group, has."""
+        self._folder = folder
+        self._left = int(SHARE * host_memory()) if memory_mb is None else memory_mb << 20
+
+    def empty(self, shape: tuple[int, ...], dtype: "DTypeLike") -> "NDArray[Any]":
+        """An array with any content."""
+        import numpy as np
+
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        if size <= self._left:
+            self._left -= size
+            return np.empty(shape, dtype)
+        with tempfile.TemporaryFile(dir=self._folder) as stream:
+            return np.memmap(stream, dtype, "w+", shape=shape).view(np.ndarray)
