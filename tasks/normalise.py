@@ -11,6 +11,7 @@ _LINE_ENDS = re.compile(r"\r\n?|[\x0b\x0c\x85\u2028\u2029]")
 _CONTROLS = re.compile(
     "[\x00-\x08\x0e-\x1f\x7f-\x9f\u00ad\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\u2066-\u206f\ufeff\ufff9-\ufffb]"
 )
+_ASCII_CONTROLS = bytes([*range(0x09), *range(0x0E, 0x20), 0x7F])
 _SURROGATES = re.compile("[\ud800-\udfff]")
 # The look-behind lets a run of spaces be tried once, not once for each of its spaces.
 _SPACE_ENDS = re.compile(r"(?<![ \t\u00a0\u3000])[ \t\u00a0\u3000]+$", re.MULTILINE)
@@ -33,8 +34,11 @@ def normalise(text: str, settings: NormaliseConfig) -> str:
 
     Lone surrogates become U+FFFD whatever the settings: they cannot be written as UTF-8.
     """
-    text = _SURROGATES.sub("\ufffd", text)
-    text = _LINE_ENDS.sub("\n", text)
+    # A search for what is not there is cheap, an expression that tries every character is not.
+    if not text.isascii():
+        text = _SURROGATES.sub("\ufffd", text)
+    if any(mark in text for mark in "\r\x0b\x0c\x85\u2028\u2029"):
+        text = _LINE_ENDS.sub("\n", text)
     if settings.unicode_form != "none" and not text.isascii():
         text = unicodedata.normalize(settings.unicode_form, text)
     if settings.width == "half":
@@ -43,10 +47,15 @@ def normalise(text: str, settings: NormaliseConfig) -> str:
         text = _AFTER_HAN.sub(lambda match: _CHINESE_MARKS[match.group()], text)
         text = _AFTER_LATIN.sub(lambda match: _PLAIN_MARKS[match.group()], text)
     if settings.is_without_controls:
-        text = _SPACES.sub(" ", _CONTROLS.sub("", text))
+        if text.isascii():
+            text = text.encode("ascii").translate(None, _ASCII_CONTROLS).decode("ascii")
+        else:
+            text = _SPACES.sub(" ", _CONTROLS.sub("", text))
     if settings.max_blank_lines is not None:
-        text = _SPACE_ENDS.sub("", text)
-        text = _BLANK_LINES.sub("\n" * (settings.max_blank_lines + 1), text)
+        if any(f"{space}\n" in text for space in " \t\u00a0\u3000"):
+            text = _SPACE_ENDS.sub("", text)
+        if "\n\n\n" in text:
+            text = _BLANK_LINES.sub("\n" * (settings.max_blank_lines + 1), text)
     if settings.max_punctuation_run is not None:
         run = settings.max_punctuation_run
         text = _RUNS.sub(lambda match: match.group(0)[:run], text)
