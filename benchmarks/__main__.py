@@ -10,11 +10,15 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 import benchmarks
-from benchmarks.work import Row, corpus_of
+from benchmarks.work import Row, Work, corpus_of
+
+WIDTH = 100
+"""Columns of the table, also where the output is no terminal."""
 
 
 def main() -> None:
@@ -26,10 +30,11 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="bessemer-bench-") as folder:
         corpus, megabytes = corpus_of(Path(folder), arguments.data, arguments.megabytes)
+        work = Work(Path(folder), arguments.data, corpus, megabytes)
         rows: list[Row] = []
         for name in _names(arguments.names):
-            rows += importlib.import_module(f"benchmarks.{name}").measure(Path(folder), corpus)
-    Console().print(_table(rows, megabytes))
+            rows += importlib.import_module(f"benchmarks.{name}").measure(work)
+    Console(width=WIDTH).print(_table(rows, megabytes))
 
 
 def _names(asked: list[str]) -> Iterator[str]:
@@ -45,27 +50,16 @@ def _names(asked: list[str]) -> Iterator[str]:
 
 
 def _table(rows: list[Row], megabytes: float) -> Table:
-    table = Table(title=f"{megabytes:.1f} MB of text", title_justify="left")
-    for name in ("work", "against", "ours", "theirs", "ratio", "goal", "floor"):
-        table.add_column(name)
+    table = Table(title=f"{megabytes:.1f} MB of text", title_justify="left", box=SIMPLE_HEAD)
+    for name in ("work", "against"):
+        table.add_column(name, overflow="fold")
+    for name in ("ours", "theirs", "", "ratio", "goal", "floor", "met"):
+        table.add_column(name, no_wrap=True, justify="left" if name in ("", "met") else "right")
     for row in rows:
         ratio = row.ours / row.theirs
-        mark = (
-            ""
-            if ratio >= row.goal
-            else " (under the goal)"
-            if ratio >= row.floor
-            else " (UNDER THE FLOOR)"
-        )
-        table.add_row(
-            row.work,
-            row.peer,
-            f"{row.ours:,.3g} {row.unit}",
-            f"{row.theirs:,.3g} {row.unit}",
-            f"{ratio:,.3g}{mark}",
-            f"{row.goal:g}",
-            f"{row.floor:g}",
-        )
+        met = "goal" if ratio >= row.goal else "floor" if ratio >= row.floor else "NOTHING"
+        figures = (f"{row.ours:,.3g}", f"{row.theirs:,.3g}", row.unit, f"{ratio:,.3g}")
+        table.add_row(row.work, row.peer, *figures, f"{row.goal:g}", f"{row.floor:g}", met)
     return table
 
 

@@ -15,7 +15,7 @@ import numba as nb
 import numpy as np
 import pyarrow as pa
 
-from benchmarks.work import Row, megabytes_per_second
+from benchmarks.work import Row, Work, megabytes_per_second
 from conf.filter import FilterConfig, Rule
 from storage.corpus import Corpus
 from storage.store import Store
@@ -182,14 +182,14 @@ def _repeated(words: list[str], width: int) -> int:
 # The rows
 
 
-def measure(folder: Path, corpus: Corpus) -> list[Row]:
+def measure(work: Work) -> list[Row]:
     """Two rows: the stage against plain rules, and repetition alone."""
     settings = FilterConfig(outlier_sigmas=None)
-    _run(folder / "warm", corpus, settings)
+    _run(work.folder / "warm", work.corpus, settings)
     started = time.perf_counter()
-    job = _run(folder / "timed", corpus, settings)
+    job = _run(work.folder / "timed", work.corpus, settings)
     seconds = time.perf_counter() - started
-    rows = list(corpus.documents(kept_only=False))
+    rows = list(work.corpus.documents(kept_only=False))
     ours = job.metrics["bytes"] / 1e6 / seconds
     part = _part(rows)
     texts = [row["text"] for row in part]

@@ -6,7 +6,6 @@ text puts in a wanted language.
 """
 
 import json
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,23 +13,20 @@ from typing import Any, cast
 
 import trafilatura
 
-from benchmarks.work import Row
+from benchmarks.work import Row, Work
 from conf.extract import PageConfig
-from storage.corpus import Corpus
 from storage.source import SourceFile
 from tasks.language import language_of, script_shares
 from tasks.main_text import main_text
 from tasks.records import RawRecord, read_records
 
 LANGUAGES = ("zh", "en")
-DATA = "BESSEMER_BENCH_DATA"
-"""Folder of data; `../shared/data` where the variable is not set."""
 
 
-def measure(folder: Path, corpus: Corpus) -> list[Row]:
+def measure(work: Work) -> list[Row]:
     """Pages a second, and F1; no row where the data is missing."""
-    data = Path(os.environ.get(DATA, "../shared/data")) / "crawl"
-    if not (data / "pages_warc").is_dir():
+    data = (work.data or Path()) / "crawl"
+    if work.data is None or not (data / "pages_warc").is_dir():
         return []
     pages = _pages(data / "pages_warc")
     gold = json.loads((data / "trafilatura_eval" / "evaldata.json").read_text("utf-8"))

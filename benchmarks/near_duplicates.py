@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.work import WORKERS, Row, environment, run_peer, texts_of
+from benchmarks.work import WORKERS, Row, Work, environment, run_peer, texts_of
 from conf.dedup import DedupConfig
 from storage.corpus import Corpus, ShardEntry, ShardWriter, document_of
 from storage.identity import hash_file
@@ -40,15 +40,15 @@ PLANTED = 1500
 """Pages per language of the quality rows; two thirds of them are copies."""
 
 
-def measure(folder: Path, corpus: Corpus) -> list[Row]:
+def measure(work: Work) -> list[Row]:
     """Five rows of speed, and per language two of quality for everybody."""
     python = environment("near_duplicates", PACKAGES, without_dependencies=WITHOUT_DEPENDENCIES)
-    pages = [page for text in texts_of(corpus) for page in _pages(text)]
+    pages = [page for text in texts_of(work.corpus) for page in _pages(text)]
     texts = _with_copies(pages)
-    rows = _speed(folder, python, texts)
+    rows = _speed(work.folder, python, texts)
     for language in ("zh", "en"):
         chosen = [page for page in pages if _language(page) == language and len(page) > 300]
-        rows += _quality(folder, python, _planted(chosen), language)
+        rows += _quality(work.folder, python, _planted(chosen), language)
     return rows
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 
-from benchmarks.work import Row, run_stage
+from benchmarks.work import Row, Work, run_stage
 from conf.tokenize import TokenizeConfig
 from conf.tokenizer import TokenizerConfig
 from storage.corpus import Corpus
@@ -20,24 +20,24 @@ VOCABULARY = 32_000
 PEER_BATCH = 1000
 
 
-def measure(folder: Path, corpus: Corpus) -> list[Row]:
+def measure(work: Work) -> list[Row]:
     """One row; both sides begin with the corpus' Parquet files and end with the same .bin files.
 
     Ours is the whole stage: processes started, counts, digests, commit. Raises RuntimeError when the
     files of the two sides differ.
     """
     settings = TokenizerConfig(vocabulary=VOCABULARY, sample_bytes=4_000_000)
-    model = run_stage(tokenizer, settings, {"corpus": corpus}, folder)
+    model = run_stage(tokenizer, settings, {"corpus": work.corpus}, work.folder)
     assert isinstance(model, Tokenizer)
     started = time.perf_counter()
-    inputs = {"corpus": corpus, "tokenizer": model}
-    tokens = run_stage(tokenize, TokenizeConfig(), inputs, folder)
+    inputs = {"corpus": work.corpus, "tokenizer": model}
+    tokens = run_stage(tokenize, TokenizeConfig(), inputs, work.folder)
     ours = time.perf_counter() - started
     assert isinstance(tokens, Tokens)
-    peer = folder / "peer"
+    peer = work.folder / "peer"
     peer.mkdir(exist_ok=True)
     started = time.perf_counter()
-    _tokenizers(peer, corpus, model)
+    _tokenizers(peer, work.corpus, model)
     theirs = time.perf_counter() - started
     for path in peer.iterdir():
         if path.read_bytes() != (tokens.files / path.name).read_bytes():

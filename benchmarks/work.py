@@ -36,6 +36,20 @@ class Row:
     floor: float
 
 
+@dataclass(frozen=True)
+class Work:
+    """What every benchmark gets."""
+
+    folder: Path
+    """Empty at the beginning, and removed at the end."""
+    data: Path | None
+    """The folder of data, where one is given."""
+    corpus: Corpus
+    """Documents of `data`, or of the demo's world."""
+    megabytes: float
+    """Text to work on, in 10^6 bytes of UTF-8: that of the corpus."""
+
+
 def run_stage(
     function: Any, settings: Settings, inputs: Mapping[str, Artifact], folder: Path
 ) -> Artifact:
