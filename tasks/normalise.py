@@ -47,16 +47,23 @@ def normalise(text: str, settings: NormaliseConfig) -> str:
         text = _AFTER_HAN.sub(lambda match: _CHINESE_MARKS[match.group()], text)
         text = _AFTER_LATIN.sub(lambda match: _PLAIN_MARKS[match.group()], text)
     if settings.is_without_controls:
-        if text.isascii():
-            text = text.encode("ascii").translate(None, _ASCII_CONTROLS).decode("ascii")
-        else:
-            text = _SPACES.sub(" ", _CONTROLS.sub("", text))
+        text = _without_controls(text)
     if settings.max_blank_lines is not None:
-        if any(f"{space}\n" in text for space in " \t\u00a0\u3000"):
-            text = _SPACE_ENDS.sub("", text)
-        if "\n\n\n" in text:
-            text = _BLANK_LINES.sub("\n" * (settings.max_blank_lines + 1), text)
+        text = _with_few_blank_lines(text, settings.max_blank_lines)
     if settings.max_punctuation_run is not None:
         run = settings.max_punctuation_run
         text = _RUNS.sub(lambda match: match.group(0)[:run], text)
     return text.strip()
+
+
+def _without_controls(text: str) -> str:
+    if text.isascii():
+        return text.encode("ascii").translate(None, _ASCII_CONTROLS).decode("ascii")
+    return _SPACES.sub(" ", _CONTROLS.sub("", text))
+
+
+def _with_few_blank_lines(text: str, most: int) -> str:
+    """Lines without spaces at their ends, and at most so many blank ones in a row."""
+    if any(f"{space}\n" in text for space in " \t\u00a0\u3000"):
+        text = _SPACE_ENDS.sub("", text)
+    return _BLANK_LINES.sub("\n" * (most + 1), text) if "\n\n\n" in text else text
