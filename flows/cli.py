@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from conf.mistakes import RecipeError
+from flows.cli_models import chat, serve
 from flows.execution import Execution
 from flows.preparation import Request, prepare
 from flows.runs import Home, RunRecord, ServiceError, find_artifact, open_home
@@ -410,6 +411,10 @@ def export(
     store = home.used_store()
     copy_out(find_artifact(artifact, home, store), store, to)
     console().print(f"wrote {to}", soft_wrap=True)
+
+
+app.command()(chat)
+app.command()(serve)
 
 
 @contextmanager
