@@ -1,9 +1,9 @@
 """Settings of pretraining, and how many steps they come to on given data."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -11,6 +11,11 @@ from conf.curriculum import CurriculumConfig
 from conf.launch import DEEPSPEED_ENGINES, LaunchConfig
 from conf.settings import RUNTIME, Settings
 from conf.shape import ShapeConfig
+
+MOST_EPOCHS = 4
+"""Up to so many passes a text teaches nearly as much as a new one (Muennighoff et al. 2023, section 5)."""
+MOST_NEW_SHARE = 0.15
+"""Share of domains that the policy to continue has not read, above which it forgets what it has."""
 
 
 class PhaseConfig(Settings):
@@ -83,10 +88,20 @@ class PretrainConfig(Settings):
     the last 128 good steps of its phase (from 64 of them on); 0 for only when they are not finite."""
     exclude: tuple[Annotated[str, Field(pattern=r"^.+/\d+$")], ...] = ()
     """Samples, as the guard named them (`web/812`), whose labels train nothing."""
+    stop_patience: Annotated[int, Field(ge=0)] = 0
+    """So many looks in a row at the held-out loss (over the tokens of all domains) without a gain end the
+    training, and the policy is that of the best look; 0 for never, and the policy of the last step."""
+    stop_gain: Annotated[float, Field(ge=0)] = 0.0
+    """A gain lowers the held-out loss by more than so many nats per token."""
     held_tokens: Annotated[int, Field(ge=0), RUNTIME] = 65_536
     """Held-out tokens per domain, whole documents, on which the loss is followed; 0 for none."""
     evaluate_every_steps: Annotated[int, Field(ge=0), RUNTIME] = 100
     """Steps between two looks at the held-out loss; 0 for none."""
+    prompts: Annotated[tuple[str, ...], RUNTIME] = ()
+    """Texts that the model continues at every look, by its likeliest tokens; `samples.jsonl` of the stage's
+    logs, its page and MLflow show what it writes."""
+    prompt_tokens: Annotated[int, Field(ge=1), RUNTIME] = 48
+    """Longest continuation in tokens, at most half the context; of longer prompts the end is read."""
     checkpoint_every_steps: Annotated[int, Field(ge=0), RUNTIME] = 0
     """Steps between two checkpoints, besides those by `launch.checkpoint_seconds`; 0 for none."""
     launch: Annotated[LaunchConfig, RUNTIME] = LaunchConfig()
@@ -116,10 +131,25 @@ class PretrainConfig(Settings):
                 f"launch.engine=fsdp"
             )
         self._refuse_unfit_curriculum()
+        if self.stop_patience and not (self.held_tokens and self.evaluate_every_steps):
+            raise ValueError(
+                f"stop_patience={self.stop_patience} waits for looks at the held-out loss, of which there "
+                f"are none; set held_tokens and evaluate_every_steps above 0, or stop_patience=0"
+            )
+        if self.prompts and not (self.held_tokens and self.evaluate_every_steps):
+            raise ValueError(
+                "prompts are continued at every look at the held-out loss, of which there are none; set "
+                "held_tokens and evaluate_every_steps above 0"
+            )
         total = sum(phase.tokens for phase in self.phases)
         if self.phases and abs(total - 1) > 1e-6:
             raise ValueError(f"the phases' shares of tokens add up to {total:g}; make it 1")
         return self
+
+    def identity(self) -> dict[str, Any]:
+        """Where looks at the held-out loss end the training, when and at what they look counts, too."""
+        looks = ("held_tokens", "evaluate_every_steps") if self.stop_patience else ()
+        return super().identity() | {name: getattr(self, name) for name in looks}
 
     def _refuse_unfit_curriculum(self) -> None:
         first = self.curriculum.first_row_tokens
@@ -165,7 +195,9 @@ class PretrainConfig(Settings):
         return PretrainPlan(
             steps=steps,
             warmup_steps=round(self.warmup * steps),
+            batch_rows=self.batch_rows,
             domains=tuple(names),
+            windows=tuple(math.ceil(domains[name] / self.row_tokens) for name in names),
             phases=_phases(phases, mixes, names, steps),
         )
 
@@ -180,6 +212,49 @@ class PretrainPlan:
     """All domains of the data, sorted; the order of the shares."""
     phases: tuple[tuple[int, tuple[float, ...]], ...]
     """Steps of each phase, and the share of each domain in it."""
+    batch_rows: int
+    """Rows of a step."""
+    windows: tuple[int, ...]
+    """Rows that each domain has."""
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Share of each domain in the whole training."""
+        found = dict.fromkeys(self.domains, 0.0)
+        for steps, shares in self.phases:
+            for name, share in zip(self.domains, shares, strict=True):
+                found[name] += steps / self.steps * share / sum(shares)
+        return found
+
+    @property
+    def epochs(self) -> dict[str, float]:
+        """How often the training reads each domain that it reads."""
+        rows = self.steps * self.batch_rows
+        return {
+            name: share * rows / windows
+            for (name, share), windows in zip(self.shares.items(), self.windows, strict=True)
+            if share
+        }
+
+    def warnings(self, known: Collection[str] | None = None) -> list[str]:
+        """What to think about before it runs, a sentence each; `known` are the domains that the policy
+        to continue has read, where there is such a policy and it says so."""
+        found = [
+            f"domain {name} is read {epochs:.1f} times, and more than {MOST_EPOCHS} teach little: add data, "
+            f"lower pretrain.tokens, or give it a smaller share of the mix"
+            for name, epochs in self.epochs.items()
+            # A training is rounded up to whole steps.
+            if round(epochs, 1) > MOST_EPOCHS
+        ]
+        shares = self.shares.items() if known is not None else ()
+        new = {name: share for name, share in shares if share and name not in (known or ())}
+        if (total := sum(new.values())) > MOST_NEW_SHARE:
+            found.append(
+                f"{total:.0%} of the tokens are of domains that the policy to continue has not read "
+                f"({', '.join(new)}), and above {MOST_NEW_SHARE:.0%} it forgets what it knows: mix in more "
+                f"of what it has read"
+            )
+        return found
 
 
 def _one_by_one(order: Sequence[str], domains: Mapping[str, int]) -> tuple[PhaseConfig, ...]:

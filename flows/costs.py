@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -15,7 +14,7 @@ from typing import Any, cast
 from conf.dpo import DpoConfig
 from conf.launch import LaunchConfig
 from conf.ppo import PpoConfig
-from conf.pretrain import PretrainConfig
+from conf.pretrain import PretrainConfig, PretrainPlan
 from conf.reward import RewardConfig
 from conf.sft import SftConfig
 from conf.shape import LARGEST_EMBEDDING_SHARE, ShapeConfig, embedding_warning
@@ -27,8 +26,6 @@ from tasks.processes import cores, cuda_devices
 
 TOKENS_PER_PARAMETER = 20
 """Of a model that is trained best for its compute (Hoffmann et al. 2022, table 3)."""
-MOST_EPOCHS = 4
-"""Passes over data beyond which more of them teach little (Muennighoff et al. 2023, figure 1)."""
 USUAL_SHARE_OF_PEAK = {"cpu": 0.85, "cuda": 0.4}
 """Of the peak that a training reaches where no run has told yet: 83 to 91 % of the matrix product on a
 CPU in fp32 (measured), 40 % on an accelerator (PaLM: 46 %)."""
@@ -165,7 +162,8 @@ def _steps(lookup: Lookup, node: Node, settings: Trained) -> tuple[int, int]:
     """Updates, and those of the warm-up."""
     match settings:
         case PretrainConfig():
-            steps = _pretrain_steps(settings, _train_tokens(lookup, node))
+            plan = _pretrain_plan(lookup, node, settings)
+            steps = plan.steps if plan else steps_of(settings.tokens, settings.batch_tokens)
         case PpoConfig():
             per_iteration = settings.epochs * settings.rollout_rows // settings.minibatch_rows
             steps = settings.iterations * per_iteration
@@ -182,14 +180,14 @@ def steps_of(samples: float, batch: int, accumulation: int = 1, ranks: int = 1) 
     return math.ceil(samples / (batch * accumulation * ranks) - 1e-9)
 
 
-def _pretrain_steps(settings: PretrainConfig, domains: Mapping[str, int]) -> int:
-    if domains:
-        try:
-            return settings.plan(domains).steps
-        except ValueError:
-            # What is wrong with the data is the stage's to say; the plan tells what it can.
-            return 0
-    return steps_of(settings.tokens, settings.batch_tokens) if settings.tokens else 0
+def _pretrain_plan(lookup: Lookup, node: Node, settings: PretrainConfig) -> PretrainPlan | None:
+    """What the settings come to on the tokens, where these are there already."""
+    domains = _train_tokens(lookup, node)
+    try:
+        return settings.plan(domains) if domains else None
+    except ValueError:
+        # What is wrong with the data is the stage's to say; the plan tells what it can.
+        return None
 
 
 def _train_tokens(lookup: Lookup, node: Node) -> dict[str, int]:
@@ -368,13 +366,8 @@ def _warnings(lookup: Lookup, node: Node, settings: Trained, costs: Costs) -> li
     found: list[str] = []
     if isinstance(settings, PretrainConfig) and costs.embedding_share > LARGEST_EMBEDDING_SHARE:
         found.append(embedding_warning(costs.embedding_share))
-    domains = _train_tokens(lookup, node) if isinstance(settings, PretrainConfig) else {}
-    if domains and costs.tokens > MOST_EPOCHS * sum(domains.values()):
-        epochs = costs.tokens / sum(domains.values())
-        found.append(
-            f"{epochs:.1f} passes over the data; more than {MOST_EPOCHS} teach little: add data, or "
-            f"lower pretrain.tokens"
-        )
+    if isinstance(settings, PretrainConfig) and (plan := _pretrain_plan(lookup, node, settings)):
+        found += plan.warnings()
     ranks, is_cuda = settings.launch.processes, _runs_on_cuda(settings.launch)
     needed = costs.memory.total * (1 if is_cuda else ranks) if costs.memory else 0.0
     there = device_memory() if is_cuda else host_memory()

@@ -344,7 +344,8 @@ def _training(run: RunRecord, paths: Mapping[str, Path]) -> Iterator[Section]:
             section.charts.append(
                 charts.lines(frontier, title="reward against KL", across="KL, nats", up="")
             )
-        section.tables = [_figures(run.stages[node]) for node in nodes]
+        for node in nodes:
+            section.tables += [*_stage_tables(run.stages[node]), _figures(run.stages[node])]
         yield section
 
 

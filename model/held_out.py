@@ -32,14 +32,19 @@ class HeldOut:
                 self._domains[name] = (windows, size)
 
     def losses(self, model: Transformer) -> dict[str, float]:
-        """Nats per token and bits per byte of each domain; the eos of each document counts as a token."""
+        """Nats per token, bits per byte, of each domain and (`held_loss`) of the tokens of all; the eos of
+        each document counts as a token."""
         found: dict[str, float] = {}
+        total = tokens = 0.0
         for name, (windows, size) in self._domains.items():
             own = window_nats(model, windows, self._settings, self._ranks)
             [nats] = self._ranks.add([float(own.sum())])
             found[f"held_loss/{name}"] = nats / len(windows.tokens)
+            total, tokens = total + nats, tokens + len(windows.tokens)
             if size:
                 found[f"held_bits_per_byte/{name}"] = nats / math.log(2) / size
+        if tokens:
+            found["held_loss"] = total / tokens
         return found
 
 

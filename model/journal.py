@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from conf.contract import METRICS, PROGRESS, RESULT
+from conf.contract import METRICS, PROGRESS, RESULT, SAMPLES
 
 PROGRESS_SECONDS = 0.5
 """Least time between two writes of the progress file."""
@@ -53,6 +53,19 @@ class Journal:
         self._told = now
         place = {"step": step, "total": total, "unit": unit, "updated": time.time()}
         _replace(self._logs / PROGRESS, {**place, **_finite(figures)})
+
+    def samples(self, step: int, texts: Mapping[str, str]) -> None:
+        """What the model wrote after each prompt; a step that is replayed after a kill is told once."""
+        if not self._is_writer:
+            return
+        path = self._logs / SAMPLES
+        lines = path.read_text("utf-8").splitlines() if path.is_file() else []
+        kept = [line for line in lines if json.loads(line)["step"] < step]
+        added = [{"step": step, "prompt": prompt, "text": text} for prompt, text in texts.items()]
+        draft = path.with_suffix(".draft")
+        lines = [*kept, *(json.dumps(sample, ensure_ascii=False) for sample in added)]
+        draft.write_text("".join(f"{line}\n" for line in lines), "utf-8")
+        draft.replace(path)
 
     def result(self, figures: Mapping[str, Any]) -> None:
         """The figures of the finished job; the last thing that is written."""

@@ -62,6 +62,10 @@ class LoopPlan:
     guard_sigmas: float = 0.0
     """A loss or gradient norm so many standard deviations above the mean of the last good steps makes a
     step a bad one; 0 lets everything finite pass."""
+    patience: int = 0
+    """So many evaluations in a row without a better `held_loss` end the training; 0 for never."""
+    least_gain: float = 0.0
+    """A better `held_loss` lies more than so many nats below the best one."""
     fresh_starts: frozenset[int] = frozenset()
     """Steps from which other data come, so that what was usual no longer is."""
     flops_per_token: float = 0.0
@@ -90,6 +94,10 @@ class LoopState:
     """Of the newest step."""
     evaluation: dict[str, float] = field(default_factory=dict[str, float])
     """The newest one."""
+    best_loss: float | None = None
+    """Held-out loss of the last evaluation that was better than those before it."""
+    looks_in_vain: int = 0
+    """Evaluations since then."""
 
 
 def train(
@@ -102,7 +110,7 @@ def train(
     journal: Journal,
     evaluate: Callable[[int], dict[str, float]] | None = None,
 ) -> LoopState:
-    """Train to the end, from the newest checkpoint if there is one.
+    """Train to the end, or until patience ends, from the newest checkpoint if there is one.
 
     `batch_at(step)` gives this rank's micro-batches of update number `step`, a pure function of it.
     `evaluate(step)` is called on all ranks after `step` updates. Raises Stopped after SIGTERM, with a
@@ -113,7 +121,7 @@ def train(
     journal.progress(state.step, plan.steps, state.figures, is_due=True)
     if state.step == 0:
         run.look_before()
-    while state.step < plan.steps:
+    while state.step < plan.steps and not 0 < plan.patience <= state.looks_in_vain:
         run.advance()
     journal.progress(state.step, plan.steps, state.figures, is_due=True)
     return state
@@ -147,7 +155,9 @@ class _Run:
     def look_before(self) -> None:
         """Evaluate the untrained model, so that curves have a beginning."""
         if self.evaluate is not None and self._is_looking:
-            self.journal.write(0, self.evaluate(0))
+            self.state.evaluation = self.evaluate(0)
+            self._compare()
+            self.journal.write(0, self.state.evaluation)
 
     def advance(self) -> None:
         """One step, its figures, and a checkpoint when it is time."""
@@ -230,8 +240,19 @@ class _Run:
         if self.evaluate is not None and is_due:
             self.state.evaluation = self.evaluate(step)
             line |= self.state.evaluation
+            self._compare()
         self.journal.write(step, line)
         self.journal.progress(step, self.plan.steps, line)
+
+    def _compare(self) -> None:
+        """Whether the evaluation is the best so far; only asked where patience may end."""
+        if not self.plan.patience:
+            return
+        state, loss = self.state, self.state.evaluation["held_loss"]
+        if state.best_loss is None or loss < state.best_loss - self.plan.least_gain:
+            state.best_loss, state.looks_in_vain = loss, 0
+        else:
+            state.looks_in_vain += 1
 
     def _save_when_due(self) -> None:
         ranks, plan, step = self.engine.ranks, self.plan, self.state.step

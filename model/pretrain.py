@@ -1,6 +1,6 @@
 """Pretraining: next-token loss on a mixture of token files. Worker: `python -m model.pretrain JOBFILE`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,9 @@ from model.batches import BLOCK_SAMPLES, Batch, Ints, MixPhase, Mixture, Windows
 from model.curriculum import Curriculum
 from model.engine import Loss, build_engine
 from model.head import label_loss
-from model.held_out import HeldOut, document_mask, window_losses
+from model.held_out import document_mask, window_losses
 from model.journal import Journal
+from model.looks import Looks
 from model.loop import LoopPlan, LoopState, train
 from model.optimizer import UpdateRule, learning_rate
 from model.ranks import Ranks
@@ -40,7 +41,7 @@ def work(job: JobFile, ranks: Ranks, journal: Journal) -> dict[str, Any]:
     model = build_model(settings, files, job.inputs.get("policy"))
     engine = build_engine(model, job.launch, ranks, update_rule(settings))
     samples = Samples(files, settings, plan, ranks, job.launch.micro_batch)
-    held = HeldOut(files, settings, ranks)
+    looks = Looks(files, settings, ranks, journal, job.state)
 
     def prepare(step: int) -> None:
         samples.curriculum.prepare(
@@ -62,17 +63,20 @@ def work(job: JobFile, ranks: Ranks, journal: Journal) -> dict[str, Any]:
         plan=loop_plan(settings, plan, samples, ranks.add([peak.flops])[0] * ranks.peers),
         checkpoints=Checkpoints(job.state / "checkpoints", identity_of_job(job, settings), ranks),
         journal=journal,
-        evaluate=lambda step: held.losses(engine.whole()),
+        evaluate=lambda step: looks.at(step, engine.whole()),
     )
     # A job that goes on from its last step has not ordered the windows yet.
-    prepare(plan.steps)
+    prepare(state.step)
     trained = engine.whole()
+    seen = looks.restore(trained) if settings.stop_patience else state.evaluation
     if ranks.is_first:
         tokenizer = files.folder / TOKENIZER_FOLDER
         save_model(job.files, trained, role="policy", tokenizer=tokenizer)
-        samples.read_windows().write(job.files)
-    return figures(state, settings, samples, plan) | speed_figures(
-        state, settings, samples, peak, ranks
+        samples.read_windows(int(seen.get("kept_step", state.step))).write(job.files)
+    return (
+        figures(state, settings, samples)
+        | seen
+        | speed_figures(state, settings, samples, peak, ranks)
     )
 
 
@@ -137,6 +141,8 @@ def loop_plan(
         evaluate_steps=settings.evaluate_every_steps if settings.held_tokens else 0,
         bad_steps=settings.bad_steps,
         guard_sigmas=settings.guard_sigmas,
+        patience=settings.stop_patience,
+        least_gain=settings.stop_gain,
         fresh_starts=samples.curriculum.breaks(settings.row_tokens).union(ends),
         flops_per_token=settings.shape.training_flops(samples.vocabulary, settings.row_tokens),
         peak_flops=peak_flops,
@@ -241,22 +247,21 @@ class Samples:
             found[name].append(int(number))
         return [np.array(numbers, np.int64) for numbers in found.values()]
 
-    def epochs(self) -> dict[str, float]:
-        """How often the whole schedule reads each domain."""
+    def epochs(self, steps: int) -> dict[str, float]:
+        """How often so many steps read each domain."""
+        used = np.zeros(len(self.domains), np.int64)
+        for sources, _ in self._blocks(steps):
+            used += np.bincount(sources, minlength=len(used))
         return {
-            name: float(used) / len(windows)
-            for name, used, windows in zip(
-                self.domains, self.mixture.used, self._windows, strict=True
-            )
+            name: float(count) / len(windows)
+            for name, count, windows in zip(self.domains, used, self._windows, strict=True)
             if len(windows)
         }
 
-    def read_windows(self) -> ReadWindows:
-        """Every window that the whole schedule trains on at least once."""
+    def read_windows(self, steps: int) -> ReadWindows:
+        """Every window that so many steps train on at least once."""
         read = [np.zeros(len(windows), np.bool_) for windows in self._windows]
-        for first in range(0, self.mixture.samples, BLOCK_SAMPLES):
-            count = min(BLOCK_SAMPLES, self.mixture.samples - first)
-            sources, windows = self._drawn(first, count)
+        for sources, windows in self._blocks(steps):
             for source in np.unique(sources):
                 read[source][windows[sources == source]] = True
         for bits, excluded in zip(read, self._excluded, strict=True):
@@ -269,6 +274,12 @@ class Samples:
                 for name, bits in zip(self.domains, packed, strict=True)
             },
         )
+
+    def _blocks(self, steps: int) -> Iterator[tuple[Ints, Ints]]:
+        """Domains and windows of all samples of so many steps."""
+        count = steps * self.rows
+        for first in range(0, count, BLOCK_SAMPLES):
+            yield self._drawn(first, min(BLOCK_SAMPLES, count - first))
 
     def _drawn(self, first: int, count: int) -> tuple[Ints, Ints]:
         sources, windows = self.mixture.at(first, count)
@@ -304,22 +315,19 @@ class Samples:
         )
 
 
-def figures(
-    state: LoopState, settings: PretrainConfig, samples: Samples, plan: PretrainPlan
-) -> dict[str, Any]:
+def figures(state: LoopState, settings: PretrainConfig, samples: Samples) -> dict[str, Any]:
     """What the record keeps of the training."""
     parameters = settings.shape.parameters(samples.vocabulary)
     return {
-        "steps": plan.steps,
+        "steps": state.step,
         "tokens": state.tokens,
         "parameters": parameters,
         "embedding_share": settings.shape.embedding_share(samples.vocabulary),
         "tokens_per_parameter": state.tokens / parameters,
-        "epochs": samples.epochs(),
+        "epochs": samples.epochs(state.step),
         "loss": state.figures["loss"],
         "skipped_steps": state.skipped,
         **({"overflows": state.overflows} if settings.precision == "fp16" else {}),
-        **state.evaluation,
     }
 
 

@@ -3,9 +3,7 @@
 Worker: `python -m model.reward JOBFILE`.
 """
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from torch import Tensor
 from conf.contract import ExitCode, JobFile
 from conf.reward import RewardConfig
 from model.batches import Batch
+from model.best import Best
 from model.dialogues import Pair, Renderer, right_pad
 from model.engine import Loss, build_engine
 from model.generate import generate_batches
@@ -34,7 +33,7 @@ from model.tuning import (
     training_figures,
     update_rule,
 )
-from model.weights import Checkpoints, load_model, load_tensors, save_model, save_tensors
+from model.weights import Checkpoints, load_model, save_model
 from model.worker import identity_of_job, run
 from storage.checkpoint import TOKENIZER, RewardScale
 from storage.preferences import read_preferences
@@ -317,45 +316,6 @@ def score_scale(
     deviation = float(np.std(scores, ddof=1))
     # Equal scores everywhere leave nothing to normalise by.
     return RewardScale(mean=float(np.mean(scores)), std=deviation or 1.0), len(scores)
-
-
-@dataclass
-class Best:
-    """The weights that did best so far; survives a kill together with the checkpoints.
-
-    A replay after a kill gives the same accuracies and offers none that is better than its own future,
-    so the file may be newer than the checkpoint.
-    """
-
-    path: Path
-    ranks: Ranks
-
-    def offer(self, model: Transformer, step: int, accuracy: float) -> None:
-        """Keep the model's weights if no earlier step was as accurate."""
-        if not self.ranks.is_first or accuracy <= self._accuracy():
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        draft = self.path.with_suffix(".draft")
-        mark = {
-            "accuracy": torch.tensor([accuracy], dtype=torch.float64),
-            "step": torch.tensor([step]),
-        }
-        save_tensors(draft, {**model.state_dict(), **mark})
-        draft.replace(self.path)
-
-    def restore(self, model: Transformer) -> int:
-        """Give the model the kept weights; the step that they are of."""
-        self.ranks.wait()
-        tensors = load_tensors(self.path)
-        tensors.pop("accuracy")
-        step = int(tensors.pop("step"))
-        model.load_state_dict(tensors)
-        return step
-
-    def _accuracy(self) -> float:
-        if not self.path.exists():
-            return -math.inf
-        return float(load_tensors(self.path)["accuracy"])
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
 """Pretraining as a stage; how it computes is in model/pretrain.py."""
 
+import json
+
+from conf.contract import SAMPLES
 from conf.pretrain import PretrainConfig
 from conf.shape import LARGEST_EMBEDDING_SHARE, embedding_warning
 from storage.artifact import Artifact
-from storage.checkpoint import Policy
+from storage.checkpoint import Policy, ReadWindows
 from storage.tokens import Tokens
 from tasks.launch import run_worker
 from tasks.stage import Job, stage
@@ -33,11 +36,24 @@ def pretrain(
         settings.batch_tokens,
         settings.shape.parameters(tokens.reader.meta.vocabulary),
     )
+    warnings = plan.warnings(None if policy is None else _domains_read(policy))
     share = settings.shape.embedding_share(tokens.reader.meta.vocabulary)
     if share > LARGEST_EMBEDDING_SHARE:
-        job.log.warning("%s", embedding_warning(share))
+        warnings.append(embedding_warning(share))
+    for warning in warnings:
+        job.log.warning("%s", warning)
     job.metrics.update(run_worker(job, "model.pretrain", settings, inputs))
+    samples = job.logs / SAMPLES
+    if samples.is_file():
+        lines = samples.read_text("utf-8").splitlines()
+        job.tables["samples"] = [json.loads(line) for line in lines]
     return Policy(job.path)
+
+
+def _domains_read(policy: Policy) -> list[str] | None:
+    """Domains of which pretraining has read something; none where the policy does not say."""
+    read = ReadWindows.read(policy.files)
+    return None if read is None else [name for name in read.domains if any(read.bits(name))]
 
 
 def _refuse_foreign(policy: Policy, tokens: Tokens, settings: PretrainConfig) -> None:

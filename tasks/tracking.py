@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from conf.contract import METRICS
+from conf.contract import METRICS, SAMPLES
 from storage.lease import FileLease, acquire
 from tasks.command import ROOT
 from tasks.processes import is_alive
@@ -305,6 +305,8 @@ class Forwarder:
             sent.is_open = True
             return
         self._send_curves(sent)
+        if event["logs"] and (samples := Path(event["logs"]) / SAMPLES).is_file():
+            self._client.log_artifact(sent.run_id, str(samples))
         self._send(sent, [{"time": event["time"], "step": 0, **flatten(event["metrics"])}])
         self._client.set_terminated(sent.run_id, _ENDS[event["status"]])
         sent.is_open = False

@@ -102,3 +102,43 @@ def test_where_it_runs_is_no_identity() -> None:
     assert "launch" not in plain
     assert "evaluate_every_steps" not in plain
     assert settings(launch={"engine": "ddp", "processes": 2}).identity() == plain
+
+
+def test_passes_over_each_domain_are_told_and_many_are_warned_about() -> None:
+    # 100 steps of 10 rows; books have ceil(1000 / 64) = 16 rows, web ceil(9000 / 64) = 141.
+    phases = (PhaseConfig(tokens=0.75, mix={"web": 3, "books": 1}), PhaseConfig(tokens=0.25))
+    plan = settings(tokens=64_000, phases=phases).plan({"web": 9000, "books": 1000, "code": 0})
+    books = 0.75 * 1 / 4 + 0.25 * 1000 / 10_000
+    assert plan.shares == pytest.approx({"books": books, "code": 0, "web": 1 - books})
+    assert plan.epochs == pytest.approx(
+        {"books": books * 1000 / 16, "web": (1 - books) * 1000 / 141}
+    )
+    assert [warning[:29] for warning in plan.warnings()] == [
+        "domain books is read 13.3 tim", "domain web is read 5.6 times,",
+    ]  # fmt: skip
+    assert not settings(epochs=4).plan({"web": 9000}).warnings()
+
+
+def test_continuing_on_much_that_is_new_is_warned_about() -> None:
+    plan = settings(epochs=1).plan({"law": 1600, "web": 8400})
+    assert not plan.warnings()
+    [warning] = plan.warnings(["web", "books"])
+    assert warning.startswith(
+        "16% of the tokens are of domains that the policy to continue has not"
+    )
+    assert not plan.warnings(["web", "law"])
+    few = settings(epochs=1).plan({"law": 1400, "web": 8600})
+    assert not few.warnings(["web"])
+
+
+def test_what_ends_a_training_early_is_identity() -> None:
+    assert "held_tokens" not in settings().identity()
+    stopping = settings(stop_patience=2, held_tokens=500)
+    assert stopping.identity()["held_tokens"] == 500
+    assert stopping.identity()["evaluate_every_steps"] == 100
+
+
+@pytest.mark.parametrize("fields", [{"stop_patience": 2}, {"prompts": ["The"]}])
+def test_what_needs_looks_is_refused_without_them(fields: dict[str, object]) -> None:
+    with pytest.raises(ValidationError, match="set held_tokens and evaluate_every_steps above 0"):
+        settings(**fields, evaluate_every_steps=0)

@@ -27,6 +27,7 @@ SETTINGS = PretrainConfig(
     tokens=20 * 128,
     batch_tokens=128,
     learning_rate=5e-3,
+    prompts=("冬天",),
     launch=LAUNCH,
 )
 
@@ -77,6 +78,11 @@ def test_tokens_become_a_policy_once_and_the_policy_an_export(store: Store) -> N
     assert policy.card.role == "policy"
     assert policy.card.tokenizer_digest == tokens.reader.meta.tokenizer_digest
     assert not (policy.path / "state").exists()
+    tables = json.loads((policy.path / "logs" / "tables.json").read_text("utf-8"))
+    assert [(row["step"], row["prompt"]) for row in tables["samples"]] == [
+        (0, "冬天"),
+        (20, "冬天"),
+    ]
 
     # Where it runs is no identity, so the same artifact serves another launch.
     elsewhere = SETTINGS.model_copy(update={"launch": LaunchConfig(threads=1, micro_batch=2)})

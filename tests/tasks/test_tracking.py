@@ -108,6 +108,7 @@ def test_a_run_with_a_cut_back_curve_and_a_killed_forwarder(home: Path, uri: str
     first.wait()
     (attempt / "metrics.jsonl").unlink()
     add(attempt, range(1, 9))
+    (attempt / "samples.jsonl").write_text('{"step": 8, "prompt": "冬天", "text": "很冷。"}\n')
     attempt.rename(final)
     result = {"loss": 2.0, "shards": {"built": 4}, "note": "words", "is_good": True}
     tracking.stage_ended("train", "built", result, logs=final, fingerprint="f" * 64)
@@ -136,6 +137,7 @@ def test_a_run_with_a_cut_back_curve_and_a_killed_forwarder(home: Path, uri: str
     assert parent["params"] == {"seed": "7", "data": "../数据"}
     assert parent["tags"]["bessemer.recipe"] == "demo"
     assert parent["artifacts"] == ["report.html"]
+    assert train["artifacts"] == ["samples.jsonl"]
 
 
 def test_a_run_of_hits_alone_starts_no_forwarder(tmp_path: Path) -> None:

@@ -1,0 +1,66 @@
+"""What is looked at while a language model trains: held-out loss, and what it writes after fixed prompts."""
+
+from pathlib import Path
+
+import torch
+
+from conf.pretrain import PretrainConfig
+from model.best import Best
+from model.generate import generate
+from model.held_out import HeldOut
+from model.journal import Journal
+from model.ranks import Ranks
+from model.transformer import Transformer
+from storage.tokens import TokenFiles
+
+
+class Looks:
+    """The looks of one job; the best model so far is kept in `folder` where early stopping is asked for."""
+
+    def __init__(
+        self,
+        files: TokenFiles,
+        settings: PretrainConfig,
+        ranks: Ranks,
+        journal: Journal,
+        folder: Path,
+    ) -> None:
+        self._files, self._settings = files, settings
+        self._ranks, self._journal = ranks, journal
+        self._held = HeldOut(files, settings, ranks)
+        self._best = Best(folder / "best.safetensors", ranks)
+
+    def at(self, step: int, model: Transformer) -> dict[str, float]:
+        """Figures of the model after so many steps; its answers go to the journal."""
+        figures = self._held.losses(model)
+        if self._settings.stop_patience:
+            self._best.offer(model, step, -figures["held_loss"])
+        if self._settings.prompts and self._ranks.is_first:
+            texts = continuations(model, self._files, self._settings)
+            self._journal.samples(step, dict(zip(self._settings.prompts, texts, strict=True)))
+        return figures
+
+    def restore(self, model: Transformer) -> dict[str, float]:
+        """Give the model the best weights seen; the step they are of, and what was seen then."""
+        return {"kept_step": self._best.restore(model), **self._held.losses(model)}
+
+
+def continuations(model: Transformer, files: TokenFiles, settings: PretrainConfig) -> list[str]:
+    """What the model most likely writes after each of the settings' prompts, up to an eos."""
+    tokenizer, room = files.tokenizer, settings.shape.context - 1
+    length = min(settings.prompt_tokens, room // 2)
+    asked = [tokenizer.encode(prompt)[-(room - length) :] for prompt in settings.prompts]
+    # As in training, a document begins behind an eos.
+    ids = [[tokenizer.eos, *prompt] for prompt in asked]
+    # Its rows grow token by token: each length would be compiled anew.
+    with torch.compiler.set_stance("force_eager"):
+        found = generate(
+            model,
+            ids,
+            max_new_tokens=length,
+            temperature=0.0,
+            seed=settings.seed,
+            eos=tokenizer.eos,
+            pad=tokenizer.pad,
+        )
+    return [tokenizer.decode(found.answer(row)) for row in range(len(ids))]
