@@ -109,7 +109,7 @@ def _examples(corpus: Corpus, pairs: "pl.DataFrame") -> list[dict[str, Any]]:
     beginnings = {
         (shard, row): text
         for shard, rows in wanted.items()
-        for row, text in texts_at(shards[shard], sorted(rows)).items()
+        for row, text in texts_at(shards[shard], [*rows]).items()
     }
 
     def text(shard: int, row: int, start: int = 0) -> str:

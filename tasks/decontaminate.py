@@ -12,6 +12,7 @@ from storage.source import Source
 from tasks.exam_questions import ExamText, read_exams
 from tasks.fanout import Part, PartItem, fan_out
 from tasks.held_overlap import held_overlaps
+from tasks.shard_batches import texts_at
 from tasks.stage import Job, stage
 from tasks.text_statistics import batches, buffers, word_hashes
 
@@ -256,11 +257,11 @@ def _cuts(
     shard: Shard, hits: Sequence[tuple[int, ...]], settings: DecontaminateConfig
 ) -> dict[int, list[dict[str, int]]]:
     """Spans to cut per row, in characters of the shard's own text."""
-    text = shard.read(["text"], kept_only=False)["text"]
+    texts = texts_at(shard, [*{hit[0] for hit in hits}])
     cuts: dict[int, list[dict[str, int]]] = {}
     margin = settings.cut_margin_chars
     for row, start, end, _ in hits:
-        content = str(text[row]).encode("utf-8")
+        content = texts[row].encode("utf-8")
         first = len(content[:start].decode("utf-8"))
         last = first + len(content[start:end].decode("utf-8"))
         cuts.setdefault(row, []).append({"start": max(0, first - margin), "end": last + margin})

@@ -152,13 +152,14 @@ def _frame(shard: Shard, part: Part) -> "pl.DataFrame":
 def _lengths(
     shards: Sequence[Shard], parts: Sequence[Part], settings: FilterConfig
 ) -> "list[pl.DataFrame]":
-    """Per shard: `language`, `source` and `log_chars` of every document that lengths are judged by."""
+    """Per shard: `language`, `source`, `chars` and how many `documents` that lengths are judged by have those."""
     import polars as pl
 
     return [
         _frame(shard, part)
         .filter(pl.col("before") & (pl.col("chars") >= max(1, settings.min_chars)))
-        .select("language", "source", pl.col("chars").log().alias("log_chars"))
+        .group_by("language", "source", pl.col("chars").cast(pl.Int64))
+        .agg(documents=pl.len().cast(pl.Int64))
         for shard, part in zip(shards, parts, strict=True)
     ]
 
@@ -425,6 +426,6 @@ def _texts(
         wanted.setdefault(row["shard"], set()).add(row["row"])
     found: dict[tuple[int, int], str] = {}
     for index, places in wanted.items():
-        texts = texts_at(shards[index], sorted(places))
+        texts = texts_at(shards[index], [*places])
         found |= {(index, place): text for place, text in texts.items()}
     return found

@@ -28,25 +28,47 @@ def measured(
     """Middle and spread of the log length of every (language, source): median and median absolute
     deviation, or mean and standard deviation (0 for one document).
 
-    One frame per shard: `language`, `source`, `log_chars`. Columns of the result: `language`,
-    `source`, `centre`, `deviation` (both in log characters), `documents`; sorted.
+    One frame per shard: `language`, `source`, `chars` and how many `documents` have so many; there are
+    far fewer lengths than documents. Columns of the result: `language`, `source`, `centre`, `deviation`
+    (both in log characters), `documents`; sorted.
     """
     import polars as pl
 
-    schema = {"language": pl.String, "source": pl.String, "log_chars": pl.Float64}
-    chars = pl.col("log_chars")
-    centre, deviation = chars.median(), (chars - chars.median()).abs().median()
-    if spread == "plain":
-        centre, deviation = chars.mean(), chars.std().fill_null(0.0)
-    return (
+    numbers, names = pl.Int64, pl.String
+    schema = {"language": names, "source": names, "chars": numbers, "documents": numbers}
+    counts = (
         pl.concat([pl.DataFrame(schema=schema), *lengths])
-        .group_by(KEYS)
-        .agg(
-            centre=centre.round(DIGITS),
-            deviation=deviation.round(DIGITS),
-            documents=pl.len().cast(pl.Int64),
-        )
-        .sort(KEYS)
+        .group_by(*KEYS, "chars")
+        .agg(pl.col("documents").sum())
+        .select(*KEYS, "documents", value=pl.col("chars").log())
+    )
+    value, documents = pl.col("value"), pl.col("documents")
+    if spread == "plain":
+        total = documents.sum()
+        centre = (value * documents).sum() / total
+        squares = (documents * (value - centre).pow(2)).sum()
+        deviation = (squares / (total - 1)).sqrt().fill_nan(0.0)
+        found = counts.group_by(KEYS).agg(centre=centre, deviation=deviation, documents=total)
+    else:
+        centres = _medians(counts).rename({"value": "centre"})
+        apart = counts.join(centres, on=KEYS).with_columns(value=(value - pl.col("centre")).abs())
+        deviations = _medians(apart).select(*KEYS, deviation="value")
+        found = centres.join(deviations, on=KEYS)
+    rounded = pl.col("centre", "deviation").round(DIGITS)
+    return found.select(*KEYS, rounded, "documents").sort(KEYS)
+
+
+def _medians(counts: "pl.DataFrame") -> "pl.DataFrame":
+    """Median `value` of every group, each row counted `documents` times, and the group's `documents`."""
+    import polars as pl
+
+    value, documents = pl.col("value"), pl.col("documents")
+    total, upto = documents.sum(), documents.cum_sum()
+    middle = [value.filter(upto > place).first() for place in ((total - 1) // 2, total // 2)]
+    return (
+        counts.sort(*KEYS, "value")
+        .group_by(KEYS, maintain_order=True)
+        .agg(value=(middle[0] + middle[1]) / 2, documents=total)
     )
 
 

@@ -60,14 +60,15 @@ def kept_batches(
 def texts_at(shard: Shard, rows: Sequence[int]) -> dict[int, str]:
     """The texts of a few rows, without removed spans; what lies behind the last one is not read."""
     found: dict[int, str] = {}
-    start = 0
-    for batch in arrow_batches(shard, ["text"]) if rows else ():
+    wanted, start = sorted(rows, reverse=True), 0
+    for batch in arrow_batches(shard, ["text"]) if wanted else ():
         texts = batch.column("text")
-        here = (row for row in rows if start <= row < start + len(texts))
-        found |= {row: texts[row - start].as_py() for row in here}
-        start += len(texts)
-        if start > max(rows):
+        while wanted and wanted[-1] < start + len(texts):
+            row = wanted.pop()
+            found[row] = texts[row - start].as_py()
+        if not wanted:
             break
+        start += len(texts)
     return found
 
 

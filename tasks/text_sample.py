@@ -1,5 +1,6 @@
 """A bounded, language-balanced, seeded sample of a corpus, and of conversations."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -7,11 +8,10 @@ from typing import TYPE_CHECKING, Any
 from conf.tokenizer import TokenizerConfig
 from storage.conversations import Conversations
 from storage.corpus import Corpus
+from tasks.shard_batches import kept_batches, texts_at
 
 if TYPE_CHECKING:
     import polars as pl
-
-HELD_BYTES_PER_LANGUAGE = 500_000
 
 
 @dataclass(frozen=True)
@@ -51,34 +51,24 @@ def shares(totals: Mapping[str, int], budget: int, balance: str) -> dict[str, in
     return taken
 
 
-def held_texts(corpus: Corpus) -> dict[str, list[str]]:
-    """Some kept held-out documents per language, the first ones, for measuring."""
-    import polars as pl
-
-    found: dict[str, list[str]] = {}
-    missing: dict[str, int] = {}
-    for frame in corpus.scan(["language", "split", "text"]):
-        for language, text in frame.filter(pl.col("split") == "held")[
-            "language", "text"
-        ].iter_rows():
-            if missing.setdefault(language, HELD_BYTES_PER_LANGUAGE) > 0:
-                found.setdefault(language, []).append(text)
-                missing[language] -= len(text.encode("utf-8"))
-    return found
-
-
 def _documents(
     corpus: Corpus, settings: TokenizerConfig, budget: int
 ) -> tuple[list[str], dict[str, int]]:
     import polars as pl
 
-    frames = [
-        _pieces(frame, settings) for frame in corpus.scan(["doc_id", "language", "split", "text"])
-    ]
-    pieces = pl.concat(frames) if frames else pl.DataFrame()
-    if pieces.is_empty():
+    totals: Counter[str] = Counter()
+    chosen: pl.DataFrame | None = None
+    for shard in corpus.shards:
+        for frame in kept_batches(shard, ["doc_id", "language", "split", "text"]):
+            numbered = frame.with_columns(shard=pl.lit(shard.index, pl.UInt32))
+            pieces = _pieces(numbered, settings)
+            totals.update(dict(pieces.group_by("language").agg(pl.col("bytes").sum()).iter_rows()))
+            # No language gets more than the whole budget: what lies behind it need not be remembered.
+            chosen = pieces if chosen is None else pl.concat([chosen, pieces])
+            chosen = _first(chosen, dict.fromkeys(totals, budget))
+    if chosen is None or chosen.is_empty():
         return [], {}
-    chosen = _chosen(pieces, budget, settings.balance)
+    chosen = _first(chosen, shares(totals, budget, settings.balance)).sort("shard", "row", "piece")
     taken = dict(
         chosen.group_by("language").agg(pl.col("bytes").sum()).sort("language").iter_rows()
     )
@@ -123,23 +113,21 @@ def _order(ids: Any, pieces: Any, seed: int) -> Any:
     return x ^ (x >> np.uint64(31))
 
 
-def _chosen(pieces: "pl.DataFrame", budget: int, balance: str) -> "pl.DataFrame":
-    """The pieces that fill every language's share, in order of the corpus."""
+def _first(pieces: "pl.DataFrame", wanted: Mapping[str, int]) -> "pl.DataFrame":
+    """The pieces that fill every language's share of bytes, in their random order."""
     import polars as pl
 
-    totals = dict(pieces.group_by("language").agg(pl.col("bytes").sum()).iter_rows())
-    wanted = shares(totals, budget, balance)
     ordered = pieces.sort("order", "shard", "row", "piece").with_columns(
         before=pl.col("bytes").cum_sum().over("language") - pl.col("bytes"),
-        wanted=pl.col("language").replace_strict(wanted, return_dtype=pl.Int64),
+        wanted=pl.col("language").replace_strict(dict(wanted), default=0, return_dtype=pl.Int64),
     )
-    return ordered.filter(pl.col("before") < pl.col("wanted")).sort("shard", "row", "piece")
+    return ordered.filter(pl.col("before") < pl.col("wanted")).drop("before", "wanted")
 
 
 def _texts_of(corpus: Corpus, chosen: "pl.DataFrame", chunk_chars: int) -> Iterator[str]:
     shards = corpus.shards
     for (index,), pieces in chosen.group_by("shard", maintain_order=True):
-        texts = shards[int(index)].read(["text"], kept_only=False)["text"]
+        texts = texts_at(shards[int(index)], pieces["row"].unique().to_list())
         for row, piece in pieces.select("row", "piece").iter_rows():
             yield texts[row][piece * chunk_chars : (piece + 1) * chunk_chars]
 

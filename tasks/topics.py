@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 from conf.topics import TopicsConfig
 from storage.corpus import Corpus, Shard
 from storage.topics import TOPICS, Topics, topics_path
+from tasks.shard_batches import kept_batches, texts_at
 from tasks.stage import Job, stage
 from tasks.text_statistics import STOP_CHARACTERS, STOP_WORDS
 
 if TYPE_CHECKING:
     import numpy as np
+    import polars as pl
     from numpy.typing import NDArray
 
 BATCH_ROWS = 1000
@@ -75,16 +77,16 @@ def _sample(shards: Sequence[Shard], settings: TopicsConfig) -> list[Counter[str
     """Terms of the documents with the smallest ids: a sample that stays the same."""
     import polars as pl
 
-    ids = [shard.read(["doc_id"]) for shard in shards]
-    if not ids:
+    if not shards:
         return []
-    chosen = pl.concat(ids).sort("doc_id", "shard", "row").head(settings.sample_documents)
+    chosen = shards[0].read(["doc_id"]).clear()
+    for shard in shards:
+        chosen = pl.concat([chosen, shard.read(["doc_id"])]).sort("doc_id", "shard", "row")
+        chosen = chosen.head(settings.sample_documents)
     found: list[Counter[str]] = []
     for shard in shards:
-        rows = chosen.filter(pl.col("shard") == shard.index)["row"].sort()
-        if rows.len():
-            texts = shard.read(["text"], kept_only=False)["text"].gather(rows).to_list()
-            found += _counted(texts, settings)
+        rows = chosen.filter(pl.col("shard") == shard.index)["row"].to_list()
+        found += _counted([*texts_at(shard, rows).values()], settings)
     return found
 
 
@@ -171,9 +173,8 @@ def _assign(
     import polars as pl
 
     vocabulary, weights, centres = model
-    frame = shard.read(["text", "language", "source"])
     found: list[int | None] = [None] * shard.rows
-    for batch in frame.iter_slices(BATCH_ROWS):
+    for batch in _small_batches(shard):
         vectors = _vectors(_counted(batch["text"].to_list(), settings), vocabulary, weights)
         nearest = (vectors @ centres.T).argmax(axis=1) if len(centres) else np.zeros(0, np.int64)
         for row, language, source, topic, vector in zip(
@@ -184,6 +185,11 @@ def _assign(
                 counts[int(topic), f"{language}/{source}"] += 1
     column = pl.DataFrame({"topic": found}, schema={"topic": pl.UInt16})
     column.write_parquet(topics_path(job.files, shard.index), compression="zstd")
+
+
+def _small_batches(shard: Shard) -> "Iterator[pl.DataFrame]":
+    for frame in kept_batches(shard, ["text", "language", "source"]):
+        yield from frame.iter_slices(BATCH_ROWS)
 
 
 def _entries(
