@@ -104,7 +104,7 @@ def _spelling(
     for name in ("eos", "pad"):
         own = told.get(f"{name}_token")
         own = cast("dict[str, str]", own)["content"] if isinstance(own, dict) else own
-        taken = {*spelling.values()} - {SPECIAL_TOKENS[name]}
+        taken: set[Any] = {*spelling.values()} - {SPECIAL_TOKENS[name]}
         if name == "pad":
             taken.add(told.get("unk_token"))  # which text may give
         known = [

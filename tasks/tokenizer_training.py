@@ -1,7 +1,7 @@
 """Learns the pieces of a tokenizer. All algorithms work on bytes, so every text comes back."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,8 @@ QWEN2_PATTERN = (
 )
 LONGEST_WORD_BYTES = 64
 """WordPiece and Unigram look at every piece of a word that fits; a line of a million letters is cut."""
+BETWEEN_WORDS = "\u241f"
+"""A sign that no byte is spelled with; no piece that SentencePiece learns goes across it."""
 NEVER_CHOSEN = -1e6
 """Score of a special token in a Unigram model, far below every path through the pieces of a word."""
 
@@ -151,12 +153,10 @@ def _learnt_pieces(words: Counter[str], settings: TokenizerConfig) -> list[tuple
 
     written = BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        # Most frequent first and ties by spelling: not in the order of a hash.
-        sentence_iterator=(
-            f"{w}\t{n}" for w, n in sorted(words.items(), key=lambda i: (-i[1], i[0]))
-        ),
+        sentence_iterator=_lines(words),
         model_writer=written,
         input_format="tsv",
+        pretokenization_delimiter=BETWEEN_WORDS,
         model_type="unigram",
         vocab_size=settings.vocabulary - len(spelled_tokens(settings)) + 1,  # and its own <unk>
         character_coverage=1.0,
@@ -167,7 +167,6 @@ def _learnt_pieces(words: Counter[str], settings: TokenizerConfig) -> list[tuple
         remove_extra_whitespaces=False,
         split_by_unicode_script=False,
         split_by_number=False,
-        split_by_whitespace=False,
         hard_vocab_limit=False,
         bos_id=-1,
         eos_id=-1,
@@ -175,6 +174,19 @@ def _learnt_pieces(words: Counter[str], settings: TokenizerConfig) -> list[tuple
     )
     found = parse(written.getvalue()).pieces
     return [(piece.text, piece.score) for piece in found if piece.kind == NORMAL]
+
+
+def _lines(words: Counter[str]) -> Iterator[str]:
+    """Words with counts, most frequent first and ties by spelling: not in the order of a hash.
+
+    SentencePiece takes as candidates what stands twice in different lines, whatever their counts, so that
+    a frequent word would be none; hence two words to a line.
+    """
+    for word, count in sorted(words.items(), key=lambda item: (-item[1], item[0])):
+        if count > 1:
+            yield f"{word}{BETWEEN_WORDS}{word}\t{count // 2}"
+        if count % 2:
+            yield f"{word}\t1"
 
 
 def _split(settings: TokenizerConfig, longest: int = 0) -> Any:

@@ -1,8 +1,10 @@
 """Rows of tokens: what is cut and what never is, what is learnt, and which rows a step sees."""
 
 from collections import Counter
+from pathlib import Path
 
 import pytest
+import tokenizers
 
 from model.dialogues import (
     NO_LABEL,
@@ -13,17 +15,22 @@ from model.dialogues import (
 )
 from storage.conversations import Conversation
 from storage.preferences import Preference
-from storage.tokenizer import ChatTokenizer
+from storage.tokenizer import MODEL_FILE, ChatTokenizer, write_tokenizer
 from tests.model.small_world import write_world
 
 LONG = "The cat eats fish. 猫吃鱼。" * 10
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> ChatTokenizer:
-    folder = tmp_path_factory.mktemp("world")
-    write_world(folder)
-    return ChatTokenizer(folder / "tokenizer")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    world = tmp_path_factory.mktemp("world")
+    write_world(world)
+    return world / "tokenizer"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder: Path) -> ChatTokenizer:
+    return ChatTokenizer(folder)
 
 
 def conversation(*turns: str, system: str = "") -> Conversation:
@@ -96,6 +103,20 @@ def test_a_long_question_loses_its_beginning_and_keeps_its_header(tokenizer: Cha
     begin = len(header) - 1 - len(tokenizer.encode("\n"))
     end = row.ids.index(tokenizer.im_end)
     assert row.ids[begin:end] == question[-(end - begin) :]
+
+
+def test_a_cut_question_keeps_the_default_system_prompt(
+    folder: Path, tokenizer: ChatTokenizer, tmp_path: Path
+) -> None:
+    model = tokenizers.Tokenizer.from_file(str(folder / MODEL_FILE))
+    write_tokenizer(tmp_path, model, "qwen2", system="Say yes.")
+    prompted = ChatTokenizer(tmp_path)
+    question = [{"role": "user", "content": LONG}]
+    whole = prompted.render(question, for_generation=True).ids
+    found = Renderer(prompted, len(whole)).prompt(question, len(whole) - 3)
+    begin = len(prompted.render([{"role": "user", "content": ""}]).ids)
+    begin -= 1 + len(tokenizer.encode("\n"))
+    assert found == whole[:begin] + whole[begin + 3 :]
 
 
 def test_an_answer_is_never_cut_but_its_row_left_out(tokenizer: ChatTokenizer) -> None:

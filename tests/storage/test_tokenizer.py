@@ -14,6 +14,7 @@ from storage.tokenizer import (
     CHAT_TEMPLATE,
     SPECIAL_TOKENS,
     ChatTokenizer,
+    chat_template,
     copy_tokenizer,
     write_tokenizer,
 )
@@ -100,20 +101,50 @@ def test_no_message_can_forge_a_turn(
     assert chat.decode(answers, keep_special=True) == "".join(f"{s}<|im_end|>" for s in said)
 
 
+SYSTEM = "  你是\"Bessemer\" {{ x }} {%- if %}\n\\ 'ok'. "
+
+
+@pytest.fixture(scope="module")
+def prompted(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> ChatTokenizer:
+    """The same tokenizer with a default system prompt."""
+    path = tmp_path_factory.mktemp("prompted")
+    model = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    write_tokenizer(path, model, "qwen2", system=SYSTEM)
+    config = json.loads((path / "tokenizer_config.json").read_text("utf-8"))
+    assert config["chat_template"] == chat_template(SYSTEM)
+    return ChatTokenizer(path)
+
+
 @settings(max_examples=150, deadline=None)
-@given(messages=dialogues(UNFORGED), for_generation=st.booleans())
+@given(messages=dialogues(UNFORGED), for_generation=st.booleans(), has_prompt=st.booleans())
 def test_the_template_gives_the_same_ids(
-    folder: Path, chat: ChatTokenizer, messages: list[dict[str, str]], for_generation: bool
+    folder: Path,
+    chat: ChatTokenizer,
+    prompted: ChatTokenizer,
+    messages: list[dict[str, str]],
+    for_generation: bool,
+    has_prompt: bool,
 ) -> None:
     import jinja2
 
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
-    text = environment.from_string(CHAT_TEMPLATE).render(
+    text = environment.from_string(chat_template(SYSTEM if has_prompt else "")).render(
         messages=messages, add_generation_prompt=for_generation
     )
     plain = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     ids = plain.encode(text, add_special_tokens=False).ids
-    assert ids == chat.render(messages, for_generation=for_generation).ids
+    ours = prompted if has_prompt else chat
+    assert ids == ours.render(messages, for_generation=for_generation).ids
+
+
+def test_a_default_system_prompt_stands_before_who_brings_none(
+    chat: ChatTokenizer, prompted: ChatTokenizer
+) -> None:
+    system = {"role": "system", "content": SYSTEM}
+    question, other = {"role": "user", "content": "猫?"}, {"role": "system", "content": "cat"}
+    assert prompted.render([question]) == chat.render([system, question])
+    assert prompted.render([]) == chat.render([system])
+    assert prompted.render([other, question]) == chat.render([other, question])
 
 
 def test_transformers_gives_the_same_ids(folder: Path, chat: ChatTokenizer) -> None:
@@ -136,6 +167,21 @@ def test_transformers_gives_the_same_ids(folder: Path, chat: ChatTokenizer) -> N
                 messages, add_generation_prompt=is_open, return_dict=False
             )
             assert found == chat.render(messages, for_generation=is_open).ids
+
+
+def test_tokens_that_no_text_gives_are_found(tmp_path: Path) -> None:
+    content = json.loads(train(TEXTS, TokenizerConfig(vocabulary=400)).to_str())
+    ids, never = content["model"]["vocab"], 2 + 11  # C0, C1, F5 to FF
+    size = len(ids)
+    ids["xqz"] = size  # no merge makes it
+    write_tokenizer(tmp_path, tokenizers.Tokenizer.from_str(json.dumps(content)), "qwen2")
+    chat = ChatTokenizer(tmp_path)
+    found = chat.unreachable()
+    assert len(found) == never + 1
+    assert size in found
+    assert {chat.shown(token) for token in found if token < size} == {
+        f"‹{byte:02X}›" for byte in (0xC0, 0xC1, *range(0xF5, 0x100))
+    }
 
 
 def test_an_unknown_role_is_refused(chat: ChatTokenizer) -> None:

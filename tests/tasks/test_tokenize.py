@@ -1,13 +1,16 @@
 """tokenize writes the ids that a plain loop over documents would, shard by shard, once."""
 
+import json
 import sys
 from array import array
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -79,6 +82,39 @@ def test_files_are_those_of_a_plain_loop(
     assert written(tokens) == plain(bpe, DOCUMENTS)
     assert job.metrics["documents"] == 6
     assert job.metrics["bytes"] == sum(len(d["text"].encode()) for d in DOCUMENTS)
+
+
+def test_wide_ids_are_written_and_read_as_uint32(tmp_path: Path, bpe: Tokenizer) -> None:
+    content = json.loads((bpe.files / "tokenizer.json").read_text("utf-8"))
+    size = 70_000
+    ids = content["model"]["vocab"]
+    moved = ids["Ċ"]  # the line break, which every other merge leaves alone
+    ids["Ċ"] = size - 1
+    ids |= {f"\u2581{index}": index for index in (moved, *range(len(ids), size - 1))}
+    write_tokenizer(
+        tmp_path / "w" / "files", tokenizers.Tokenizer.from_str(json.dumps(content)), "qwen2"
+    )
+    wide = Tokenizer(tmp_path / "w")
+    corpus = corpus_of(tmp_path, [DOCUMENTS])
+    with pytest.raises(ValueError, match=r"70,000 tokens.*set tokenize\.dtype=uint32"):
+        tokenize(job_at(tmp_path, "narrow"), corpus, wide, TokenizeConfig())
+    found = tokenize(job_at(tmp_path, "t"), corpus, wide, TokenizeConfig(dtype="uint32")).reader
+    assert found.meta.dtype == "uint32"
+    tokens = found.tokens("web", "train")
+    expected = [
+        token
+        for document in DOCUMENTS
+        if (document["domain"], document["split"]) == ("web", "train")
+        for token in [*wide.chat.encode(document["text"]), wide.meta.special["eos"]]
+    ]
+    assert tokens.dtype == np.uint32
+    assert tokens.tolist() == expected
+    assert max(expected) == size - 1
+    assert [ids.tolist() for ids, _ in found.held_documents("web")] == [
+        wide.chat.encode(d["text"])
+        for d in DOCUMENTS
+        if (d["domain"], d["split"]) == ("web", "held")
+    ]
 
 
 def test_the_reader_gives_the_texts_back(tmp_path: Path, bpe: Tokenizer) -> None:

@@ -1,6 +1,9 @@
 """tokenizer learns from a bounded, balanced sample of training text, the same bytes every time."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -204,7 +207,66 @@ def test_wordpiece_takes_the_longest_piece_and_every_text_comes_back(tmp_path: P
     assert digest_of(tmp_path / "b" / "files") == digest
 
 
-@pytest.mark.parametrize("algorithm", ["bpe", "wordpiece"])
+def test_unigram_gives_the_same_bytes_in_every_process(tmp_path: Path) -> None:
+    config = TokenizerConfig(algorithm="unigram", vocabulary=600, special=("<|tool|>",))
+    job = job_at(tmp_path, "a")
+    found = tokenizer(job, bilingual(tmp_path), config)
+    chat = found.chat
+    assert (found.meta.algorithm, found.meta.pretokenizer) == ("unigram", "other")
+    for text in (
+        "a" * 1000,
+        "<|tool|><|eos|><unk> \u2581x##y \x00 é",
+        "日本 🙂\n\n",
+        "狐狸跳过了懒狗",
+    ):
+        ids = chat.encode(text)
+        assert chat.decode(ids) == text
+        assert min(ids, default=5) > 4
+    assert len(chat.encode(" jumps over the lazy")) == 4
+    assert max(len(chat.decode([i])) for i in range(5, chat.vocabulary)) <= 16
+    sample = json.dumps(sample_texts(bilingual(tmp_path), None, config).texts)
+    script = (
+        "import hashlib, json, sys; from conf.tokenizer import TokenizerConfig; "
+        "from tasks.tokenizer_training import train; "
+        "config = TokenizerConfig(algorithm='unigram', vocabulary=600, special=('<|tool|>',)); "
+        "print(hashlib.sha256(train(json.load(sys.stdin), config).to_str().encode()).hexdigest())"
+    )
+    for seed in ("1", "2"):
+        run = subprocess.run(
+            [sys.executable, "-c", script],
+            input=sample,
+            capture_output=True,
+            text=True,
+            check=True,
+            env={**os.environ, "PYTHONHASHSEED": seed},
+        )
+        assert run.stdout.strip() == found.meta.digest
+
+
+def test_unigram_without_its_library_says_how_to_get_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    with pytest.raises(ValueError, match="pip install 'bessemer\\[unigram\\]'"):
+        tokenizer(
+            job_at(tmp_path, "t"),
+            bilingual(tmp_path),
+            TokenizerConfig(algorithm="unigram", vocabulary=600),
+        )
+
+
+def test_tokens_that_nothing_uses_are_counted(tmp_path: Path) -> None:
+    job = job_at(tmp_path, "t")
+    corpus = corpus_of(tmp_path, [[{"text": "aaa bbb", "split": "train"}] * 3])
+    chat = tokenizer(job, corpus, TokenizerConfig(vocabulary=262)).chat
+    assert chat.vocabulary == 262  # 4 special ones, 256 bytes, and two merges of aaa, bbb, " bbb"
+    used = set(chat.encode("aaa bbb"))
+    assert job.metrics["unused_tokens"] == 262 - 4 - len(used)
+    assert job.metrics["unreachable_tokens"] == 13  # bytes that UTF-8 never has
+    assert [row["text"] for row in job.tables["unreachable tokens"]][:2] == ["‹C0›", "‹C1›"]
+
+
+@pytest.mark.parametrize("algorithm", ["bpe", "wordpiece", "unigram"])
 def test_transformers_loads_the_folder(tmp_path: Path, algorithm: str) -> None:
     transformers = pytest.importorskip("transformers")
     config = TokenizerConfig.model_validate({"algorithm": algorithm, "vocabulary": 600})
@@ -213,5 +275,9 @@ def test_transformers_loads_the_folder(tmp_path: Path, algorithm: str) -> None:
     for text in ("The quick fox 42.", "敏捷的狐狸🙂", "", "  two\n\n"):
         assert theirs(text)["input_ids"] == found.chat.encode(text)
     names = {path.name for path in found.files.iterdir()}
-    older = {"vocab.json", "merges.txt"} if algorithm == "bpe" else {"vocab.txt"}
+    older = {
+        "bpe": {"vocab.json", "merges.txt"},
+        "wordpiece": {"vocab.txt"},
+        "unigram": {"unigram.json"},
+    }[algorithm]
     assert names == {"tokenizer.json", "tokenizer.meta.json", "tokenizer_config.json"} | older
