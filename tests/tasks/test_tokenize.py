@@ -1,6 +1,7 @@
 """tokenize writes the ids that a plain loop over documents would, shard by shard, once."""
 
 import json
+import random
 import sys
 from array import array
 from collections.abc import Mapping, Sequence
@@ -221,6 +222,68 @@ def test_the_fast_encoder_gives_the_same_ids(bpe: Tokenizer, texts: list[str]) -
     expected = [bpe.chat.encode(text) for text in texts]
     assert ids.tolist() == [token for of_text in expected for token in of_text]
     assert ends[-1] == len(ids)
+
+
+ALPHABETS = (
+    "the cat sat on mats, dogs 12.5% ", "猫狗坐在垫子上，吃草。《山》", "🙂👩\u200d👩\u200d👧🇨🇳❤\ufe0f",
+    "e\u0301a\u0308\u0323n\u0303", "\x00\x01\x7f\x85\x1c\ufffd\ufeff\u200b", " \t\n\r\u3000\u00a0", "٣½Ⅳ①𝟘𠮷",
+    "<|eos|>im_start", "".join(map(chr, range(0x20, 0x3000, 37))),
+)  # fmt: skip
+
+
+def generated(count: int, *, seed: int) -> list[dict[str, Any]]:
+    """Documents of runs of signs of one kind after another; some are empty, some long runs of one sign.
+
+    A lone surrogate cannot be in a corpus: reading puts U+FFFD there.
+    """
+    pick = random.Random(seed)
+
+    def text() -> str:
+        runs = pick.choice((0, 1, 3, 20))
+        kinds = pick.choices(ALPHABETS, k=runs)
+        parts = ["".join(pick.choices(kind, k=pick.choice((1, 2, 7, 40)))) for kind in kinds]
+        return "".join(parts) * (100 if pick.random() < 0.01 else 1)
+
+    return [
+        {"text": text(), "domain": pick.choice("ab"), "split": pick.choice(("train", "held"))}
+        for _ in range(count)
+    ]
+
+
+@pytest.mark.parametrize("engine", ["auto", "tokenizers"])
+def test_thousands_of_documents_get_the_ids_of_the_library(
+    tmp_path: Path, bpe: Tokenizer, engine: Any
+) -> None:
+    assert_ids_of_the_library(tmp_path, bpe, generated(3_000, seed=1), engine)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("engine", ["auto", "tokenizers"])
+def test_a_line_of_ten_million_signs_gets_the_ids_of_the_library(
+    tmp_path: Path, bpe: Tokenizer, engine: Any
+) -> None:
+    lines = ["a", "猫", "ab 猫，", "\x00", " ", "🙂"]
+    documents = [
+        {"text": line * (10_000_000 // len(line.encode())), "domain": "a", "split": "train"}
+        for line in lines
+    ]
+    assert_ids_of_the_library(tmp_path, bpe, documents + generated(20_000, seed=2), engine)
+
+
+def assert_ids_of_the_library(
+    tmp_path: Path, bpe: Tokenizer, documents: list[dict[str, Any]], engine: Any
+) -> None:
+    library = tokenizers.Tokenizer.from_file(str(bpe.files / "tokenizer.json"))
+    library.encode_special_tokens = True
+    half = len(documents) // 2
+    corpus = corpus_of(tmp_path, [documents[:half], documents[half:]])
+    found = tokenize(job_at(tmp_path, "t"), corpus, bpe, TokenizeConfig(engine=engine)).reader
+    for domain, split in (("a", "train"), ("a", "held"), ("b", "train"), ("b", "held")):
+        texts = [d["text"] for d in documents if (d["domain"], d["split"]) == (domain, split)]
+        if texts:
+            wanted = [[*library.encode(text, add_special_tokens=False).ids, 1] for text in texts]
+            assert found.ends(domain, split).tolist() == np.cumsum([*map(len, wanted)]).tolist()
+            assert found.tokens(domain, split).tolist() == [t for ids in wanted for t in ids]
 
 
 def test_a_fast_encoder_that_differs_or_is_missing_is_not_used(
