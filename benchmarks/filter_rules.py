@@ -111,9 +111,9 @@ def _of_words(words: list[str]) -> dict[str, float]:
 
 def _of_lines(text: str) -> dict[str, float]:
     raw = text.split("\n")
-    lines = [line for part in raw if (line := _squeezed(part))]
-    blocks = _paragraphs(raw)
-    followed = [(a, b) for a, b in zip(raw, [*raw[1:], ""], strict=True) if _squeezed(a)]
+    lines = [line for line in map(_trimmed, raw) if line]
+    paragraphs = ["\n".join(block) for block in _blocks(raw)]
+    followed = [(_trimmed(a), b) for a, b in zip(raw, [*raw[1:], ""], strict=True)]
     return {
         "lines": len(lines),
         "ended_lines": sum(line[-1] in ENDS for line in lines),
@@ -121,35 +121,47 @@ def _of_lines(text: str) -> dict[str, float]:
         "bullet_lines": sum(line[0] in BULLETS for line in lines),
         "ellipsis_lines": sum(line.endswith(("...", "…")) for line in lines),
         "wrapped_lines": sum(
-            bool(after) and 50 <= len(_squeezed(line)) <= 110 and _squeezed(line)[-1] not in ENDS
+            bool(after) and 50 <= len(line) <= 110 and line[-1] not in ENDS
             for line, after in followed
         ),
         "thin_lines": sum(len(WORD.findall(line)) < 3 for line in lines),
         "more_lines": sum(bool(MORE.search(line)) for line in lines),
-        "repeated_lines": len(lines) - len(set(lines)),
-        "repeated_line_chars": len("".join(lines)) - len("".join(set(lines))),
-        "paragraphs": len(blocks),
-        "repeated_paragraphs": len(blocks) - len(set(blocks)),
-        "repeated_paragraph_chars": len("".join(blocks)) - len("".join(set(blocks))),
+        "repeated_lines": len(_repeats(lines)),
+        "repeated_line_chars": sum(map(len, _repeats(lines))),
+        "paragraphs": len(paragraphs),
+        "repeated_paragraphs": len(_repeats(paragraphs)),
+        "repeated_paragraph_chars": sum(map(len, _repeats(paragraphs))),
         "lorem_ipsum": sum("lorem ipsum" in part.lower() for part in raw),
         "javascript_lines": sum("javascript" in part.lower() for part in raw),
         "policy_lines": sum(bool(POLICY.search(part.lower())) for part in raw),
     }
 
 
-def _squeezed(line: str) -> str:
-    """Without white space around, runs of it within as one space."""
-    return re.sub(f"[{SPACES}]+", " ", line).strip(" ")
+def _trimmed(line: str) -> str:
+    return re.sub(f"^[{SPACES}]+|[{SPACES}]+$", "", line)
 
 
-def _paragraphs(raw: list[str]) -> list[str]:
+def _repeats(parts: list[str]) -> list[str]:
+    """All but the first of equal lines or paragraphs; a run of spaces in one is as good as one space."""
+    seen: set[str] = set()
+    repeats: list[str] = []
+    for part in parts:
+        key = re.sub(f"[{SPACES}]+", " ", part)
+        if key in seen:
+            repeats.append(part)
+        seen.add(key)
+    return repeats
+
+
+def _blocks(raw: list[str]) -> list[list[str]]:
+    """Lines without a blank one between."""
     found: list[list[str]] = [[]]
     for part in raw:
-        if line := _squeezed(part):
+        if line := _trimmed(part):
             found[-1].append(line)
         else:
             found.append([])
-    return ["\n".join(block) for block in found if block]
+    return [block for block in found if block]
 
 
 def gram_chars(words: list[str], widths: tuple[int, ...]) -> list[int]:

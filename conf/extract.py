@@ -55,6 +55,9 @@ class ExtractConfig(Settings):
     block_lists: tuple[SourceSpec, ...] = ()
     """Lists of addresses to refuse, before anything is parsed: a host a line (with its subdomains),
     a host and path (with what lies below), or a hosts file (`0.0.0.0 host`)."""
+    url_expressions: tuple[SourceSpec, ...] = ()
+    """Lists of regular expressions, one a line, as UT1's `expressions`: an address in which one is found
+    (in any case) is refused. They take linear time; back-references and look-around are errors."""
     url_words: tuple[str, ...] = ()
     """A page whose address has one of these words (letters and digits in a row) is refused."""
     languages: tuple[str, ...] = ("zh", "en")

@@ -19,14 +19,19 @@ from tasks.main_text import PageReader, page_reader
 from tasks.normalise import normalise
 from tasks.pieces import cut
 from tasks.pii import mask
-from tasks.records import RawRecord, Refusal, read_records
+from tasks.raw_record import RawRecord, Refusal
+from tasks.records import read_records
+from tasks.rows import open_text
 from tasks.stage import Job, stage
-from tasks.url_rules import UrlRules, write_blocked
+from tasks.url_rules import UrlRules, one_expression, write_blocked
 
 REFUSED = "refused.parquet"
 """Beside a shard: `url` and `reason` of every record that became no document."""
 EXAMPLES = 20
 SHARD_VERSION = 4
+
+UrlRulesOf = tuple[Path | None, tuple[str, ...], str | None]
+"""What `UrlRules.open` takes: a compiled block list, words, an expression."""
 
 
 @stage(version=4)
@@ -35,12 +40,12 @@ def extract(job: Job, settings: ExtractConfig) -> Corpus:
 
     reads raw files   writes Corpus   cost one part per file, only for files that are new
     """
-    blocked = _compile_block_lists(job)
+    rules = (_compile_block_lists(job), settings.url_words, _url_expression(job))
     shards = _shards(job, settings)
     parts = fan_out(
         job,
         build_shard,
-        [_item(shard, settings, job, blocked) for shard in shards],
+        [_item(shard, settings, job, rules) for shard in shards],
         version=SHARD_VERSION,
     )
     entries = [
@@ -110,50 +115,56 @@ def source_name(settings: ExtractConfig, file: SourceFile) -> str:
     return domain if before == 0 else f"{domain}-{before + 1}"
 
 
-def _item(plan: ShardPlan, settings: ExtractConfig, job: Job, blocked: Path | None) -> PartItem:
+def _item(plan: ShardPlan, settings: ExtractConfig, job: Job, rules: UrlRulesOf) -> PartItem:
     # A piece says itself where it was cut.
-    listed = {"sources", "block_lists", "shard_bytes"}
+    listed = {"sources", "block_lists", "url_expressions", "shard_bytes"}
     identity = {
         "files": [list(file.key[:2]) for file in plan.files],
         "spec": plan.files[0].spec.identity(),
         "source": plan.source,
         "settings": {k: v for k, v in settings.identity().items() if k not in listed},
-        "block_lists": job.sources["block_lists"].identity()
-        if "block_lists" in job.sources
-        else [],
+        **{
+            name: job.sources.get(name, Source()).identity()
+            for name in ("block_lists", "url_expressions")
+        },
     }
-    return PartItem(identity, (plan, settings, blocked), f"{plan.files[0].name} ({plan.name})")
+    return PartItem(identity, (plan, settings, rules), f"{plan.files[0].name} ({plan.name})")
 
 
 def _compile_block_lists(job: Job) -> Path | None:
-    from tasks.rows import open_text
-
     source = job.sources.get("block_lists", Source())
     if not source.landings:
         return None
     job.state.mkdir(parents=True, exist_ok=True)
-
-    def lines() -> Iterator[str]:
-        for file in source.files:
-            with file.fetched() as path, open_text(path) as stream:
-                yield from (line.decode("utf-8", "replace") for line in stream)
-
     path = job.state / "blocked.npy"
-    job.metrics["blocked_entries"] = write_blocked(lines(), path)
+    lines = (line for file in source.files for line in _lines(file))
+    job.metrics["blocked_entries"] = write_blocked(lines, path)
     return path
+
+
+def _url_expression(job: Job) -> str | None:
+    """One expression of all lists of them; none without any."""
+    source = job.sources.get("url_expressions", Source())
+    found = [one_expression(_lines(file), file.name) for file in source.files]
+    return "|".join(filter(None, found)) or None
+
+
+def _lines(file: SourceFile) -> Iterator[str]:
+    with file.fetched() as path, open_text(path) as stream:
+        yield from (line.decode("utf-8", "replace") for line in stream)
 
 
 # One shard, in a worker process
 
 
 def build_shard(
-    files: Path, plan: ShardPlan, settings: ExtractConfig, blocked: Path | None
+    files: Path, plan: ShardPlan, settings: ExtractConfig, url_rules: UrlRulesOf
 ) -> dict[str, Any]:
     """Write `shard.parquet` and `refused.parquet` of some files; returns counts."""
     reader = page_reader(
         settings.pages, settings.languages, wall_seconds=settings.page_wall_seconds
     )
-    rules = UrlRules.open(blocked, settings.url_words)
+    rules = UrlRules.open(*url_rules)
     counts = Counts()
     refused: list[Refusal] = []
     with ShardWriter(files / SHARD) as writer:

@@ -14,7 +14,8 @@ from storage.corpus import Corpus, Shard
 from storage.source import Source, SourceFile
 from tasks.fanout import Part, PartItem, fan_out
 from tasks.kept_rows import text_digest
-from tasks.records import RawRecord, read_records
+from tasks.raw_record import RawRecord
+from tasks.records import read_records
 from tasks.stage import Job
 from tasks.text_statistics import batches, buffers
 

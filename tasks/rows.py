@@ -11,8 +11,9 @@ import io
 import json
 import lzma
 import re
+import string
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
@@ -127,6 +128,27 @@ def skip_line(stream: IO[bytes]) -> None:
     """Read on to the begin of the next line, however far that is."""
     while (line := stream.readline(WHOLE_BYTES)) and not line.endswith(b"\n"):
         pass
+
+
+def text_template(field: str) -> Callable[[Mapping[str, Any]], str | None]:
+    """How the text of a row is made: one field, or a template of several; None where one lacks."""
+    if "{" not in field:
+        return lambda row: _text_or_none(row.get(field))
+    names = {name for _, name, _, _ in string.Formatter().parse(field) if name}
+
+    def fill(row: Mapping[str, Any]) -> str | None:
+        values = {name: _text_or_none(row.get(name)) for name in names}
+        if any(value is None for value in values.values()):
+            return None
+        return re.sub(r"\{(\w+)\}", lambda match: str(values[match.group(1)]), field)
+
+    return fill
+
+
+def _text_or_none(value: object) -> str | None:
+    if isinstance(value, str):
+        return value
+    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def open_span(file: SourceFile) -> BinaryIO:

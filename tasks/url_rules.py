@@ -28,24 +28,35 @@ _MAX_PATH_PARTS = 12
 class UrlRules:
     """Decides by address alone, before a page is read."""
 
-    def __init__(self, blocked: "NDArray[np.uint64] | None", words: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        blocked: "NDArray[np.uint64] | None",
+        words: Sequence[str] = (),
+        expression: str | None = None,
+    ) -> None:
         self._blocked = blocked
         self._words = {word.lower() for word in words}
+        self._expression = expression
 
     @classmethod
-    def open(cls, path: Path | None, words: Sequence[str] = ()) -> "UrlRules":
-        """Rules over an array that `write_blocked` wrote; it is mapped, not read into memory."""
+    def open(
+        cls, path: Path | None, words: Sequence[str] = (), expression: str | None = None
+    ) -> "UrlRules":
+        """Rules over an array that `write_blocked` wrote (it is mapped, not read into memory) and an
+        expression of `one_expression`."""
         import numpy as np
 
         blocked = None if path is None else np.load(path, mmap_mode="r", allow_pickle=False)
-        return cls(blocked if blocked is not None and len(blocked) else None, words)
+        return cls(blocked if blocked is not None and len(blocked) else None, words, expression)
 
     def reason(self, url: str) -> str | None:
-        """`blocked`, `url_word` or None."""
+        """`blocked`, `url_word`, `url_expression` or None."""
         if self._words and any(w in self._words for w in _WORD.findall(unquote(url).lower())):
             return "url_word"
         if self._blocked is not None and self._is_listed(url):
             return "blocked"
+        if self._expression is not None and _is_found(self._expression, url):
+            return "url_expression"
         return None
 
     def _is_listed(self, url: str) -> bool:
@@ -58,6 +69,37 @@ class UrlRules:
         found = np.searchsorted(self._blocked, keys)
         found[found == len(self._blocked)] = 0
         return bool((self._blocked[found] == keys).any())
+
+
+def one_expression(lines: Iterable[str], name: str) -> str | None:
+    """One expression that finds what any of a list's finds; none for an empty list.
+
+    Raises ValueError with the line of one that is broken or would not take linear time.
+    """
+    from polars.exceptions import ComputeError
+
+    expressions: list[str] = []
+    for number, line in enumerate(lines, start=1):
+        expression = line.strip()
+        if not expression or expression.startswith("#"):
+            continue
+        try:
+            _is_found(expression, "")
+        except ComputeError as error:
+            why = str(error).partition("error: ")[2].rpartition("error: ")[2].splitlines()
+            raise ValueError(
+                f"{name}:{number}: {expression[:80]!r} is not an expression that takes linear time "
+                f"({why[0] if why else 'broken'}); mend or remove the line"
+            ) from error
+        expressions.append(f"(?:{expression})")
+    return f"(?i){'|'.join(expressions)}" if expressions else None
+
+
+def _is_found(expression: str, url: str) -> bool:
+    # The engine behind polars takes time linear in the address, whatever the expression.
+    import polars as pl
+
+    return bool(pl.Series([url], dtype=pl.String).str.contains(expression)[0])
 
 
 def write_blocked(lines: Iterable[str], path: Path) -> int:

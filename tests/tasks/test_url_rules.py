@@ -1,10 +1,11 @@
 """Addresses are refused by host, domain, path or word, before anything is parsed."""
 
+import time
 from pathlib import Path
 
 import pytest
 
-from tasks.url_rules import UrlRules, write_blocked
+from tasks.url_rules import UrlRules, one_expression, write_blocked
 
 LIST = """
 # comment
@@ -66,6 +67,42 @@ def test_words_match_whole_and_in_any_case(rules: UrlRules) -> None:
     assert rules.reason("http://x.example/online-POKER/1") == "url_word"
     assert rules.reason("http://x.example/%50oker") == "url_word"
     assert rules.reason("http://x.example/pokerface") is None
+
+
+EXPRESSIONS = r"""
+# a comment
+(adultsight|cyberlust)
+(^|[-\?+=/_])(big|cyber)?(babe|teen|topp?les)s?([-\.\?+=/_]|$)
+"""
+
+
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [
+        ("http://www.ADULTSIGHT.test/", "url_expression"),
+        ("http://x.test/cyberteens", "url_expression"),
+        ("http://x.test/a?q=toples.jpg", "url_expression"),
+        ("http://x.test/teenager", None),
+        ("http://x.test/中文/big-bang", None),
+        ("", None),
+    ],
+)
+def test_expressions_are_found_anywhere_in_any_case(url: str, reason: str | None) -> None:
+    rules = UrlRules(None, expression=one_expression(EXPRESSIONS.splitlines(), "list"))
+    assert rules.reason(url) == reason
+
+
+@pytest.mark.parametrize("expression", ["(ab", r"(a)\1", "(?=a)b", "a{2,1}"])
+def test_an_expression_that_could_take_for_ever_names_its_line(expression: str) -> None:
+    with pytest.raises(ValueError, match=r"list:2: .* linear time .*; mend or remove the line"):
+        one_expression(["fine", expression], "list")
+
+
+def test_hostile_expressions_and_addresses_take_linear_time() -> None:
+    rules = UrlRules(None, expression=one_expression(["(a+)+$", "(a|aa)+b", "(.*a){20}c"], "list"))
+    started = time.process_time()
+    assert rules.reason("http://x.test/" + "a" * 100_000 + "!") is None
+    assert time.process_time() - started < 5
 
 
 def test_no_rules_refuse_nothing(tmp_path: Path) -> None:
