@@ -18,7 +18,8 @@ from conf.extract import PageConfig
 from storage.source import SourceFile
 from tasks.language import language_of, script_shares
 from tasks.main_text import main_text
-from tasks.records import RawRecord, read_records
+from tasks.raw_record import RawRecord
+from tasks.records import read_records
 
 LANGUAGES = ("zh", "en")
 
