@@ -22,6 +22,7 @@ from storage.tokens import (
     token_path,
     write_meta,
 )
+from tasks.difficulty import write_difficulty
 from tasks.fanout import Part, PartItem, fan_out
 from tasks.kept_rows import kept_digest
 from tasks.stage import Job, stage
@@ -60,16 +61,15 @@ def tokenize(job: Job, corpus: Corpus, tokenizer: Tokenizer, settings: TokenizeC
     for domain, splits in domains.items():
         for split in splits:
             _join(job.files, domain, split, [part for part in parts if _has(part, domain, split)])
-    write_meta(
-        job.files,
-        TokensMeta(
-            dtype=settings.dtype,
-            eos=tokenizer.meta.special["eos"],
-            vocabulary=tokenizer.meta.vocabulary,
-            tokenizer_digest=tokenizer.meta.digest,
-            domains=domains,
-        ),
+    meta = TokensMeta(
+        dtype=settings.dtype,
+        eos=tokenizer.meta.special["eos"],
+        vocabulary=tokenizer.meta.vocabulary,
+        tokenizer_digest=tokenizer.meta.digest,
+        domains=domains,
     )
+    write_meta(job.files, meta)
+    write_difficulty(job, corpus.shards, parts, meta, settings)
     copy_tokenizer(tokenizer.files, job.files / TOKENIZER_FOLDER)
     _report(job, parts, domains)
     return Tokens(job.path)
