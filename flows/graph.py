@@ -411,8 +411,19 @@ def _tokenizer_mistakes(order: Mapping[str, Node]) -> Iterator[Mistake]:
             parts = [f"{link} was made with {' and '.join(sorted(o))}" for link, o in read.items()]
             mend = "let all of them descend from one tokenizer"
             yield Mistake(f"stages.{node.name}.from", f"mixes tokenizers: {', '.join(parts)}", mend)
+        if getattr(node.settings, "target", "") == "gguf":
+            yield from _gguf_mistakes(node, [order[name] for name in found if name in order])
         is_tokenizer = node.spec.output.kind == "tokenizer"
         origins[node.name] = {node.pin or node.name} if is_tokenizer else found
+
+
+def _gguf_mistakes(node: Node, tokenizers: list[Node]) -> Iterator[Mistake]:
+    for made in tokenizers:
+        algorithm = getattr(made.settings, "algorithm", "bpe")
+        if algorithm != "bpe" and not getattr(made.settings, "adopt", ()):
+            found = f"GGUF holds byte-level BPE, {made.name} learns {algorithm}"
+            mend = f"give target: hf, or {made.name} algorithm: bpe"
+            yield Mistake(f"stages.{node.name}.target", found, mend)
 
 
 def _vocabulary_mistakes(order: Mapping[str, Node]) -> Iterator[Mistake]:

@@ -259,6 +259,30 @@ REAL: list[tuple[str, dict[str, Any], dict[str, Any], str, str]] = [
         "vocabulary: 65536 or less",
     ),
     (
+        "vocabulary beyond 16 bits of one of two",
+        {
+            "tokenizer": {"from": {"corpus": "extract"}, "vocabulary": 100_000},
+            "tokenize": {
+                "from": {"corpus": "extract", "tokenizer": "tokenizer"},
+                "dtype": "uint32",
+            },
+            "narrow": {"uses": "tokenize", "from": {"corpus": "extract", "tokenizer": "tokenizer"}},
+        },
+        {},
+        "stages.tokenizer.vocabulary",
+        "narrow dtype: uint32",
+    ),
+    (
+        "GGUF of a tokenizer that llama.cpp does not have",
+        {
+            "tokenizer": {"from": {"corpus": "extract"}, "algorithm": "wordpiece"},
+            "export": {"from": {"policy": "pretrain"}, "target": "gguf"},
+        },
+        {},
+        "stages.export.target",
+        "give target: hf, or tokenizer algorithm: bpe",
+    ),
+    (
         "plain engine on two processes",
         {},
         {"launch": {"processes": 2}},
@@ -280,6 +304,14 @@ REAL: list[tuple[str, dict[str, Any], dict[str, Any], str, str]] = [
         "dim=100 is not a multiple of heads=3",
     ),
 ]
+
+
+def test_wide_ids_allow_a_large_vocabulary(tmp_path: Path) -> None:
+    wide = {
+        "tokenizer": {"from": {"corpus": "extract"}, "vocabulary": 100_000},
+        "tokenize": {"from": {"corpus": "extract", "tokenizer": "tokenizer"}, "dtype": "uint32"},
+    }
+    assert "tokenize" in real_graph(tmp_path, wide).nodes
 
 
 @pytest.mark.parametrize(

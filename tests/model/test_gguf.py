@@ -1,20 +1,25 @@
 """The GGUF file: the package that llama.cpp's authors keep reads it, and so does transformers."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
 import pytest
+import tokenizers
 import torch
 
 from conf.shape import RopeScalingConfig, ShapeConfig
+from conf.tokenizer import TokenizerConfig
 from model.convert import compare
 from model.gguf import architecture, read_gguf, write_gguf
 from model.transformer import Transformer
-from storage.tokenizer import MODEL_FILE, ChatTokenizer
+from storage.sentencepiece_model import converted, parse
+from storage.tokenizer import MODEL_FILE, SPECIAL_TOKENS, ChatTokenizer, write_tokenizer
+from tasks.tokenizer_training import train
 from tests.model.tiny import tiny_tokenizer
+from tests.storage.test_sentencepiece_model import KINDS as PIECES
+from tests.storage.test_sentencepiece_model import model_for
 
 STRETCHED = RopeScalingConfig(factor=8, original_context=32)
 KINDS: dict[str, dict[str, Any]] = {
@@ -117,15 +122,37 @@ def test_what_llama_cpp_does_not_compute_is_refused() -> None:
             architecture(model(**fields).shape)
 
 
-def test_a_tokenizer_that_llama_cpp_does_not_know_is_refused(
-    tmp_path: Path, tokenizer: ChatTokenizer
+@pytest.mark.parametrize(
+    ("algorithm", "message"),
+    [("wordpiece", "a WordPiece .* with target=hf"), ("unigram", "a Unigram .* with target=hf")],
+)
+def test_a_trained_tokenizer_that_llama_cpp_does_not_know_is_refused(
+    tmp_path: Path, algorithm: str, message: str
 ) -> None:
-    path = tmp_path / "tokenizer" / MODEL_FILE
-    content = json.loads(path.read_text("utf-8"))
-    content["decoder"] = {"type": "Metaspace", "replacement": "_", "prepend_scheme": "always"}
-    path.write_text(json.dumps(content), "utf-8")
-    with pytest.raises(ValueError, match="a BPE with decoder Metaspace"):
-        write_gguf(tmp_path / "model.gguf", model(), tmp_path / "tokenizer")
+    config = TokenizerConfig.model_validate({"algorithm": algorithm, "vocabulary": 600})
+    write_tokenizer(tmp_path, train(["The cat eats fish. 猫吃鱼。"] * 9, config), "other")
+    with pytest.raises(ValueError, match=message):
+        write_gguf(tmp_path / "model.gguf", model(), tmp_path)
+
+
+def test_an_adopted_tokenizer_that_llama_cpp_does_not_know_is_refused(tmp_path: Path) -> None:
+    taken = converted(parse(model_for(PIECES["bpe, bytes, plain"])))
+    taken.add_special_tokens(list(SPECIAL_TOKENS.values()))
+    write_tokenizer(tmp_path, taken, "other")
+    with pytest.raises(ValueError, match=r"a BPE with decoder Sequence .* with target=hf"):
+        write_gguf(tmp_path / "model.gguf", model(), tmp_path)
+
+
+def test_added_tokens_that_text_gives_are_the_users(tmp_path: Path) -> None:
+    tiny_tokenizer(tmp_path / "tiny")
+    taken = tokenizers.Tokenizer.from_file(str(tmp_path / "tiny" / MODEL_FILE))
+    taken.add_tokens(["<think>"])
+    write_tokenizer(tmp_path / "t", taken, "gpt-2")
+    write_gguf(tmp_path / "model.gguf", model(), tmp_path / "t")
+    file = gguf.GGUFReader(tmp_path / "model.gguf")
+    place = file.get_field("tokenizer.ggml.tokens").contents().index("<think>")
+    kinds = file.get_field("tokenizer.ggml.token_type").contents()
+    assert kinds[place] == gguf.TokenType.USER_DEFINED
 
 
 def test_another_stretching_and_another_file_are_refused(
