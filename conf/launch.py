@@ -27,6 +27,9 @@ class LaunchConfig(Settings):
     tensor_parallel: Annotated[int, Field(ge=1)] = 1
     """Processes that share every matrix of the blocks, each a part of the heads and of the feed-forward
     width, with engine fsdp, which spreads the parts over the others; `processes` is a multiple."""
+    pipeline_stages: Annotated[int, Field(ge=1)] = 1
+    """Processes that have some blocks of the model each, through which the micro-batches of a step pass,
+    with engine ddp; `processes` is a multiple, and micro_batch should leave several micro-batches."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes CUDA where a device is found."""
     deepspeed: dict[str, Any] = Field(default_factory=dict[str, Any])
@@ -68,7 +71,7 @@ class LaunchConfig(Settings):
     @property
     def model_processes(self) -> int:
         """Processes that compute one model together, on the same data."""
-        return self.tensor_parallel
+        return self.tensor_parallel * self.pipeline_stages
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -76,6 +79,11 @@ class LaunchConfig(Settings):
             raise ValueError(
                 f"tensor_parallel={self.tensor_parallel} does not run on engine={self.engine}; use "
                 f"engine=fsdp"
+            )
+        if self.pipeline_stages > 1 and self.engine != "ddp":
+            raise ValueError(
+                f"pipeline_stages={self.pipeline_stages} does not run on engine={self.engine}; use "
+                f"engine=ddp"
             )
         if self.processes % self.model_processes:
             raise ValueError(

@@ -9,7 +9,7 @@ import contextlib
 import copy
 import math
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -87,6 +87,10 @@ def build_engine(
     refuse_impossible(launch, ranks, rule, model.shape)
     model.to(ranks.device).train()
     prepare_blocks(model, launch)
+    if launch.pipeline_stages > 1:
+        from model.pipeline import PipelineEngine
+
+        return PipelineEngine(model, ranks, rule)
     match launch.engine:
         case "plain" | "ddp":
             return TorchEngine(model, ranks, rule)
@@ -119,6 +123,11 @@ def refuse_impossible(
                 f"launch.tensor_parallel={parts} does not divide shape.{name}={count}; use a divisor "
                 f"of all of heads, kv_heads and ffn_width"
             )
+    if launch.pipeline_stages > shape.layers:
+        raise ValueError(
+            f"launch.pipeline_stages={launch.pipeline_stages} is more than shape.layers={shape.layers}; "
+            f"use no more stages than layers"
+        )
     if launch.engine not in ("plain", "ddp") and rule.optimizer == "muon":
         raise ValueError(
             f"engine {launch.engine} spreads matrices that Muon needs whole; use launch.engine=ddp or "
@@ -232,28 +241,13 @@ class TorchEngine:
             return
         folder.mkdir(parents=True, exist_ok=True)
         save_tensors(folder / MODEL_FILE, self.model.state_dict())
-        states = {
-            f"{name}|{key}": value
-            for name, parameter in self.model.named_parameters()
-            for optimizer in self._optimizers
-            for key, value in optimizer.state.get(parameter, {}).items()
-        }
-        save_tensors(folder / OPTIMIZER_FILE, states)
+        save_tensors(folder / OPTIMIZER_FILE, states_of(self.model, self._optimizers))
         if self.scale:
             self.scale.save(folder)
 
     def load(self, folder: Path) -> None:
         self.model.load_state_dict(load_tensors(folder / MODEL_FILE))
-        by_name = optimizer_states(folder)
-        for optimizer in self._optimizers:
-            own = {id(p) for group in optimizer.param_groups for p in group["params"]}
-            for name, parameter in self.model.named_parameters():
-                if name in by_name and id(parameter) in own:
-                    # The step count stays on the host, as AdamW itself keeps it.
-                    optimizer.state[parameter] = {
-                        key: value if key == "step" else value.to(parameter.device)
-                        for key, value in by_name[name].items()
-                    }
+        load_states(self.model, self._optimizers, optimizer_states(folder))
         if self.scale:
             self.scale.load(folder)
 
@@ -278,6 +272,33 @@ class Hollow:
         model = copy.deepcopy(self._model)
         model.load_state_dict(weights, assign=True)
         return model
+
+
+def states_of(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """Optimizer state of each parameter as a checkpoint holds it: `name|key` -> tensor."""
+    return {
+        f"{name}|{key}": value
+        for name, parameter in model.named_parameters()
+        for optimizer in optimizers
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def load_states(
+    model: nn.Module,
+    optimizers: Sequence[torch.optim.Optimizer],
+    by_name: Mapping[str, Mapping[str, Tensor]],
+) -> None:
+    """Give optimizers the state of a checkpoint, as far as they hold the parameter."""
+    for optimizer in optimizers:
+        own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for name, parameter in model.named_parameters():
+            if name in by_name and id(parameter) in own:
+                # The step count stays on the host, as AdamW itself keeps it.
+                optimizer.state[parameter] = {
+                    key: value if key == "step" else value.to(parameter.device)
+                    for key, value in by_name[name].items()
+                }
 
 
 def optimizer_states(folder: Path) -> dict[str, dict[str, Tensor]]:

@@ -27,8 +27,9 @@ from model.engine import (
     Loss,
     Objective,
     optimizer_states,
+    states_of,
 )
-from model.optimizer import LossScale, UpdateRule, adamw, apply_gradients
+from model.optimizer import LossScale, UpdateRule, adamw, apply_gradients, gradient_norm
 from model.ranks import Ranks
 from model.transformer import Block, Transformer
 from model.weights import load_tensors, save_tensors
@@ -67,7 +68,7 @@ class FsdpEngine:
             self.scale,
             learning_rate=learning_rate,
             limit=limit,
-            whole=_whole,
+            norm_of=lambda parameters: _whole(gradient_norm(parameters)),
         )
         self.discard()
         return norm
@@ -85,10 +86,7 @@ class FsdpEngine:
     def save(self, folder: Path) -> None:
         weights = self._weights()
         states = {
-            f"{name}|{key}": _whole(value)
-            for name, parameter in self.model.named_parameters()
-            for optimizer in self._optimizers
-            for key, value in optimizer.state.get(parameter, {}).items()
+            name: _whole(value) for name, value in states_of(self.model, self._optimizers).items()
         }
         if not self.ranks.is_first:
             return

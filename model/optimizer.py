@@ -76,19 +76,17 @@ def apply_gradients(
     *,
     learning_rate: float,
     limit: float,
-    whole: Callable[[Tensor], Tensor] = lambda norm: norm,
+    norm_of: Callable[[Sequence[nn.Parameter]], Tensor] | None = None,
 ) -> float:
     """Clip the gradients and update; their norm before clipping.
 
     Nothing is changed where the norm is not finite or above the limit. `meshes` are the parameters, apart
-    where they are spread over other meshes of ranks, and `whole` makes a norm of spread ones one number.
+    where they are spread over other meshes of ranks; `norm_of` is the norm of a mesh's gradients over all
+    ranks, where no rank has them all.
     """
-    norms: list[Tensor] = []
-    for parameters in meshes:
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        if scale:
-            scale.undo(gradients)
-        norms.append(whole(torch.nn.utils.get_total_norm(gradients)))
+    if scale:
+        scale.undo([p.grad for parameters in meshes for p in parameters if p.grad is not None])
+    norms = [(norm_of or gradient_norm)(parameters) for parameters in meshes]
     norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
     is_finite = bool(norm.isfinite())
     if is_finite and norm <= limit:
@@ -100,6 +98,11 @@ def apply_gradients(
     if scale:
         scale.note(is_finite=is_finite)
     return norm.item()
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """Norm of all gradients together."""
+    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
 
 def build_optimizers(model: nn.Module, rule: UpdateRule) -> list[torch.optim.Optimizer]:

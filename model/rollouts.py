@@ -128,7 +128,8 @@ def answer_logprobs(model: Transformer, rollout: Rollout, temperature: float) ->
 
 def answer_values(model: Transformer, rollout: Rollout, scale: RewardScale) -> Tensor:
     """(B, N) float32 value before each answer token in normalised score; 0 behind the end."""
-    raw = model.score(answer_states(model, rollout))
+    states = answer_states(model, rollout)
+    raw = model.score(states)
     return (raw - scale.mean) / scale.std * rollout.mask
 
 

@@ -1,11 +1,13 @@
 """Every engine over the same small pretraining in one pair of ranks: `python -m tests.model.engine_runs
-TOKENS FOLDER NAME=STEP ...`.
+TOKENS FOLDER NAME=STEP ... OLD-to-NEW ...`.
 
 For each of LAUNCHES: an unbroken run in FOLDER/NAME; a run in FOLDER/NAME-broken that dies while it
-writes down that step, and is run again by a new engine. Starting processes costs more than the runs.
+writes down that step, and is run again by a new engine. For OLD-to-NEW the engine NEW ends what OLD has begun, in FOLDER/OLD-to-NEW. Starting
+processes costs more than the runs.
 """
 
 import os
+import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
@@ -54,6 +56,7 @@ LAUNCHES: dict[str, dict[str, Any]] = {
     "ddp": {"engine": "ddp"},
     "fsdp": {"engine": "fsdp"},
     "tensor": {"engine": "fsdp", "tensor_parallel": 2},
+    "pipeline": {"engine": "ddp", "pipeline_stages": 2},
     "zero1": {"engine": "zero1", "deepspeed": BUCKETS},
     "zero2": {"engine": "zero2", "deepspeed": BUCKETS},
     "zero3": {"engine": "zero3", "deepspeed": BUCKETS},
@@ -77,16 +80,21 @@ class BreakingJournal(Journal):
         super().write(step, figures)
 
 
+def placed(name: str, ranks: Ranks) -> tuple[LaunchConfig, Ranks]:
+    """One of LAUNCHES, and this process's place in it."""
+    launch = LaunchConfig.model_validate(
+        {**LAUNCHES[name], "processes": ranks.processes, "threads": 1, "micro_batch": 3}
+    )
+    peers = launch.model_processes
+    rank, peer = divmod(ranks.place, peers)
+    return launch, replace(ranks, rank=rank, world=ranks.processes // peers, peer=peer, peers=peers)
+
+
 def run(
     attempt: Path, tokens: Path, name: str, ranks: Ranks, *, last: int = 0, **settings: object
 ) -> None:
     """The whole job, or up to the step at which it dies."""
-    launch = LaunchConfig.model_validate(
-        {**LAUNCHES[name], "processes": ranks.processes, "threads": 1, "micro_batch": 3}
-    )
-    rank, peer = divmod(ranks.place, launch.model_processes)
-    peers = launch.model_processes
-    ranks = replace(ranks, rank=rank, world=ranks.processes // peers, peer=peer, peers=peers)
+    launch, ranks = placed(name, ranks)
     chosen = SETTINGS.model_copy(update={"launch": launch, **settings})
     if ranks.is_first:
         write_job(attempt, "pretrain", chosen, {"tokens": tokens}, launch)
@@ -100,6 +108,16 @@ def run(
     ranks.wait()
 
 
+def move_on(folder: Path, old: str, new: str, tokens: Path, ranks: Ranks) -> None:
+    """Go on with the engine `new` from the last checkpoint but one of `old`."""
+    attempt = folder / f"{old}-to-{new}"
+    if ranks.is_first:
+        shutil.copytree(folder / old, attempt)
+        shutil.rmtree(max((attempt / "state" / "checkpoints").glob("step_*")))
+    ranks.wait()
+    run(attempt, tokens, new, ranks)
+
+
 def main() -> None:
     """Entry of each rank."""
     tokens, folder = Path(sys.argv[1]), Path(sys.argv[2])
@@ -107,6 +125,10 @@ def main() -> None:
     ranks = join_ranks(LaunchConfig(engine="ddp", processes=processes, threads=1, device="cpu"))
     for wish in sys.argv[3:]:
         name, _, last = wish.partition("=")
+        if not last:
+            old, _, new = name.partition("-to-")
+            move_on(folder, old, new, tokens, ranks)
+            continue
         run(folder / name, tokens, name, ranks)
         broken = folder / f"{name}-broken"
         run(broken, tokens, name, ranks, last=int(last))

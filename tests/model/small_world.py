@@ -51,7 +51,7 @@ def facts() -> list[tuple[str, str]]:
     return rows
 
 
-def write_world(folder: Path, *, repeats: int = 4) -> None:
+def write_world(folder: Path, *, repeats: int = 4, shape: ShapeConfig = SHAPE) -> None:
     """Write `policy/`, `conversations/` and `preferences/`, each a `files` folder of an artifact.
 
     The better answer of a pair is the right one, the worse one is rude. Every fifth fact is held out.
@@ -73,7 +73,7 @@ def write_world(folder: Path, *, repeats: int = 4) -> None:
     tokenizer.train_from_iterator(texts * 3, trainer)
     (folder / "tokenizer").mkdir(parents=True)
     meta = write_tokenizer(folder / "tokenizer", tokenizer, "gpt-2")
-    model = Transformer(SHAPE, meta.vocabulary, seed=1)
+    model = Transformer(shape, meta.vocabulary, seed=1)
     save_model(folder / "policy", model, role="policy", tokenizer=folder / "tokenizer")
     with (
         SplitWriter(folder / "conversations") as chats,

@@ -15,6 +15,7 @@ from conf.sft import SftConfig
 from model import dpo, ppo, reward, sft
 from model.journal import Journal
 from model.ranks import Ranks, join_ranks
+from tests.model.engine_runs import placed
 from tests.model.small_world import make_job
 
 WORKS: dict[str, Callable[..., dict[str, Any]]] = {
@@ -54,9 +55,7 @@ INPUTS = {
 
 def run(stage: str, engine: str, world: Path, folder: Path, ranks: Ranks) -> dict[str, Any]:
     """The stage's job from start to end; its figures."""
-    launch = LaunchConfig.model_validate(
-        {"engine": engine, "processes": ranks.world, "threads": 1, "micro_batch": 3}
-    )
+    launch, ranks = placed(engine, ranks)
     settings = SETTINGS[stage].model_copy(update={"launch": launch})
     inputs = {name: world / name for name in INPUTS[stage]}
     job = make_job(folder / f"{stage}-{engine}", stage, settings, inputs, launch)

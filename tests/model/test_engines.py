@@ -2,18 +2,18 @@
 
 import json
 import random
-import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
 from model.ranks import Ranks
-from tests.model.engine_runs import LAUNCHES, SETTINGS, run
+from tests.model.engine_runs import LAUNCHES, SETTINGS, move_on, run
 from tests.model.small_jobs import finish, start_pair
 from tests.model.small_tokens import write_small_tokens
 
 ENGINES = tuple(name for name in LAUNCHES if name != "plain")
+MOVES = ("ddp-to-fsdp", "fsdp-to-zero3", "zero2-to-tensor", "tensor-to-pipeline", "pipeline-to-ddp")
 STEPS = 20
 pytestmark = pytest.mark.slow
 
@@ -42,6 +42,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         str(tokens),
         str(folder),
         *(f"{engine}={step}" for engine, step in deaths.items()),
+        *MOVES,
     )
     finish(ranks, timeout=550)
     run(folder / "plain", tokens, "plain", Ranks())
@@ -69,15 +70,18 @@ def test_dead_at_a_random_step_and_run_again_gives_the_same_bits(runs: Runs, eng
     assert runs.figures(engine, "loss") == runs.figures(f"{engine}-broken", "loss")
 
 
+@pytest.mark.parametrize("move", MOVES)
+def test_another_engine_goes_on_with_what_one_saved(runs: Runs, move: str) -> None:
+    losses = runs.figures(move, "loss")
+    assert losses == pytest.approx(runs.figures("plain", "loss"), rel=0, abs=1e-6)
+    # It was no run from the start.
+    assert losses[:16] == runs.figures(move.partition("-to-")[0], "loss")[:16]
+
+
 @pytest.mark.parametrize("engine", ENGINES)
-def test_one_process_goes_on_from_what_two_saved(runs: Runs, tmp_path: Path, engine: str) -> None:
-    attempt = tmp_path / "attempt"
-    shutil.copytree(runs.folder / engine, attempt)
-    # The newest checkpoint is of the end; the one before it is taken.
-    shutil.rmtree(attempt / f"state/checkpoints/step_{STEPS:09d}")
-    run(attempt, runs.tokens, "plain", Ranks())
-    lines = (attempt / "logs" / "metrics.jsonl").read_text("utf-8").splitlines()
-    losses = [line["loss"] for line in map(json.loads, lines) if "loss" in line]
+def test_one_process_goes_on_from_what_two_saved(runs: Runs, engine: str) -> None:
+    move_on(runs.folder, engine, "plain", runs.tokens, Ranks())
+    losses = runs.figures(f"{engine}-to-plain", "loss")
     assert losses == pytest.approx(runs.figures("plain", "loss"), rel=0, abs=1e-6)
 
 
@@ -88,3 +92,17 @@ def test_weights_are_whole_in_the_artifact(runs: Runs) -> None:
     }
     assert len(set(sizes.values())) == 1, sizes
     assert SETTINGS.shape.dropout, "without dropout half of the test is idle"
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", ["tensor", "pipeline", "ddp", "fsdp"])
+def test_four_processes_do_what_two_do(runs: Runs, tmp_path: Path, name: str) -> None:
+    wishes = [f"{name}={random.randint(2, STEPS - 1)}"]
+    finish(
+        start_pair("tests.model.engine_runs", str(runs.tokens), str(tmp_path), *wishes, processes=4)
+    )
+    four = replace(runs, folder=tmp_path)
+    for figure in ("loss", "held_loss/zh"):
+        wanted = runs.figures("plain", figure)
+        assert four.figures(name, figure) == pytest.approx(wanted, rel=0, abs=1e-6), figure
+    assert four.figures(name, "loss") == four.figures(f"{name}-broken", "loss")
