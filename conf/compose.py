@@ -13,15 +13,18 @@ from conf.mistakes import Mistake, RecipeError, suggest
 FOLDER = Path(__file__).parent
 GROUPS = ("shape", "launch", "store")
 """Top-level keys that may name a file of the folder of the same name."""
-RESERVED = ("data", "defaults", "launch", "seed", "shape", "stages", "store")
+RESERVED = ("data", "defaults", "fanout", "launch", "seed", "shape", "stages", "store")
 """Names that no node may have: a recipe's own keys."""
+SHORT = {"store": "url", "fanout": "kind"}
+"""Keys of which a plain value, as in `store=PATH`, sets one setting."""
 PARTS = "recipe_parts"
 _lock = threading.Lock()
 """Hydra's state is global to the process: unlocked, concurrent composes fail."""
 
 
 def compose(recipe: str | Path, overrides: list[str]) -> dict[str, Any]:
-    """The recipe with its defaults and overrides merged: data, store, shape, launch, seed, stages.
+    """The recipe with its defaults and overrides merged: data, store, fanout, shape, launch, seed,
+    stages.
 
     `recipe` is a name under `conf/recipe/` or a path of a YAML file. Nodes are plain mappings with
     `uses`, `from` and settings; removed ones are absent. Raises RecipeError.
@@ -173,9 +176,8 @@ def _frozen(body: dict[str, Any]) -> dict[str, Any]:
         else node
         for name, node in (body.get("stages") or {}).items()
     }
-    if isinstance(body.get("store"), str):
-        body = {**body, "store": {"url": body["store"]}}
-    return {**body, "stages": stages}
+    short = {key: {SHORT[key]: body[key]} for key in SHORT if isinstance(body.get(key), str)}
+    return {**body, **short, "stages": stages}
 
 
 def _thawed(value: Any) -> Any:
@@ -215,8 +217,8 @@ def _sort_overrides(
             mistakes.append(Mistake(text, found, suggest(str(value), choices_of(head))))
         elif head in RESERVED and head not in ("stages", "defaults"):
             # A plain `store=` would be taken for the name of a file of `conf/store/`.
-            is_place = key == "store" and not isinstance(value, dict)
-            edits.hydra.append(_assignment("store.url" if is_place else key, raw))
+            is_short = key in SHORT and not isinstance(value, dict)
+            edits.hydra.append(_assignment(f"{key}.{SHORT[key]}" if is_short else key, raw))
         elif head not in written.nodes:
             known = (written.nodes | set(RESERVED)) - {"stages", "defaults"}
             mistakes.append(Mistake(text, f"no node is called {head!r}", suggest(head, known)))

@@ -239,6 +239,7 @@ class Execution:
             sources=address.sources,
             store=self.lookup.store,
             workers=self.workers,
+            fanout=self.graph.fanout,
             is_forced=name in self.forced if is_forced is None else is_forced,
             report_progress=report,
             on_start=lambda job: self._begin(name, job),

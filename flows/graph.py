@@ -9,6 +9,7 @@ from typing import Any, cast
 from pydantic import ValidationError
 
 from conf.compose import compose_leniently
+from conf.fanout import LOCAL, FanoutConfig
 from conf.launch import DEEPSPEED_ENGINES, LaunchConfig
 from conf.mistakes import Mistake, RecipeError, suggest
 from conf.settings import Settings, SourceSpec
@@ -85,6 +86,8 @@ class Graph:
     nodes: Mapping[str, Node]
     composed: Mapping[str, Any]
     """The recipe as plain data, with nothing left to choose."""
+    fanout: FanoutConfig = LOCAL
+    """Who builds shards."""
 
     def ancestors(self, names: Iterable[str]) -> set[str]:
         """The given nodes and all that they depend on."""
@@ -143,6 +146,7 @@ def _build(recipe: str, composed: Mapping[str, Any], base: Path) -> tuple[Graph,
     written = cast("dict[str, dict[str, Any]]", composed.get("stages") or {})
     if not written:
         mistakes.append(Mistake("stages", "the recipe has no node", "add nodes under `stages`"))
+    fanout = _fanout(composed, mistakes)
     nodes: dict[str, Node] = {}
     for name, body in written.items():
         if node := _node(name, body, composed, mistakes):
@@ -155,7 +159,18 @@ def _build(recipe: str, composed: Mapping[str, Any], base: Path) -> tuple[Graph,
         mistakes += _tokenizer_mistakes(order)
         mistakes += _context_mistakes(order)
         mistakes += _vocabulary_mistakes(order)
-    return Graph(recipe, order, composed), mistakes
+    return Graph(recipe, order, composed, fanout), mistakes
+
+
+def _fanout(composed: Mapping[str, Any], mistakes: list[Mistake]) -> FanoutConfig:
+    try:
+        return FanoutConfig.model_validate(composed.get("fanout") or {})
+    except ValidationError as error:
+        for found in error.errors():
+            place = ".".join(["fanout", *map(str, found["loc"])])
+            mend = "say local, dask or ray, and fanout.address for a cluster"
+            mistakes.append(Mistake(place, f"{found['input']!r}: {found['msg']}", mend))
+        return LOCAL
 
 
 def _node(

@@ -2,24 +2,13 @@
 
 reads items   writes one part per item   cost only the items whose part is not in the store
 
-Workers are never forked from the run itself (one would keep a dead parent's locks): they come from a
-server process that is begun anew, has loaded what they need and holds nothing; they end with the run.
 Where several machines share a store, two that build the same part wait for each other.
 """
 
-import functools
-import os
-import signal
 import threading
-import time
-import traceback
-from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
-from multiprocessing import get_context
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +16,10 @@ from storage.errors import PartsFailed
 from storage.identity import fingerprint as fingerprint_of
 from storage.record import Record
 from storage.store import PARTS_BUILT, Store
-from storage.store_local import empty_folder, read_record
-from tasks.processes import die_with_writer
+from storage.store_local import read_record
+from tasks.fanout_local import Ended, build_here
+from tasks.fanout_part import Build, Task, build_part
 from tasks.stage import Job
-
-PART_POLL_SECONDS = 0.2
-THREAD_LIMITS = ("POLARS_MAX_THREADS", "NUMBA_NUM_THREADS", "OMP_NUM_THREADS", "RAYON_NUM_THREADS")
-
-LOADED = ("__main__", "tasks.fanout", "pyarrow.parquet", "tasks.kernels")
-"""Modules that the server of workers loads once. Threads that they begin (of an allocator and of OpenBLAS,
-which both know of forks) sleep by the time when the last is loaded. Not polars: it takes the number of
-its threads when it is loaded, and begins some that know of no fork."""
-
-Build = Callable[..., dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -73,19 +53,6 @@ class Part:
         return self.path / "files"
 
 
-@dataclass(frozen=True)
-class _Task:
-    """All that a worker process is told about one item."""
-
-    store_url: str
-    cache: Path | None
-    build: Build
-    arguments: tuple[Any, ...]
-    record: Record
-    label: str
-    cost: float
-
-
 @dataclass
 class _Progress:
     """Counts finished items, and why some failed."""
@@ -109,8 +76,8 @@ def fan_out(job: Job, build: Build, items: Sequence[PartItem], *, version: int =
     """Build the part of every item that the store does not hold; the parts, in item order.
 
     `build(files, *arguments)` is a function of a module; it writes under `files` and returns plain
-    JSON figures. It runs in the main thread of a worker process, or of this one when the job has one
-    worker. Raises PartsFailed, after all other items are done, when some raised or their worker died.
+    JSON figures. It runs in the main thread of a worker process, of this machine or of the job's cluster,
+    or of this one when the job has one worker. Raises PartsFailed, after all other items are done, when some raised or their worker died.
     """
     tasks = [_task(job, build, item, version) for item in items]
     parts = _look_up(job.store, [task.record.fingerprint for task in tasks], is_reused=True)
@@ -129,7 +96,7 @@ def fan_out(job: Job, build: Build, items: Sequence[PartItem], *, version: int =
     return found
 
 
-def _task(job: Job, build: Build, item: PartItem, version: int) -> _Task:
+def _task(job: Job, build: Build, item: PartItem, version: int) -> Task:
     name = f"{build.__module__}.{build.__qualname__}"
     if "<" in name:
         raise ValueError(f"{name} cannot be sent to a worker; use a function of a module")
@@ -143,7 +110,7 @@ def _task(job: Job, build: Build, item: PartItem, version: int) -> _Task:
         node=job.node,
     )
     label = item.label or name
-    return _Task(job.store.url, job.store.cache, build, item.arguments, record, label, item.cost)
+    return Task(job.store.url, job.store.cache, build, item.arguments, record, label, item.cost)
 
 
 def _look_up(
@@ -172,7 +139,7 @@ def _note_part(job: Job, fingerprint: str) -> None:
         stream.write(f"{fingerprint}\n")
 
 
-def _failed(tasks: dict[str, _Task], failures: dict[str, str], total: int) -> PartsFailed:
+def _failed(tasks: dict[str, Task], failures: dict[str, str], total: int) -> PartsFailed:
     lines = [f"{tasks[fp].label}: {reason}" for fp, reason in failures.items()]
     shown = "\n".join(lines[:5]) + (f"\n... and {len(lines) - 5} more" if len(lines) > 5 else "")
     return PartsFailed(
@@ -180,117 +147,20 @@ def _failed(tasks: dict[str, _Task], failures: dict[str, str], total: int) -> Pa
     )
 
 
-def _build_all(job: Job, tasks: list[_Task], progress: _Progress) -> None:
+def _build_all(job: Job, tasks: list[Task], progress: _Progress) -> None:
+    # Closed by hand, since an error keeps what it went through alive.
+    with closing(_ended(job, tasks)) as ended:
+        for task, failure in ended:
+            progress.add(task.record.fingerprint, failure)
+
+
+def _ended(job: Job, tasks: list[Task]) -> Generator[Ended]:
+    if job.fanout.kind != "local":
+        from tasks.fanout_cluster import build_there
+
+        yield from build_there(job, tasks)
     # A build may set timers, which only a main thread can; others get a process even for one item.
-    if job.workers == 1 and threading.current_thread() is threading.main_thread():
-        for task in tasks:
-            progress.add(task.record.fingerprint, _build_part(task))
-        return
-    suspects: list[_Task] = []
-    while tasks:
-        tasks, died_with = _run_pool(tasks, min(job.workers, len(tasks)), progress)
-        suspects += died_with
-    for suspect in suspects:
-        # A dead worker breaks the whole pool; alone, an item shows whether it was the cause.
-        if any(_run_pool([suspect], 1, progress)):
-            progress.add(suspect.record.fingerprint, "its worker died (killed, or out of memory)")
-
-
-def _run_pool(
-    tasks: list[_Task], workers: int, progress: _Progress
-) -> tuple[list[_Task], list[_Task]]:
-    """Run tasks in a fresh pool; if it broke, those not begun and those that were running."""
-    with _pool(workers) as pool:
-        with _deaf_to_interrupt():
-            # Submitting starts the workers.
-            waiting = {pool.submit(_build_part, task): task for task in tasks}
-        running: set[Future[str | None]] = set()
-        untouched: list[_Task] = []
-        suspects: list[_Task] = []
-        for future in as_completed(waiting):
-            running |= {other for other in waiting if other.running()}
-            try:
-                failure = future.result()
-            except BrokenProcessPool:
-                is_suspect = future in running or len(tasks) <= workers
-                (suspects if is_suspect else untouched).append(waiting[future])
-                continue
-            progress.add(waiting[future].record.fingerprint, failure)
-    if untouched and not suspects:
-        return [], untouched
-    return untouched, suspects
-
-
-@contextmanager
-def _pool(workers: int) -> Generator[ProcessPoolExecutor]:
-    context = get_context("forkserver")
-    context.set_forkserver_preload(list(LOADED))
-    reader, writer = context.Pipe(duplex=False)
-    threads = str(max(1, (os.cpu_count() or 1) // workers))
-    # The server has the environment of the time when it was begun.
-    environment = dict.fromkeys(THREAD_LIMITS, threads) | dict(os.environ)
-    pool = ProcessPoolExecutor(
-        workers,
-        mp_context=context,
-        initializer=_begin_worker,
-        initargs=(reader, environment),
-    )
-    try:
-        yield pool
-    except BaseException:
-        writer.close()  # the kernel ends the workers at once
-        raise
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-        writer.close()
-        reader.close()
-
-
-@contextmanager
-def _deaf_to_interrupt() -> Generator[None]:
-    """Keep Ctrl-C from processes started meanwhile, until they themselves choose to ignore it."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _begin_worker(parent_pipe: Connection, environment: dict[str, str]) -> None:
-    """Leave Ctrl-C to the parent, take its environment, and end with it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    die_with_writer(parent_pipe.fileno())
-    os.environ.clear()
-    os.environ.update(environment)
-
-
-def _build_part(task: _Task) -> str | None:
-    """Build and commit one part; how it failed, or None. Never raises, so that others go on."""
-    try:
-        _build_and_commit(task)
-    except Exception as error:  # noqa: BLE001 - told to the parent, which raises it with the label
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        return f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})"
-    return None
-
-
-@functools.cache
-def _open(url: str, cache: Path | None) -> Store:
-    """One store for each process: on S3 its connection and its lease keeper are costly to begin."""
-    return Store(url, cache=cache)
-
-
-def _build_and_commit(task: _Task) -> None:
-    store = _open(task.store_url, task.cache)
-    fingerprint = task.record.fingerprint
-    while (claim := store.claim(fingerprint)) is None:
-        time.sleep(PART_POLL_SECONDS)
-    with claim:
-        if store.find(fingerprint):
-            return
-        empty_folder(claim.path / "files")
-        started = time.monotonic()
-        metrics = task.build(claim.path / "files", *task.arguments)
-        seconds = round(time.monotonic() - started, 3)
-        store.commit(claim, task.record.model_copy(update={"metrics": metrics, "seconds": seconds}))
+    elif job.workers == 1 and threading.current_thread() is threading.main_thread():
+        yield from ((task, build_part(task)) for task in tasks)
+    else:
+        yield from build_here(tasks, job.workers)

@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from conf.fanout import LOCAL, FanoutConfig
 from conf.settings import Settings
 from storage.artifact import Artifact
 from storage.identity import fingerprint
@@ -66,7 +67,9 @@ class Job:
     sources: Mapping[str, Source] = field(default_factory=dict[str, Source])
     """Name of a source setting -> its landings."""
     workers: int = 1
-    """Processes that a fan-out may use."""
+    """Processes of this machine that a fan-out may use."""
+    fanout: FanoutConfig = LOCAL
+    """Whose processes a fan-out uses."""
     lease_fd: int | None = None
     """The lease's file descriptor, handed to the supervisor of a torch job."""
     metrics: dict[str, Any] = field(default_factory=dict[str, Any])
@@ -207,6 +210,7 @@ def execute(
     sources: Mapping[str, Source],
     store: Store,
     workers: int,
+    fanout: FanoutConfig = LOCAL,
     is_forced: bool = False,
     report_progress: Callable[[float, float, str], None] = lambda done, total, unit: None,
     on_start: Callable[[Job], None] = lambda job: None,
@@ -240,6 +244,7 @@ def execute(
             store=store,
             sources=sources,
             workers=workers,
+            fanout=fanout,
             lease_fd=claim.lease_fd,
             report_progress=report_progress,
         )
@@ -265,7 +270,7 @@ def execute(
             inputs=_input_entries(inputs),
             parts=job.parts,
             metrics=job.metrics,
-            build=_build(settings, workers),
+            build=_build(settings, workers, fanout),
             seconds=round(seconds, 3),
             waited_seconds=round(waited, 3),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -298,12 +303,13 @@ def _input_entries(inputs: Inputs) -> dict[str, InputEntry | dict[str, InputEntr
     }
 
 
-def _build(settings: Settings, workers: int) -> dict[str, Any]:
+def _build(settings: Settings, workers: int, fanout: FanoutConfig) -> dict[str, Any]:
     from importlib.metadata import version
 
     packages = ("bessemer", "torch", "numpy", "tokenizers", "polars", "pyarrow")
     return {
         "settings": settings.model_dump(mode="json"),
         "workers": workers,
+        "fanout": fanout.kind,
         "versions": {name: version(name) for name in packages},
     }

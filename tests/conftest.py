@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.s3_server import s3_server as s3_server
+from tests.tasks.clusters import clusters as clusters
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
