@@ -73,6 +73,8 @@ class Serving(BaseModel):
     """Answers computed at a time."""
     cache_tokens: Annotated[int, Field(ge=1)] = 65_536
     """Most tokens whose keys and values are held: rows times the longest of them."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Type of the weights and of the arithmetic."""
     threads: Annotated[int, Field(ge=1)] = 1
     """Threads of the arithmetic on the CPU."""
 

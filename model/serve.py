@@ -30,6 +30,9 @@ def main() -> None:
     torch.set_num_threads(serving.threads)
     model = open_model(Path(serving.folder))
     model.to("cuda" if torch.cuda.is_available() else "cpu").requires_grad_(False).eval()
+    if serving.precision == "bf16":
+        for weight in model.parameters():  # not the buffers: positions need their digits
+            weight.data = weight.data.bfloat16()
     parameters = sum(weight.numel() for weight in model.parameters())
     ready = Ready(context=model.shape.context, parameters=parameters)
     _write(out, ready.model_dump_json())
