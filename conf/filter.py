@@ -228,6 +228,14 @@ Preset = Literal[
 ]  # fmt: skip
 
 
+LineRule = Literal[
+    "citations", "long_word", "unended", "short", "javascript", "policy", "lorem_ipsum", "braces", "more",
+]  # fmt: skip
+C4_LINES: tuple[LineRule, ...] = (
+    "citations", "long_word", "unended", "short", "javascript", "policy",
+)  # fmt: skip
+
+
 class FilterConfig(Settings):
     """Which documents are dropped."""
 
@@ -253,6 +261,12 @@ class FilterConfig(Settings):
     """Least standard deviation assumed, so that texts of nearly equal lengths have no outliers for it."""
     outlier_min_documents: Annotated[int, Field(ge=2)] = 100
     """Documents of a language and source below which nothing is an outlier."""
+    line_cuts: tuple[LineRule | Literal["c4"], ...] = ()
+    """Lines that are cut from documents that stay: `unended` (without a mark of a sentence's end), `short`
+    (under three words), `long_word` (above 1,000 letters), `javascript`, `policy`, and of `citations` the
+    mark alone (`[1]`), as in C4's released code and with Chinese forms; `c4` is all of these. Also
+    `lorem_ipsum` and `braces`, for which C4 drops the page, and `more` (MAP-Neo's lines that ask to read
+    more). Rules judge the text before the cut; a second filter judges what is left."""
     bad_words: tuple[SourceSpec, ...] = ()
     """Lists of words, one a line; none by default."""
     max_bad_words: Annotated[int, Field(ge=0)] = 0
@@ -302,6 +316,13 @@ class FilterConfig(Settings):
         )
         bad = Rule(name="bad_words", statistic="bad_words", maximum=self.max_bad_words)
         return (short, *chosen, *self.more_rules, *((bad,) if self.bad_words else ()))
+
+    def line_rules(self) -> tuple[LineRule, ...]:
+        """The rules by which lines are cut, once each."""
+        rules: list[LineRule] = []
+        for name in self.line_cuts:
+            rules += C4_LINES if name == "c4" else (name,)
+        return tuple(dict.fromkeys(rules))
 
     def identity(self) -> dict[str, Any]:
         """With the rules in force, so that a changed preset is another computation."""

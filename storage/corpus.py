@@ -135,20 +135,22 @@ class Shard:
             frame = frame.with_columns(pl.Series("text", texts, dtype=pl.String))
         return frame.filter(decisions["keep"]) if kept_only else frame
 
-    def uncut_spans(self, row: int, spans: Sequence[Mapping[str, int]]) -> list[dict[str, int]]:
-        """Spans of a row's cut text as spans of the shard's own text.
+    def uncut_spans(
+        self, spans: Mapping[int, Sequence[Mapping[str, int]]]
+    ) -> dict[int, list[dict[str, int]]]:
+        """Spans of rows' cut texts as spans of the shard's own texts.
 
         One that reaches over an earlier cut covers it; one beyond the end of the text ends there.
         """
-        length = int(self.read(["n_chars"], kept_only=False)["n_chars"][row])
-        before = self.decisions()["cuts"][row].to_list() if self.has_cuts else []
-        return [
-            {
-                "start": _uncut(span["start"], before),
-                "end": min(_uncut(span["end"] - 1, before) + 1, length),
-            }
-            for span in spans
-        ]
+        lengths = self.read(["n_chars"], kept_only=False)["n_chars"]
+        before = self.decisions()["cuts"] if self.has_cuts else None
+
+        def uncut(row: int, span: Mapping[str, int]) -> dict[str, int]:
+            cuts = [] if before is None else before[row].to_list()
+            end = min(_uncut(span["end"] - 1, cuts) + 1, int(lengths[row]))
+            return {"start": _uncut(span["start"], cuts), "end": end}
+
+        return {row: [uncut(row, span) for span in of_row] for row, of_row in spans.items()}
 
 
 @dataclass(frozen=True)

@@ -265,7 +265,7 @@ def _cuts(
         first = len(content[:start].decode("utf-8"))
         last = first + len(content[start:end].decode("utf-8"))
         cuts.setdefault(row, []).append({"start": max(0, first - margin), "end": last + margin})
-    return {row: shard.uncut_spans(row, joined_spans(spans)) for row, spans in cuts.items()}
+    return shard.uncut_spans({row: joined_spans(spans) for row, spans in cuts.items()})
 
 
 # Figures

@@ -266,7 +266,9 @@ def _cut(shard: Shard, table: "pl.DataFrame", settings: DedupConfig) -> "pl.Data
         if len(left) < max(1, settings.min_left_chars):
             keep[place], reasons[place] = False, reason
         else:
-            cuts[place] = shard.uncut_spans(place, of_row) if shard.has_cuts else of_row
+            cuts[place] = of_row
+    if shard.has_cuts:
+        cuts = list(shard.uncut_spans(dict(enumerate(cuts))).values())
     frame = pl.DataFrame(
         {"keep": keep, "reason": reasons}, schema={"keep": pl.Boolean, "reason": pl.String}
     )

@@ -9,7 +9,9 @@ from conf.filter import FilterConfig, Rule
 from storage.corpus import Corpus, Shard
 from storage.source import Source
 from tasks.fanout import Part, PartItem, fan_out
+from tasks.kept_rows import text_digest
 from tasks.length_outliers import carried_on, measured, with_sigmas, write_lengths
+from tasks.line_cuts import line_cut_parts, read_line_cuts
 from tasks.quality import (
     OWN,
     PERPLEXITY,
@@ -32,6 +34,7 @@ EXAMPLES = "examples.json"
 """In `logs/`: dropped and borderline documents of every rule."""
 EXCERPT_CHARS = 400
 OUTLIER = "length_outlier"
+LITTLE_LEFT = "little_left"
 STATISTICS_VERSION = 3
 TOKENS_PER_HAN = 0.7
 TOKENS_PER_BYTE = 0.25
@@ -54,7 +57,7 @@ def filter(  # noqa: A001 - the stage's word
     parts = fan_out(
         job,
         build_statistics,
-        _items(job, corpus, shards, settings),
+        _items(job, shards, settings),
         version=STATISTICS_VERSION,
     )
     rules = settings.rules()
@@ -63,6 +66,7 @@ def filter(  # noqa: A001 - the stage's word
         lengths = carried_on(pinned, lengths, settings)
     scores = quality_parts(job, shards, settings)
     bounds = _bounds(job, shards, scores, settings, pinned)
+    cuts = line_cut_parts(job, shards, settings)
     tally = Tally(rules, settings.examples)
 
     def keeps() -> Iterator["pl.DataFrame"]:
@@ -73,9 +77,11 @@ def filter(  # noqa: A001 - the stage's word
                 frame = frame.hstack(read_scores(scores[shard.index])).join(
                     bounds, on="language", how="left", maintain_order="left"
                 )
+            if cuts:
+                frame = frame.hstack(read_line_cuts(cuts[shard.index]))
             frame = _judged(frame, rules, lengths, settings)
             tally.add(shard, frame)
-            yield frame.select("keep", "reason")
+            yield frame.select("keep", "reason", *(["cuts"] if cuts else []))
 
     Corpus.write(job.files, corpus, keeps(), "filter")
     write_lengths(job.files, lengths, settings)
@@ -84,19 +90,16 @@ def filter(  # noqa: A001 - the stage's word
     return Corpus(job.path)
 
 
-def _items(
-    job: Job, corpus: Corpus, shards: Sequence[Shard], settings: FilterConfig
-) -> list[PartItem]:
+def _items(job: Job, shards: Sequence[Shard], settings: FilterConfig) -> list[PartItem]:
     listed = job.sources.get("bad_words", Source())
     words = _bad_words(listed) if settings.bad_words else []
-    has_cuts = any(shard.has_cuts for shard in shards)
     return [
         PartItem(
             identity={
                 "text": shard.entry.digest,
                 "bad_words": listed.identity(),
                 # Spans that an earlier stage cut change the text below the shard's digest.
-                "cuts": [corpus.record.digest, shard.index] if has_cuts else None,
+                "cuts": text_digest(shard) or None,
             },
             arguments=(shard, words),
             label=f"statistics of {shard.entry.name}",
@@ -186,6 +189,9 @@ def _judged(
         evaluated = pl.col("before") & pl.col("sigmas").is_not_null()
         masks[OUTLIER] = (evaluated, evaluated & (pl.col("sigmas") > settings.outlier_sigmas))
     masks |= _score_masks(frame.columns)
+    if "left" in frame.columns:
+        evaluated = pl.col("before") & (pl.col("left") < pl.col("chars"))
+        masks[LITTLE_LEFT] = evaluated, evaluated & (pl.col("left") < max(1, settings.min_chars))
     frame = frame.with_columns(
         *(e.fill_null(value=False).alias(f"e:{name}") for name, (e, _) in masks.items()),
         *(f.fill_null(value=False).alias(f"f:{name}") for name, (_, f) in masks.items()),

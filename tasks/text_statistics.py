@@ -35,12 +35,18 @@ _POLICY_PHRASES = (
     *("use cookies", "enable javascript", "all rights reserved", "使用条款", "隐私政策"),
     *("版权所有", "icp备"),
 )
-_PHRASES = {
+PHRASES = {
     "lorem_ipsum": ("lorem ipsum",),
-    "policy_lines": _POLICY_PHRASES,
-    "javascript_lines": ("javascript",),
+    "policy": _POLICY_PHRASES,
+    "javascript": ("javascript",),
 }
-"""Column -> phrases, in lower case; the column counts the lines that have one (ASCII case ignored)."""
+"""Phrases, in lower case, that a line should not have."""
+_PHRASE_COLUMNS = {
+    "lorem_ipsum": "lorem_ipsum",
+    "policy_lines": "policy",
+    "javascript_lines": "javascript",
+}
+"""Column -> the phrases that it counts lines with (ASCII case ignored)."""
 WRAPPED_SHARE = 0.35
 """Share of lines that break off at 50 to 110 characters, from which a text is hard-wrapped."""
 WRAPPED_MIN_LINES = 5
@@ -145,7 +151,7 @@ def _columns(text: Any, languages: list[str], bad_words: Sequence[str]) -> dict[
     columns |= {f"gram_{n}_chars": grams[:, k].astype(np.uint32) for k, n in enumerate(GRAM_WORDS)}
     columns["entropy"] = entropy
     column = pl.Series(text, dtype=pl.String)
-    columns |= {name: _lines_with(column, phrases) for name, phrases in _PHRASES.items()}
+    columns |= {c: _lines_with(column, PHRASES[name]) for c, name in _PHRASE_COLUMNS.items()}
     if bad_words:
         columns["bad_words"] = _bad_word_counts(column, bad_words)
     return columns
