@@ -31,6 +31,8 @@ WITHOUT_DEPENDENCIES = ("text-dedup==0.4.0",)
 PEER_MEGABYTES = {"loop": 3, "bulk": 12, "rensa": 40, "datatrove": 20, "text-dedup": 20}
 GOALS = {"loop": (150, 50), "bulk": (40, 12), "rensa": (10, 4), "datatrove": (40, 12),
          "text-dedup": (40, 12)}  # fmt: skip
+PIPELINES = {"datatrove": ("datatrove_steps", "near")}
+"""Script and name there of a peer that has a script of its own."""
 PAGE_CHARS = 4000
 SHARDS = 8
 TOKEN = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff]|[a-zA-Z0-9_]+|.", re.DOTALL)
@@ -42,14 +44,19 @@ PLANTED = 1500
 
 def measure(work: Work) -> list[Row]:
     """Five rows of speed, and per language two of quality for everybody."""
-    python = environment("near_duplicates", PACKAGES, without_dependencies=WITHOUT_DEPENDENCIES)
-    pages = [page for text in texts_of(work.corpus) for page in _pages(text)]
-    texts = _with_copies(pages)
+    python = peers()
+    pages = [page for text in texts_of(work.corpus) for page in pages_of(text)]
+    texts = with_copies(pages)
     rows = _speed(work.folder, python, texts)
     for language in ("zh", "en"):
         chosen = [page for page in pages if _language(page) == language and len(page) > 300]
         rows += _quality(work.folder, python, _planted(chosen), language)
     return rows
+
+
+def peers() -> Path:
+    """The interpreter that has all of them."""
+    return environment("near_duplicates", PACKAGES, without_dependencies=WITHOUT_DEPENDENCIES)
 
 
 def _speed(folder: Path, python: Path, texts: list[str]) -> list[Row]:
@@ -117,7 +124,7 @@ def _shingles(text: str) -> set[tuple[str, ...]]:
     )
 
 
-def _pages(text: str) -> list[str]:
+def pages_of(text: str) -> list[str]:
     """The text in pieces of about 4000 characters, as a crawl would have it."""
     pages, lines, size = [], [], 0
     for line in text.split("\n"):
@@ -129,7 +136,7 @@ def _pages(text: str) -> list[str]:
     return [page for page in [*pages, "\n".join(lines)] if page.strip()]
 
 
-def _with_copies(pages: Sequence[str]) -> list[str]:
+def with_copies(pages: Sequence[str]) -> list[str]:
     """Three of four pages also as a copy, all of them in a seeded order."""
     pick = random.Random(0)
     texts = [*pages, *(_varied(page, pick) for number, page in enumerate(pages) if number % 4)]
@@ -205,5 +212,6 @@ def _ask(folder: Path, python: Path, peer: str, texts: Sequence[str]) -> tuple[f
     """Seconds and keep bits of a peer."""
     lines = folder / "texts.jsonl"
     lines.write_text("".join(json.dumps(text) + "\n" for text in texts), "utf-8")
-    answer: dict[str, Any] = run_peer(python, "near_duplicates", folder, [peer, str(lines)])
+    script, name = PIPELINES.get(peer, ("near_duplicates", peer))
+    answer: dict[str, Any] = run_peer(python, script, folder, [name, str(lines)])
     return answer["seconds"], answer["keeps"]

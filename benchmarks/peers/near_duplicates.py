@@ -68,55 +68,6 @@ def rensa(texts: list[str]) -> list[bool]:
     return keeps
 
 
-def datatrove(path: Path, folder: Path) -> list[bool]:
-    """The four steps of its pipeline, two workers where a step has tasks for two."""
-    dedup: Any = importlib.import_module("datatrove.pipeline.dedup")
-    minhash: Any = importlib.import_module("datatrove.pipeline.dedup.minhash")
-    readers: Any = importlib.import_module("datatrove.pipeline.readers")
-    writers: Any = importlib.import_module("datatrove.pipeline.writers")
-    words: Any = importlib.import_module("datatrove.utils.word_tokenizers")
-    executor: Any = importlib.import_module("datatrove.executor").LocalPipelineExecutor
-
-    # A regular expression in place of spaCy, which would be five times slower.
-    methods = {
-        "word_tokenize": lambda _, text: TOKEN.findall(text),
-        "sent_tokenize": lambda _, text: [text],
-        "span_tokenize": lambda _, text: [(0, len(text))],
-    }
-    fast = type("Fast", (words.WordTokenizer,), methods)()
-    config = minhash.MinhashConfig(
-        n_grams=SHINGLE, num_buckets=BANDS, hashes_per_bucket=ROWS, seed=1
-    )
-    source = folder / "in"
-    source.mkdir()
-    lines = path.read_text("utf-8").splitlines()
-    half = (len(lines) + 1) // 2
-    for task, part in enumerate((lines[:half], lines[half:])):
-        rows = [{"text": json.loads(line), "id": f"{task}/{n}"} for n, line in enumerate(part)]
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        (source / f"{task}.jsonl").write_text(text, "utf-8")
-    read = readers.JsonlReader(str(source))
-
-    def run(steps: list[Any], name: str, tasks: int) -> None:
-        logs = str(folder / "logs" / name)
-        executor(pipeline=steps, tasks=tasks, workers=min(tasks, PROCESSES), logging_dir=logs).run()
-
-    names = {name: str(folder / name) for name in ("signatures", "buckets", "removed", "out")}
-    sign = dedup.MinhashDedupSignature(names["signatures"], config=config, language=fast)
-    run([read, sign], "sign", 2)
-    find = dedup.MinhashDedupBuckets(names["signatures"], names["buckets"], config=config)
-    run([find], "find", BANDS)
-    run([dedup.MinhashDedupCluster(names["buckets"], names["removed"], config=config)], "join", 1)
-    write = writers.JsonlWriter(names["out"], compression=None)
-    run([read, dedup.MinhashDedupFilter(names["removed"]), write], "filter", 2)
-    kept: set[str] = set()
-    for file in Path(names["out"]).glob("*.jsonl"):
-        kept |= {json.loads(line)["id"] for line in file.read_text("utf-8").splitlines()}
-    return [
-        f"{task}/{n}" in kept for task in (0, 1) for n in range((half, len(lines) - half)[task])
-    ]
-
-
 def text_dedup(path: Path, folder: Path) -> list[bool]:
     """Its command, told the same parameters and to hash by xxh3, its fastest."""
     datasets: Any = importlib.import_module("datasets")
@@ -149,8 +100,6 @@ def main() -> None:
                 keeps = bulk(texts)
             case "rensa":
                 keeps = rensa(texts)
-            case "datatrove":
-                keeps = datatrove(path, Path(folder))
             case "text-dedup":
                 keeps = text_dedup(path, Path(folder))
             case _:
