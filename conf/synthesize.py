@@ -1,0 +1,73 @@
+"""Settings of synthesize: documents that a language model writes about the corpus' topics."""
+
+import re
+from typing import Annotated, Self
+
+from pydantic import Field, model_validator
+
+from conf.settings import RUNTIME, Settings
+
+PLACES = {"terms", "example"}
+
+DOCUMENT_PROMPTS = {
+    "zh": "请围绕这些主题词写一段教科书式的讲解：{terms}。写明概念、原因和例子，不少于五百字，"
+    "只输出正文。可以参考下面这段文字的内容，但不要抄写：\n\n{example}",
+    "en": "Write a textbook-like explanation about: {terms}. State concepts, reasons and "
+    "examples in at least 400 words; give nothing but the text. The following passage may "
+    "guide you, do not copy it:\n\n{example}",
+}
+
+
+class SynthesizeConfig(Settings):
+    """What a model behind an OpenAI-compatible endpoint is asked, how often, and at what cost at most."""
+
+    model: str
+    """Name of the model, as the endpoint knows it; part of identity."""
+    base_url: Annotated[str, RUNTIME, Field(pattern=r"^https?://")] = "http://127.0.0.1:8000/v1"
+    """Address of the endpoint, what comes before `/chat/completions`; its host is written to the record."""
+    key_variable: Annotated[str | None, RUNTIME] = None
+    """Name of the environment variable that holds the endpoint's key; the key itself is kept nowhere."""
+    count: Annotated[int, Field(ge=1)] = 100
+    """Answers to ask for; the topics take turns."""
+    prompts: dict[str, str] = DOCUMENT_PROMPTS
+    """Language -> what is asked. `{terms}` becomes some terms of the topic, `{example}` the beginning of one of
+    its documents. Topics of other languages are left out."""
+    terms: Annotated[int, Field(ge=1, le=12)] = 4
+    """Terms of the topic that a prompt names, drawn anew for each."""
+    example_chars: Annotated[int, Field(ge=0)] = 400
+    """Characters of the document that a prompt quotes."""
+    temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
+    """Of the endpoint's sampling."""
+    max_answer_tokens: Annotated[int, Field(ge=1)] = 1024
+    """Tokens that an answer may have; one that is cut off there is refused."""
+    max_requests: Annotated[int, Field(ge=1)] = 10_000
+    """Requests that may be sent, repeated ones included; what has come by then is the result."""
+    max_total_tokens: Annotated[int, Field(ge=1)] = 10_000_000
+    """Tokens of prompts and answers, as the endpoint counts them, that may be used. A request is sent only if
+    its longest possible answer would still fit."""
+    concurrency: Annotated[int, RUNTIME, Field(ge=1, le=256)] = 4
+    """Requests under way at once."""
+    attempts: Annotated[int, RUNTIME, Field(ge=1)] = 6
+    """How often a question is asked when the endpoint fails, is busy or answers nothing usable; the pauses
+    between double from one second."""
+    wait_seconds: Annotated[float, RUNTIME, Field(gt=0)] = 120.0
+    """How long an answer may keep still before the request counts as failed."""
+    min_chars: Annotated[int, Field(ge=1)] = 200
+    """Shorter answers are refused."""
+    threshold: Annotated[float, Field(gt=0, le=1)] = 0.8
+    """Jaccard similarity to a document of the corpus, or to an earlier answer, from which one is refused."""
+    domain: str = "synthetic"
+    """Domain of what is written."""
+    seed: int = 0
+    """Which terms and documents the prompts take."""
+
+    @model_validator(mode="after")
+    def _is_askable(self) -> Self:
+        for language, prompt in self.prompts.items():
+            named = {*re.findall(r"{(\w*)}", prompt)}
+            if "terms" not in named or named - PLACES:
+                raise ValueError(
+                    f"prompts.{language} has the places {sorted(named)}; `{{terms}}` is needed, "
+                    "`{example}` may be there, nothing else in braces"
+                )
+        return self
