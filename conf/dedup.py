@@ -65,7 +65,7 @@ class DedupConfig(Settings):
     """Weight of an exact copy. It falls in a line from 1 at `soft_floor`; a document stays with a probability
     that is its weight, drawn from its id."""
 
-    memory_mb: Annotated[int | None, RUNTIME, Field(ge=1)] = None
+    memory_mb: Annotated[int | None, RUNTIME, Field(ge=0)] = None
     """MB that buckets, signatures and shingles of documents with possible copies may take in memory; what is
     more lies on disk. None: a quarter of what the machine or the container has."""
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from numpy.typing import DTypeLike, NDArray
+    from numpy.typing import NDArray
 
 GROUPS = Path("/sys/fs/cgroup")
 SHARE = 0.25
@@ -62,7 +62,7 @@ class Scratch:
         self._folder = folder
         self._left = int(SHARE * host_memory()) if memory_mb is None else memory_mb << 20
 
-    def empty(self, shape: tuple[int, ...], dtype: "DTypeLike") -> "NDArray[Any]":
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> "NDArray[Any]":
         """An array with any content."""
         import numpy as np
 

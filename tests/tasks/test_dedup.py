@@ -5,6 +5,7 @@ import random
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import polars as pl
@@ -277,6 +278,21 @@ def test_twice_gives_the_same_bytes_with_any_number_of_workers(tmp_path: Path) -
         job = job_at(root, "d", workers=workers)
         dedup(job, corpus, DedupConfig())
         digests.add(digest_of(job.files))
+    assert len(digests) == 1
+
+
+@pytest.mark.parametrize("mode", ["near", "simhash"])
+def test_without_memory_everything_lies_on_disk_and_the_result_is_the_same(
+    tmp_path: Path, mode: Literal["near", "simhash"]
+) -> None:
+    tokens = [words(60, seed) for seed in range(30)]
+    texts = [" ".join(of) for of in tokens] + [" ".join(varied(of, 3)) for of in tokens]
+    corpus = with_landings(corpus_of(tmp_path, [texts[:25], texts[25:]]), [0, 1])
+    digests = {
+        digest_of(dedup(job_at(tmp_path / str(mb), "d"), corpus, config).files)
+        for mb in (0, None)
+        for config in [DedupConfig(mode=mode, memory_mb=mb)]
+    }
     assert len(digests) == 1
 
 

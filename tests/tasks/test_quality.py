@@ -41,6 +41,46 @@ EN_SPAM = [
 ]
 
 
+UNSAFE = {
+    "zh": [
+        *(
+            "线上赌场首存送彩金",
+            "百家乐真人荷官",
+            "老虎机爆大奖",
+            "提现秒到账",
+            "六合彩内部资料",
+            "下注返水",
+        ),
+        *(
+            "外围投注平台",
+            "棋牌游戏开户",
+            "同城约会上门",
+            "成人视频免费看",
+            "激情直播间",
+            "美女裸聊",
+        ),
+        *("私密影片下载", "一夜情交友", "情色小说全集", "无码在线观看"),
+    ],
+    "en": [
+        *(
+            "live casino jackpot",
+            "deposit bonus free spins",
+            "betting odds tonight",
+            "online slots",
+        ),
+        *("poker room rakeback", "sportsbook welcome offer", "blackjack dealer", "roulette system"),
+        *("adult webcam girls", "xxx videos streaming", "hot singles hookup", "nude photos leaked"),
+        *(
+            "escort service near you",
+            "sex chat now",
+            "porn site membership",
+            "erotic massage booking",
+        ),
+    ],
+}
+"""Advertising for gambling and adult sites."""
+
+
 def write(path: Path, documents: Sequence[str], **fields: Any) -> None:
     rows = [json.dumps({"text": text, **fields}, ensure_ascii=False) for text in documents]
     path.write_text("\n".join(rows) + "\n", "utf-8")
@@ -66,6 +106,7 @@ def auc(good: Sequence[float], bad: Sequence[float]) -> float:
 
 
 def scored(root: Path, documents: list[str], good: list[str], bad: list[str]) -> list[Any]:
+    root.mkdir(exist_ok=True)
     from storage.source import HashCache, resolve
     from tasks.fanout import Part
 
@@ -127,6 +168,49 @@ def test_good_text_is_told_from_shuffled_text_and_from_spam(
     figures_file = tmp_path / "figures.json"
     figures_file.write_text(json.dumps([name, len(train), n, figures]), "utf-8")
     assert min(figures.values()) >= 0.9, figures
+
+
+def unsafe(phrases: Sequence[str], around: str, rng: random.Random) -> str:
+    """An advertisement for one site: its address, some of the phrases, and far more of ordinary words."""
+    words = rng.choices(WORD.findall(around), k=40)
+    site = f"www.{rng.randrange(10**4)}{rng.choice('abcxyz')}.com"
+    pieces = [*rng.choices(phrases, k=5), *words, site]
+    rng.shuffle(pieces)
+    return rng.choice("，。! ").join(pieces)
+
+
+def test_unsafe_text_is_told_from_good_text_in_both_languages(
+    shared_data: Path, tmp_path: Path
+) -> None:
+    names = {"zh": "zh_csl_abstracts/abstracts", "en": "en_c4_minimal/train"}
+    sources = tuple(
+        spec(shared_data / "pretrain" / f"{name}.jsonl.zst", language=language)
+        for language, name in names.items()
+    )
+    corpus = run_stage(extract, ExtractConfig(sources=sources), {}, tmp_path).artifact
+    rng = random.Random(0)
+    train: list[str] = []
+    bad: list[str] = []
+    held: dict[str, list[str]] = {}
+    junk: dict[str, list[str]] = {}
+    for language, phrases in UNSAFE.items():
+        rows = [text for text in texts_in(corpus, language) if len(text) > 100][:900]
+        known, unknown = phrases[::2] + phrases[1::4], phrases[::4] + phrases[3::4]
+        train += rows[:600]
+        bad += [unsafe(known, text, rng) for text in rows[:600]]
+        held[language] = rows[600:]
+        # Half of what the advertisements of the test say was in none of the samples.
+        junk[language] = [unsafe(unknown, text, rng) for text in rows[600:]]
+    for language in UNSAFE:
+        documents = [*held[language], *junk[language]]
+        rows = scored(tmp_path / language, documents, train, bad)
+        quality = [row["quality"] for row in rows]
+        figure = auc(quality[: len(held[language])], quality[len(held[language]) :])
+        assert figure >= 0.9, (language, figure)
+
+
+def texts_in(corpus: Any, language: str) -> list[str]:
+    return [row["text"] for row in corpus.documents() if row["language"] == language]
 
 
 def run(root: Path, documents: list[str], **fields: Any) -> Any:
