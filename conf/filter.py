@@ -149,7 +149,7 @@ def _published(
 
 
 C4_RULES = _published(C4_CODE, "c4", EN,
-    _of("sentences", "sentences", "", minimum=5),
+    _of("sentences", "sentences", "", minimum=3),
     _of("braces", "braces", "", maximum=0),
     _of("lorem_ipsum", "lorem_ipsum", "", maximum=0),
 )  # fmt: skip
@@ -263,7 +263,7 @@ class FilterConfig(Settings):
     """Documents of a language and source below which nothing is an outlier."""
     line_cuts: tuple[LineRule | Literal["c4"], ...] = ()
     """Lines that are cut from documents that stay: `unended` (without a mark of a sentence's end), `short`
-    (under three words), `long_word` (above 1,000 letters), `javascript`, `policy`, and of `citations` the
+    (under five words), `long_word` (above 1,000 letters), `javascript`, `policy`, and of `citations` the
     mark alone (`[1]`), as in C4's released code and with Chinese forms; `c4` is all of these. Also
     `lorem_ipsum` and `braces`, for which C4 drops the page, and `more` (MAP-Neo's lines that ask to read
     more). Rules judge the text before the cut; a second filter judges what is left."""

@@ -1,6 +1,6 @@
 """Lines that are cut out of a document which stays: menus, notices, half sentences, marks of citations.
 
-The rules are C4's (Raffel et al. 2020; its released code has the numbers), with Chinese forms of them.
+The rules are C4's (Raffel et al. 2020; the numbers are those of its released code), with Chinese forms of them.
 """
 
 import re
@@ -14,7 +14,7 @@ from storage.corpus import Shard, joined_spans
 from tasks.fanout import Part, PartItem, fan_out
 from tasks.kept_rows import text_digest
 from tasks.stage import Job
-from tasks.text_statistics import PHRASES, batches
+from tasks.text_statistics import C4_POLICY, HAN_POLICY, batches
 
 if TYPE_CHECKING:
     import polars as pl
@@ -22,12 +22,18 @@ if TYPE_CHECKING:
 CUTS = "cuts.parquet"
 """`cuts` (characters of the shard's own text) and `left` (characters that remain), row by row."""
 VERSION = 1
-MIN_WORDS = 3
-MIN_HAN_CHARS = 5
-"""Three words in Chinese, a word being 1.6 characters."""
+MIN_WORDS = 5
+MIN_HAN_CHARS = 8
+"""Five words in Chinese, a word being 1.6 characters."""
 MAX_WORD_CHARS = 1000
 _ENDS = (".", "!", "?", '"')
 _HAN_ENDS = ("。", "！", "？", "…", "”", "」", "』", "）", "》", "；", "：", *_ENDS)
+_PHRASES: dict[LineRule, tuple[str, ...]] = {
+    "javascript": ("javascript",),
+    "policy": (*C4_POLICY, *HAN_POLICY),
+    "lorem_ipsum": ("lorem ipsum",),
+    "braces": ("{", "}"),
+}
 _MORE = re.compile(r"(?:read ?more|展开|更多|。。。)$", re.IGNORECASE)
 _CITATION = re.compile(r"\[\d*\]|\[edit\]|\[citation needed\]")
 _HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
@@ -112,8 +118,11 @@ def _lines(
     """Whether something was cut since the last line that stays."""
     for line in text.split("\n"):
         end = min(start + len(line) + 1, len(text))
-        trimmed = (_CITATION.sub("", line) if "citations" in rules else line).strip()
-        if not trimmed:
+        trimmed = line.strip()
+        if "citations" in rules:
+            # As in C4's code, a space before the mark is then the line's end.
+            trimmed = _CITATION.sub("", trimmed)
+        if not trimmed.strip():
             if is_cut and has_gap:
                 yield start, end
             has_gap = True
@@ -144,11 +153,9 @@ def _breaks(rule: LineRule, line: str, language: str) -> bool:
         case "long_word":
             # Chinese has no spaces: a line is one word.
             return language != "zh" and any(len(word) > MAX_WORD_CHARS for word in line.split())
-        case "javascript" | "policy" | "lorem_ipsum":
+        case "javascript" | "policy" | "lorem_ipsum" | "braces":
             lowered = line.lower()
-            return any(phrase in lowered for phrase in PHRASES[rule])
-        case "braces":
-            return "{" in line or "}" in line
+            return any(phrase in lowered for phrase in _PHRASES[rule])
         case "more":
             return _MORE.search(line) is not None
         case "citations":

@@ -30,23 +30,17 @@ STOP_WORDS = (
 STOP_CHARACTERS = "的一是了不在有我人这个他们来上大为和就也说到地你会着那要下而之以"
 FINEWEB2_STOP_CHARACTERS = "的年在月是和日了於為有被人中为他與後也而由"
 """FineWeb2's configuration cmn_Hani, without the middle dot, which is no word."""
-_POLICY_PHRASES = (
+C4_POLICY = (
     *("terms of use", "privacy policy", "cookie policy", "uses cookies", "use of cookies"),
-    *("use cookies", "enable javascript", "all rights reserved", "使用条款", "隐私政策"),
-    *("版权所有", "icp备"),
+    "use cookies",
 )
-PHRASES = {
+HAN_POLICY = ("使用条款", "隐私政策", "版权所有", "icp备")
+_PHRASES = {
     "lorem_ipsum": ("lorem ipsum",),
-    "policy": _POLICY_PHRASES,
-    "javascript": ("javascript",),
+    "policy_lines": (*C4_POLICY, "enable javascript", "all rights reserved", *HAN_POLICY),
+    "javascript_lines": ("javascript",),
 }
-"""Phrases, in lower case, that a line should not have."""
-_PHRASE_COLUMNS = {
-    "lorem_ipsum": "lorem_ipsum",
-    "policy_lines": "policy",
-    "javascript_lines": "javascript",
-}
-"""Column -> the phrases that it counts lines with (ASCII case ignored)."""
+"""Column -> phrases, in lower case; the column counts the lines that have one (ASCII case ignored)."""
 WRAPPED_SHARE = 0.35
 """Share of lines that break off at 50 to 110 characters, from which a text is hard-wrapped."""
 WRAPPED_MIN_LINES = 5
@@ -151,7 +145,7 @@ def _columns(text: Any, languages: list[str], bad_words: Sequence[str]) -> dict[
     columns |= {f"gram_{n}_chars": grams[:, k].astype(np.uint32) for k, n in enumerate(GRAM_WORDS)}
     columns["entropy"] = entropy
     column = pl.Series(text, dtype=pl.String)
-    columns |= {c: _lines_with(column, PHRASES[name]) for c, name in _PHRASE_COLUMNS.items()}
+    columns |= {name: _lines_with(column, phrases) for name, phrases in _PHRASES.items()}
     if bad_words:
         columns["bad_words"] = _bad_word_counts(column, bad_words)
     return columns

@@ -11,13 +11,16 @@ import pytest
 
 from conf.filter import C4_LINES, FilterConfig, LineRule
 from storage.corpus import Corpus, without_spans
+from storage.source import SourceFile
 from tasks.filter import filter  # noqa: A004 - the stage's word
 from tasks.line_cuts import line_spans
+from tasks.rows import BadRow, read_rows
 from tests.storage.corpora import corpus_of
+from tests.tasks.corpus_runs import spec
 from tests.tasks.text_jobs import digest_of, job_at
 
 PIECES = [
-    *("The fox is red.", "It eats honey [12] every day.", "Read the Terms of Use.", "Home", " ", ""),
+    *("The fox is red now.", "It eats honey [12] every day.", "Read the Terms of Use.", "Home", " ", ""),
     *("He said: \"No\"", "and so on...", "Please enable Javascript to go on.", "go on!", "one two"),
     *("What is it?[citation needed]", "# Head [edit]", "x" * 1001 + " is long, it is.", "e\u0301 é 😀 !"),
     *("We use cookies here.", "\tTwo words.", "[3]", "The cat [] sat.  ", "\0 \0 \0."),
@@ -34,16 +37,17 @@ def c4_lines(page: str) -> list[str]:
               "use cookies")  # fmt: skip
     kept: list[str] = []
     for line in page.split("\n"):
-        clean = re.sub(r"\[\d*\]|\[edit\]|\[citation needed\]", "", line.strip()).strip()
+        clean = line.strip()
         if any(len(word) > 1000 for word in clean.split()):
             continue
+        clean = re.sub(r"\[\d*\]|\[edit\]|\[citation needed\]", "", clean)
         if not clean.endswith((".", "?", "!", '"')) or clean.endswith("..."):
             continue
-        if len(clean.split()) < 3:
+        if len(clean.split()) < 5:
             continue
         if "javascript" in clean.lower() or any(phrase in clean.lower() for phrase in policy):
             continue
-        kept.append(clean)
+        kept.append(clean.strip())
     return kept
 
 
@@ -58,22 +62,33 @@ def test_the_lines_of_c4_are_those_of_its_code() -> None:
 
 
 def test_chinese_lines_by_hand() -> None:
-    text = "首页\n狐是红色的，住在山洞里。\n更多\n它吃蜂蜜！\n版权所有 某某公司。\n老人说：“走吧。”\n去。"
-    assert left_of(text, *C4_LINES, language="zh") == ("狐是红色的，住在山洞里。\n老人说：“走吧。”")
+    text = "首页\n狐是红色的，住在山洞里。\n更多\n它吃蜂蜜！\n版权所有 某某公司。\n老人笑着对他说：“我们走吧。”\n去。"
+    assert left_of(text, *C4_LINES, language="zh") == (
+        "狐是红色的，住在山洞里。\n老人笑着对他说：“我们走吧。”"
+    )
     assert left_of(text, "more", language="zh") == text.replace("更多\n", "")
 
 
 @pytest.mark.parametrize(
     ("text", "left"),
     [
-        ("It is so.\n\nHome\n\nIt is red.", "It is so.\n\nIt is red."),
-        ("Home\n\nIt is so.", "It is so."),
-        ("It is so.\nHome\n\nIt is red.", "It is so.\n\nIt is red."),
-        ("It is so.\n\nHome", "It is so."),
-        ("It is so.\n\n\n\nIt is red.", "It is so.\n\n\n\nIt is red."),
+        (
+            "It is so, he says.\n\nHome\n\nIt is red, he says.",
+            "It is so, he says.\n\nIt is red, he says.",
+        ),
+        ("Home\n\nIt is so, he says.", "It is so, he says."),
+        (
+            "It is so, he says.\nHome\n\nIt is red, he says.",
+            "It is so, he says.\n\nIt is red, he says.",
+        ),
+        ("It is so, he says.\n\nHome", "It is so, he says."),
+        (
+            "It is so, he says.\n\n\n\nIt is red, he says.",
+            "It is so, he says.\n\n\n\nIt is red, he says.",
+        ),
         ("Home\n\nAbout", ""),
         ("", ""),
-        ("It is so [1], they say.", "It is so , they say."),
+        ("It is so [1], they say here.", "It is so , they say here."),
     ],
 )
 def test_no_gap_is_left_behind(text: str, left: str) -> None:
@@ -87,14 +102,14 @@ def run(root: Path, name: str, corpus: Corpus, **fields: Any) -> Corpus:
 
 def test_documents_stay_without_their_lines_and_go_with_all_of_them(tmp_path: Path) -> None:
     texts = [
-        "Home\nThe fox is red.\nLogin\nThe fox eats honey.",
+        "Home\nThe fox is red now.\nLogin\nThe fox eats honey now.",
         "Home\nLogin\nAbout us and others",
-        "It is all sound. It really is.",
+        "It is all sound text. It is.",
     ]
     corpus = corpus_of(tmp_path, [texts, []])
     cut = run(tmp_path, "cut", corpus, line_cuts=("c4",))
     assert [d["text"] for d in cut.documents()] == [
-        "The fox is red.\nThe fox eats honey.",
+        "The fox is red now.\nThe fox eats honey now.",
         texts[2],
     ]
     assert [(d["text"], d["reason"]) for d in cut.dropped()] == [(texts[1], "little_left")]
@@ -110,7 +125,7 @@ def test_a_second_cut_is_in_the_characters_of_the_shard(tmp_path: Path) -> None:
 
 def test_figures_are_lines_per_rule_and_language(tmp_path: Path) -> None:
     documents = [
-        {"text": "Home\nThe fox is red.\nAnd so on...", "language": "en"},
+        {"text": "Home\nThe fox is red now.\nAnd so on...", "language": "en"},
         {"text": "首页\n狐是红色的，住在山洞里，早上吃蜂蜜。", "language": "zh"},
     ]
     job = job_at(tmp_path, "job")
@@ -126,8 +141,16 @@ def test_figures_are_lines_per_rule_and_language(tmp_path: Path) -> None:
 
 
 def test_twice_the_same_bytes_and_nothing_is_cut_unasked(tmp_path: Path) -> None:
-    corpus = corpus_of(tmp_path, [["Home\nThe fox is red.", "\0\nA \ufffd b c."]])
+    corpus = corpus_of(tmp_path, [["Home\nThe fox is red now.", "\0\nA \ufffd b c d."]])
     first, second = (run(tmp_path, name, corpus, line_cuts=("c4",)) for name in "ab")
     assert digest_of(first.files) == digest_of(second.files)
     plain = run(tmp_path, "c", corpus)
     assert "cuts" not in pl.read_parquet_schema(plain.files / "keep-00000.parquet")
+
+
+def test_nothing_is_left_to_cut_from_c4(shared_data: Path) -> None:
+    path = shared_data / "pretrain/en_c4_minimal/validation.jsonl.zst"
+    file = SourceFile(path, path.name, path.stat().st_size, "", "jsonl", spec(path), 0)
+    texts = [row[1]["text"] for row in read_rows(file) if not isinstance(row, BadRow)]
+    assert len(texts) == 200
+    assert [left_of(text, *C4_LINES) for text in texts] == texts
