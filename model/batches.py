@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
+from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor
 
 Ints = npt.NDArray[np.int64]
@@ -175,19 +176,41 @@ class Windows:
     """
 
     def __init__(self, tokens: npt.NDArray[np.uint16 | np.uint32], context: int, eos: int) -> None:
-        self.tokens, self.context, self.eos = tokens, context, eos
+        self.tokens, self.context, self.eos = np.asarray(tokens), context, eos
+        # Window w > 0 is row w - 1 here, with the token before it; the last one may reach behind the end.
+        behind = self.tokens[context - 1 :]
+        whole = max(0, (len(behind) - 1) // context)
+        self._whole = sliding_window_view(behind, context + 1)[::context] if whole else None
+        self._end = whole + 1
 
     def __len__(self) -> int:
         return (len(self.tokens) + self.context - 1) // self.context
 
+    def rows(self, windows: Ints) -> npt.NDArray[np.uint16 | np.uint32]:
+        """The token before each window and its own, (len(windows), context + 1), as they are stored; what
+        lies behind the end is any token."""
+        if self._whole is not None and windows.min() > 0 and windows.max() < self._end:
+            return self._whole[windows - 1]
+        places = windows[:, None] * self.context + np.arange(-1, self.context)[None]
+        row = self.tokens[places.clip(0, len(self.tokens) - 1)]
+        row[places < 0] = self.eos
+        return row
+
+    def labels(self, windows: Ints) -> Ints:
+        """Labels that each window has, (len(windows),): `context`, but for the last."""
+        return np.minimum(self.context, len(self.tokens) - windows * self.context)
+
     def at(self, windows: Ints) -> tuple[Ints, Ints]:
         """Input ids and labels, (len(windows), context) each; the label is -1 behind the end."""
-        places = windows[:, None] * self.context + np.arange(-1, self.context)[None]
-        inside = places.clip(0, len(self.tokens) - 1)
-        row = self.tokens[inside].astype(np.int64)  # (B, context + 1)
-        row[places < 0] = self.eos
-        labels = np.where(places[:, 1:] < len(self.tokens), row[:, 1:], -1)
-        return row[:, :-1], labels
+        row = self.rows(windows).astype(np.int64)
+        return row[:, :-1], first_labels(row[:, 1:], self.labels(windows))
+
+
+def first_labels(labels: Ints, counts: Ints) -> Ints:
+    """Labels (B, T) of which only the first `counts` (B,) of each row count; the others are -1."""
+    if not len(counts) or counts.min() == labels.shape[1]:
+        return labels
+    return np.where(np.arange(labels.shape[1]) < counts[:, None], labels, -1)
 
 
 def uniform_draws(seed: int, numbers: Ints) -> npt.NDArray[np.float64]:

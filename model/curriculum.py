@@ -79,8 +79,10 @@ class Curriculum:
         `numbers` are those of the samples in the whole training, `sources` those of their domains.
         """
         kind = self._settings.competence
+        if kind == "off":
+            return windows
         steps, until = numbers // self._rows, self._step(self._settings.until)
-        if kind == "off" or steps[0] >= until:
+        if steps[0] >= until:
             return windows
         shares = competence(steps / until, kind, self._settings.first_share)
         uniform = uniform_draws(self._seed, numbers)
@@ -103,8 +105,10 @@ class Curriculum:
 
     def without_rare(self, step: int, labels: Ints) -> Ints:
         """Labels, with -1 where the token is still too rare."""
+        if self._frequency is None:
+            return labels
         until = self._step(self._settings.vocabulary_until)
-        if self._frequency is None or step >= until:
+        if step >= until:
             return labels
         first = self._settings.first_vocabulary
         share = first + (1 - first) * step / until

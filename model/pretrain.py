@@ -1,8 +1,9 @@
 """Pretraining: next-token loss on a mixture of token files. Worker: `python -m model.pretrain JOBFILE`."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -10,7 +11,16 @@ from torch import Tensor
 
 from conf.contract import JobFile
 from conf.pretrain import PretrainConfig, PretrainPlan
-from model.batches import BLOCK_SAMPLES, Batch, Ints, MixPhase, Mixture, Windows, micro_batch_rows
+from model.batches import (
+    BLOCK_SAMPLES,
+    Batch,
+    Ints,
+    MixPhase,
+    Mixture,
+    Windows,
+    first_labels,
+    micro_batch_rows,
+)
 from model.curriculum import Curriculum
 from model.engine import Loss, build_engine
 from model.head import label_loss
@@ -194,6 +204,7 @@ class Samples:
         self._ends = [files.ends(name, "train") for name in plan.domains]
         self._excluded = self._numbers(settings.exclude)
         self._ranks, self._micro_batch, self._eos = ranks, micro_batch, files.meta.eos
+        self._is_document_masked = settings.is_document_masked
         self._windows = [
             Windows(files.tokens(name, "train"), self._context, files.meta.eos)
             for name in plan.domains
@@ -287,32 +298,54 @@ class Samples:
         return sources, self.curriculum.choose(numbers, sources, windows)
 
     def _batch(self, step: int, rows: Ints, sources: Ints, windows: Ints) -> Batch:
-        ids = np.empty((len(rows), self._context), np.int64)
-        labels = np.empty((len(rows), self._context), np.int64)
-        for source in np.unique(sources):
+        stored = np.empty((len(rows), self._context + 1), self._windows[0].tokens.dtype)
+        counts = np.empty(len(rows), np.int64)
+        for source in np.flatnonzero(np.bincount(sources)):
             here = sources == source
-            ids[here], labels[here] = self._windows[source].at(windows[here])
+            stored[here] = self._windows[source].rows(windows[here])
+            counts[here] = self._windows[source].labels(windows[here])
             if len(self._excluded[source]):
-                labels[here & np.isin(windows, self._excluded[source])] = -1
-        labels = self.curriculum.without_rare(step, labels)
+                counts[here & np.isin(windows, self._excluded[source])] = 0
+        row = stored.astype(np.int64)
+        ids, labels = row[:, :-1], first_labels(row[:, 1:], counts)
+        frequent = self.curriculum.without_rare(step, labels)
+        trained = counts.sum() if frequent is labels else (frequent >= 0).sum()
         width = self.curriculum.row_tokens(step, self._context)
-        ids, labels = ids.reshape(-1, width), labels.reshape(-1, width)
         pieces = self._context // width
-        rows = (rows[:, None] * pieces + np.arange(pieces)).reshape(-1)
+        numbers = (rows[:, None] * pieces + np.arange(pieces)).reshape(-1)
+        tensors = {"ids": ids, "labels": frequent}
+        if self._is_document_masked:
+            tensors["is_start"] = stored[:, :-1] == self._eos
         return Batch(
             tensors={
-                "ids": torch.from_numpy(ids),
-                "labels": torch.from_numpy(labels),
-                "rows": torch.from_numpy(rows),
-                "is_start": torch.from_numpy(ids == self._eos),
-            },
-            weights={"tokens": float((labels >= 0).sum())},
+                name: torch.from_numpy(array.reshape(-1, width)) for name, array in tensors.items()
+            }
+            | {"rows": torch.from_numpy(numbers)},
+            weights={"tokens": float(trained)},
             tokens=ids.size,
-            samples=[
-                f"{self.domains[source]}/{window}"
-                for source, window in zip(sources.tolist(), windows.tolist(), strict=True)
-            ],
+            samples=SampleNames(self.domains, sources, windows),
         )
+
+
+@dataclass(frozen=True, eq=False)
+class SampleNames(Sequence[str]):
+    """Names of a batch's rows, such as `web/812`; they are put together when somebody asks."""
+
+    domains: Sequence[str]
+    sources: Ints
+    windows: Ints
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    @overload
+    def __getitem__(self, place: int) -> str: ...
+    @overload
+    def __getitem__(self, place: slice) -> Sequence[str]: ...
+    def __getitem__(self, place: int | slice) -> str | Sequence[str]:
+        if isinstance(place, slice):
+            return SampleNames(self.domains, self.sources[place], self.windows[place])
+        return f"{self.domains[self.sources[place]]}/{self.windows[place]}"
 
 
 def figures(state: LoopState, settings: PretrainConfig, samples: Samples) -> dict[str, Any]:

@@ -66,6 +66,21 @@ def test_each_token_is_a_label_exactly_once(count: int) -> None:
     assert before.tolist() == [1, *tokens[:-1].tolist()]
 
 
+@pytest.mark.parametrize("count", [7, 8, 9, 16, 17, 24, 25, 40])
+def test_windows_in_the_middle_are_those_of_the_whole_stream(count: int) -> None:
+    tokens = np.arange(10, 10 + count, dtype=np.uint16)
+    windows = Windows(tokens, context=8, eos=1)
+    stream = [1, *tokens.tolist(), *[0] * 8]
+    for window in range(len(windows)):
+        ids, labels = windows.at(np.array([window]))
+        assert (
+            ids[0, : count - 8 * window].tolist()
+            == stream[8 * window :][: min(8, count - 8 * window)]
+        )
+        wanted = stream[8 * window + 1 : min(8 * window + 9, count + 1)]
+        assert labels[0].tolist() == wanted + [-1] * (8 - len(wanted))
+
+
 def test_ranks_and_micro_batches_share_out_all_rows() -> None:
     rows = np.arange(10)
     for world in (1, 2, 3):

@@ -96,7 +96,7 @@ def test_samples_are_drawn_evenly_from_the_easiest_share_and_later_as_usual(toke
         # The mixture stays: only windows are exchanged within their domain.
         assert [s[:3] for s in before.samples] == [s[:3] for s in batch.samples]
         if step >= 20:
-            assert batch.samples == before.samples
+            assert list(batch.samples) == list(before.samples)
             continue
         places = [order.index(int(s[3:])) for s in batch.samples if s.startswith("en")]
         # c = 0.1 + 0.9 t / 20
@@ -119,7 +119,7 @@ def test_two_ranks_and_a_later_start_see_the_same_samples(tokens: Path) -> None:
     pair = [samples_of(tokens, Ranks(rank, 2), **choice) for rank in (0, 1)]
     for step in (0, 7, 30):
         [whole] = alone.at(step)
-        both = [samples.at(step)[0].samples for samples in pair]
+        both = [list(samples.at(step)[0].samples) for samples in pair]
         assert list(whole.samples) == [both[row % 2][row // 2] for row in range(8)]
 
 
