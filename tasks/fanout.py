@@ -76,8 +76,9 @@ def fan_out(job: Job, build: Build, items: Sequence[PartItem], *, version: int =
     """Build the part of every item that the store does not hold; the parts, in item order.
 
     `build(files, *arguments)` is a function of a module; it writes under `files` and returns plain
-    JSON figures. It runs in the main thread of a worker process, of this machine or of the job's cluster,
-    or of this one when the job has one worker. Raises PartsFailed, after all other items are done, when some raised or their worker died.
+    JSON figures. It runs in the main thread of a worker process, of this machine or of the job's
+    cluster, or of this process when the job has one worker. Raises PartsFailed, after all other items
+    are done, when some raised or their worker died.
     """
     tasks = [_task(job, build, item, version) for item in items]
     parts = _look_up(job.store, [task.record.fingerprint for task in tasks], is_reused=True)

@@ -23,7 +23,7 @@ from tasks.fanout_local import Ended
 from tasks.fanout_part import POLL_SECONDS, Task
 from tasks.stage import Job
 
-CONNECT_SECONDS = 30
+CONNECT_SECONDS = 60
 """How long a cluster may take to answer, and to have a worker."""
 ADDRESS_VARIABLES = {"dask": "DASK_SCHEDULER_ADDRESS", "ray": "RAY_ADDRESS"}
 
@@ -72,6 +72,10 @@ def build_there(job: Job, tasks: Sequence[Task]) -> Iterator[Ended]:
             if ended := cluster.next_ended(POLL_SECONDS):
                 left -= 1
                 yield ended
+    if not job.store.is_remote:
+        # A shared folder may still answer that the parts are not there, as it did before they were
+        # built; listing it asks the server anew.
+        any(job.store.root.glob("artifacts/*"))
 
 
 @contextmanager

@@ -30,7 +30,11 @@ class DaskCluster:
             self._client.wait_for_workers(1, timeout=CONNECT_SECONDS)
         except TimeoutError:
             return {}
-        return self._client.run(wrong_with, sight)
+        found = self._client.run(wrong_with, sight, on_error="return")
+        return {
+            name: f"{type(wrong).__name__}: {wrong}" if isinstance(wrong, Exception) else wrong
+            for name, wrong in found.items()
+        }
 
     def submit(self, task: Task) -> None:
         """Have a part built by a slot of a worker."""
@@ -50,6 +54,8 @@ class DaskCluster:
             return task, future.result()
         except KilledWorker:
             return task, DIED
+        except Exception as error:  # noqa: BLE001 - what the worker or the scheduler could not do
+            return task, f"{type(error).__name__}: {error}"
 
     def cancel(self) -> None:
         """Take back what is not done, and part."""

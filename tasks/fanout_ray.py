@@ -47,10 +47,16 @@ class RayCluster:
         for node in ray.nodes():
             if node["Alive"] and node["Resources"].get("CPU"):
                 place = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-                asked[node["NodeName"]] = self._look.options(scheduling_strategy=place).remote(
-                    sight
-                )
-        return dict(zip(asked, ray.get(list(asked.values()), timeout=CONNECT_SECONDS), strict=True))
+                look = self._look.options(scheduling_strategy=place)
+                asked[f"{node['NodeName']} {node['NodeID'][:8]}"] = look.remote(sight)
+        return {name: self._seen(reference) for name, reference in asked.items()}
+
+    @staticmethod
+    def _seen(reference: Any) -> str | None:
+        try:
+            return ray.get(reference, timeout=CONNECT_SECONDS)
+        except RayError as error:
+            return f"{type(error).__name__}: {error}"
 
     def submit(self, task: Task) -> None:
         """Have a part built by a slot of a node."""

@@ -94,7 +94,7 @@ class Clusters:
             assert process.stdin
             process.stdin.close()
         for process in self._starting.values():
-            process.wait(30)
+            process.wait(120)
 
 
 @pytest.fixture(scope="session")
