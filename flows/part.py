@@ -29,7 +29,7 @@ from flows.runs import StageRecord, node_title
 PROGRESS_SECONDS = 2.0
 """Least time between two progress reports to the server."""
 MOST_THREADS = 64
-MOST_ROWS = 200
+MOST_ROWS = 1000
 """Rows of a table that are shown; events above 1.5 MB are refused."""
 
 current: ContextVar[Execution] = ContextVar("current")

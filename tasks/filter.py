@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 EXAMPLES = "examples.json"
 """In `logs/`: dropped and borderline documents of every rule."""
 EXCERPT_CHARS = 400
+SHOWN_CHARS = 120
+"""Of an example, in the tables for people."""
+RULE_FIGURES = ("evaluated", "fires", "fires_alone", "first", "bytes_lost", "tokens_lost")
 OUTLIER = "length_outlier"
 LITTLE_LEFT = "little_left"
 STATISTICS_VERSION = 3
@@ -362,6 +365,12 @@ class Tally:
             {"rule": name, **{k: v for k, v in figures.items() if k != "by"}}
             for name, figures in job.metrics["rules"].items()
         ]
+        job.tables["rules_by_domain"] = [
+            {"rule": rule, "language": language, "domain": domain}
+            | {name: round(group.get(name, 0)) for name in RULE_FIGURES}
+            for (rule, language, domain), group in sorted(self.counts.items())
+            if group.get("fires")
+        ]
         job.tables["kept"] = [
             {"language": language, "domain": domain, "documents": int(t["documents"]),
              "kept": int(t["kept"]), "bytes": int(t["bytes|before"]),
@@ -376,11 +385,10 @@ class Tally:
 
     def _rule_figures(self, name: str) -> dict[str, Any]:
         groups = {key[1:]: value for key, value in self.counts.items() if key[0] == name}
-        figures = ("evaluated", "fires", "fires_alone", "first", "bytes_lost", "tokens_lost")
         return {
-            **{f: round(sum(group.get(f, 0) for group in groups.values())) for f in figures},
+            **{f: round(sum(group.get(f, 0) for group in groups.values())) for f in RULE_FIGURES},
             "by": {
-                f"{language}/{domain}": {f: round(group.get(f, 0)) for f in figures}
+                f"{language}/{domain}": {f: round(group.get(f, 0)) for f in RULE_FIGURES}
                 for (language, domain), group in sorted(groups.items())
                 if group.get("fires")
             },
@@ -395,6 +403,16 @@ class Tally:
                     {**row, "excerpt": texts[row["shard"], row["row"]][:EXCERPT_CHARS]}
                     for row in rows
                 ]
+        fired = content["dropped"].keys()
+        for kind, of_kind in content.items():
+            job.tables[f"{kind}_examples"] = [
+                {"rule": rule, "language": row["language"], "domain": row["domain"]}
+                | ({"value": round(row["value"], 4)} if "value" in row else {})
+                | {"text": row["excerpt"][:SHOWN_CHARS]}
+                for rule, rows in of_kind.items()
+                for row in rows
+                if rule in fired
+            ]
         job.logs.mkdir(parents=True, exist_ok=True)
         (job.logs / EXAMPLES).write_text(
             json.dumps(content, ensure_ascii=False, indent=1) + "\n", "utf-8"

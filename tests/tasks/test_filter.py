@@ -95,6 +95,11 @@ def test_figures_add_up(tmp_path: Path) -> None:
     assert rules["too_short"]["evaluated"] == metrics["documents"]
     kept = sum(group["kept"] for group in metrics["kept_by"].values())
     assert kept == metrics["kept"] == len(texts(outcome.artifact))
+    tables = json.loads((outcome.artifact.logs / "tables.json").read_text("utf-8"))
+    for row in tables["rules"]:
+        parts = [part for part in tables["rules_by_domain"] if part["rule"] == row["rule"]]
+        for name in ("fires", "fires_alone", "first", "bytes_lost"):
+            assert row[name] == sum(part[name] for part in parts)
 
 
 def test_examples_show_dropped_and_borderline_texts(tmp_path: Path) -> None:
@@ -107,6 +112,10 @@ def test_examples_show_dropped_and_borderline_texts(tmp_path: Path) -> None:
     assert all(len(rows) <= 2 for rows in examples["borderline"].values())
     # 19 characters where 15 are the least
     assert [row["value"] for row in examples["borderline"]["too_short"]] == [19]
+    tables = json.loads((outcome.artifact.logs / "tables.json").read_text("utf-8"))
+    shown = {row["rule"]: row["text"] for row in tables["borderline_examples"]}
+    assert shown == {"too_short": "It is on the river."}
+    assert [row["text"] for row in tables["dropped_examples"]] == [r["excerpt"] for r in dropped]
 
 
 def test_a_bound_costs_no_new_statistics(tmp_path: Path) -> None:
