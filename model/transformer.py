@@ -210,7 +210,11 @@ class Transformer(nn.Module):
     ) -> None:
         super().__init__()
         self.shape, self.vocabulary, self.is_scalar = shape, vocabulary, is_scalar
-        self.embedding = cast("nn.Embedding", skip_init(nn.Embedding, vocabulary, shape.dim))
+        # Not by skip_init, which draws normal numbers on no device, and for that imports torch's
+        # compiler: a second of each worker's start.
+        self.embedding = nn.Embedding.from_pretrained(
+            torch.empty(vocabulary, shape.dim), freeze=False
+        )
         self.blocks = nn.ModuleList(Block(shape, layer) for layer in range(shape.layers))
         self.norm = RMSNorm(shape.dim, shape.norm_eps)
         self.head = None if is_scalar or shape.is_tied else _linear(shape.dim, vocabulary)
