@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
@@ -100,7 +100,7 @@ def _each(export: Path) -> Iterator[tuple[str, str]]:
 
 
 @contextmanager
-def _server(command: list[str], port: int, folder: Path) -> Iterator[None]:
+def _server(command: list[str], port: int, folder: Path) -> Generator[None]:
     """Runs until the block ends; the block begins when something answers on the port."""
     quiet = {"HF_HUB_OFFLINE": "1", "BESSEMER_HOME": str(folder / "home")}
     log = folder / "server.log"
