@@ -34,7 +34,8 @@ class TokenizerConfig(Settings):
     adopt: tuple[SourceSpec, ...] = ()
     """An existing tokenizer to take instead of learning one: a `tokenizer.json`, a Hugging Face folder,
     `vocab.json` with `merges.txt`, or a SentencePiece `.model`; a path, or a source. What it lacks of
-    the special tokens gets ids behind its own; the settings of learning are not used."""
+    the special tokens gets ids behind its own. The settings of learning are not used then; `vocabulary`
+    is what `bessemer plan` reckons with before the tokenizer is there."""
     adopted_special: dict[Literal["pad", "eos"], str] = Field(
         default_factory=dict[Literal["pad", "eos"], str]
     )

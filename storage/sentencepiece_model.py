@@ -92,7 +92,9 @@ def _refuse_inexact(model: SentencePiece) -> None:
 def converted(model: SentencePiece) -> "tokenizers.Tokenizer":
     """The same ids from `tokenizers`: the whole text is one word, as it is for SentencePiece.
 
-    Equal but for near ties of a unigram model, whose scores SentencePiece adds up in float32.
+    Equal but for near ties of a unigram model, whose scores SentencePiece adds up in float32, and for
+    pieces of BPE with a character that is no piece itself, which `tokenizers` cannot merge: they are
+    among `ChatTokenizer.unreachable` (51 of ChatGLM's 64,789, such as `ür`), their text gets bytes.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, normalizers
 

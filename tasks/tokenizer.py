@@ -22,7 +22,7 @@ def tokenizer(
     """Learn a byte-level tokenizer from a sample of the training documents, or adopt one.
 
     reads Corpus, Conversations, sources   writes Tokenizer   cost  2 s and 35 MB per million sampled
-    bytes (Unigram 5 s); then all held-out documents once with it and with each that it is compared to
+    bytes (Unigram 5 to 10 s); then all held-out documents once with it and with each that it is compared to
 
     Raises ValueError if there is no text to learn from, and for files that are no tokenizer.
     """
