@@ -37,7 +37,6 @@ CLIENTS = (1, 8, 32)
 VOCABULARY = 8_000
 ANSWER_TOKENS = 64
 PROMPT_CHARS = 120
-WARM_SECONDS = 3.0
 START_SECONDS = 180.0
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -121,28 +120,30 @@ def _server(command: list[str], port: int, folder: Path) -> Generator[None]:
 
 
 async def loaded(url: str, name: str, clients: int, prompts: list[str], seconds: float) -> Load:
-    """What clients get that ask for so long, after a warm-up that does not count."""
-    start = time.monotonic() + WARM_SECONDS
-    end = start + seconds
+    """What clients get that ask for so long, after one answer each that does not count."""
     arrivals: list[float] = []
     firsts: list[float] = []
 
-    async def client(number: int) -> None:
-        turn = number
-        while time.monotonic() < end:
-            asked = time.monotonic()
-            times = [at async for at in _asked(url, name, prompts[turn % len(prompts)])]
-            turn += clients
-            # Text comes in pieces of one or more tokens: the tokens are spread over their times.
-            arrivals.extend(
-                times[place * len(times) // ANSWER_TOKENS] for place in range(ANSWER_TOKENS)
-            )
-            if asked >= start:
-                firsts.append(times[0] - asked)
+    async def answered(turn: int) -> None:
+        asked = time.monotonic()
+        times = [at async for at in _asked(url, name, prompts[turn % len(prompts)])]
+        # Text comes in pieces of one or more tokens: the tokens are spread over their times.
+        arrivals.extend(
+            times[place * len(times) // ANSWER_TOKENS] for place in range(ANSWER_TOKENS)
+        )
+        firsts.append(times[0] - asked)
 
-    await asyncio.gather(*(client(number) for number in range(clients)))
-    counted = sum(start <= at < end for at in arrivals)
-    return Load(counted / seconds, statistics.median(firsts))
+    async def client(turn: int, end: float) -> None:
+        while time.monotonic() < end:
+            turn += clients
+            await answered(turn)
+
+    await asyncio.gather(*(answered(number) for number in range(clients)))
+    arrivals.clear()
+    firsts.clear()
+    end = time.monotonic() + seconds
+    await asyncio.gather(*(client(number, end) for number in range(clients)))
+    return Load(sum(at < end for at in arrivals) / seconds, statistics.median(firsts))
 
 
 async def _asked(url: str, name: str, prompt: str) -> AsyncIterator[float]:

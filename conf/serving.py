@@ -31,9 +31,8 @@ class Ask(BaseModel):
     seed: Annotated[int, Field(ge=0)] = 0
     row: Annotated[int, Field(ge=0)] = 0
     logprobs: Annotated[int, Field(ge=0)] | None = None
-    """Tokens whose log-probability is told beside the chosen one's; None to tell none."""
-    logprobs_temperature: Annotated[float, Field(gt=0)] = 1.0
-    """Temperature of the log-probabilities."""
+    """Tokens whose log-probability, at temperature 1, is told beside the chosen one's; None to tell
+    none."""
 
     @property
     def places(self) -> int:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from conf.serving import Ask, End, Told
-from model.generate import Generated, draw, uniform_noise
+from model.generate import draw, uniform_noise
 from model.transformer import Cache, Transformer
 
 PREFILL_TOKENS = 512
@@ -253,8 +253,7 @@ def _logprobs(logits: Tensor, tokens: Tensor, rows: Sequence[_Row]) -> list[Figu
     if not asked:
         return found
     asks = [rows[place].ask for place in asked]
-    temperature = logits.new_tensor([[ask.logprobs_temperature] for ask in asks])
-    logprobs = (logits[asked] / temperature).log_softmax(-1)
+    logprobs = logits[asked].log_softmax(-1)
     chosen = logprobs.gather(-1, tokens[asked][:, None])[:, 0].tolist()
     most = max(cast("int", ask.logprobs) for ask in asks)
     values, ids = logprobs.topk(min(most, logprobs.shape[-1]), dim=-1)
@@ -262,49 +261,3 @@ def _logprobs(logits: Tensor, tokens: Tensor, rows: Sequence[_Row]) -> list[Figu
         top = list(zip(ids[number].tolist(), values[number].tolist(), strict=True))
         found[place] = (chosen[number], top[: asks[number].logprobs])
     return found
-
-
-def generate_continuous(
-    model: Transformer,
-    prompts: Sequence[Sequence[int]],
-    *,
-    batch_rows: int,
-    max_new_tokens: int,
-    temperature: float,
-    seed: int,
-    eos: int,
-    pad: int,
-    rows: Sequence[int] | None = None,
-) -> Generated:
-    """What `generate_batches` answers, up to rounding; a row that is done makes room for the next.
-
-    Raises ValueError as `generate` does.
-    """
-    slots = Slots(model, rows=batch_rows, tokens=batch_rows * model.shape.context)
-    for key, prompt in enumerate(prompts):
-        slots.add(
-            Ask(
-                key=key,
-                prompt=tuple(prompt),
-                max_new_tokens=max_new_tokens,
-                stops=frozenset([eos]),
-                temperature=temperature,
-                seed=seed,
-                row=key if rows is None else rows[key],
-                logprobs=0,
-                logprobs_temperature=temperature or 1.0,
-            )
-        )
-    shape = (len(prompts), max_new_tokens)
-    ids, logprobs = torch.full(shape, pad, dtype=torch.int64), torch.zeros(shape)
-    lengths = torch.zeros(len(prompts), dtype=torch.int64)
-    ended = torch.zeros(len(prompts), dtype=torch.bool)
-    while not slots.is_idle:
-        for told in slots.step():
-            place = int(lengths[told.key])
-            ids[told.key, place] = told.token
-            logprobs[told.key, place] = cast("float", told.logprob)
-            lengths[told.key] += 1
-            ended[told.key] = told.end == "stop"
-    longest = int(lengths.max()) if len(prompts) else 0
-    return Generated(ids[:, :longest], logprobs[:, :longest], lengths, ended)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 from conf.pairs import PairsConfig
@@ -109,6 +110,27 @@ def test_malformed_requests_are_refused_with_a_reason(server: Running) -> None:
 @pytest.mark.soak
 def test_a_thousand_malformed_requests_are_refused_with_a_reason(server: Running) -> None:
     refuse(server, 1000)
+
+
+@pytest.mark.soak
+def test_memory_stays_flat_under_load(server: Running) -> None:
+    def resident() -> int:
+        parent = psutil.Process(server.pid)
+        return sum(one.memory_info().rss for one in (parent, *parent.children(recursive=True)))
+
+    with httpx.Client(base_url=server.url, timeout=60) as client:
+
+        def ask(number: int) -> int:
+            prompt = "猫吃什么？" * (1 + number % 40)
+            body = {**SHORT, "messages": [{"role": "user", "content": prompt}], "temperature": 1}
+            return client.post(CHAT, json={**body, "max_tokens": 1 + number % 300}).status_code
+
+        sizes: list[int] = []
+        with ThreadPoolExecutor(ROWS) as pool:
+            for _ in range(6):
+                assert set(pool.map(ask, range(400))) == {200}
+                sizes.append(resident())
+    assert sizes[-1] < sizes[1] * 1.02, sizes
 
 
 def test_what_is_no_http_is_refused(server: Running) -> None:

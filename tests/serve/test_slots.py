@@ -8,8 +8,8 @@ import torch
 from conf.serving import Ask, Told
 from conf.shape import ShapeConfig
 from model import slots as slots_module
-from model.generate import generate_batches
-from model.slots import Slots, generate_continuous
+from model.generate import generate
+from model.slots import Slots
 from model.transformer import Transformer
 
 PAD, EOS = 0, 3
@@ -77,24 +77,19 @@ def test_rows_that_join_late_get_the_likeliest_token_at_every_step(
         assert found[key][-1].end == ("stop" if expected[-1] == EOS else "length")
 
 
-def test_continuous_and_batched_generation_answer_alike(model: Transformer) -> None:
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_an_answer_is_the_one_that_the_same_row_of_a_batch_gets(
+    model: Transformer, temperature: float
+) -> None:
     prompts = [[4 + key, 5, *range(6, 6 + key % 5)] for key in range(12)]
-    for temperature in (0.0, 0.8):
-        given = {
-            "batch_rows": 4,
-            "max_new_tokens": 24,
-            "temperature": temperature,
-            "seed": 5,
-            "eos": EOS,
-            "pad": PAD,
-            "rows": range(100, 112),
-        }
-        ours = generate_continuous(model, prompts, **given)  # type: ignore[arg-type]
-        theirs = generate_batches(model, prompts, **given)  # type: ignore[arg-type]
-        assert ours.ids.tolist() == theirs.ids.tolist()
-        assert ours.lengths.tolist() == theirs.lengths.tolist()
-        assert ours.ended.tolist() == theirs.ended.tolist()
-        torch.testing.assert_close(ours.logprobs, theirs.logprobs, rtol=1e-4, atol=1e-5)
+    rows, given = range(100, 112), {"temperature": temperature, "seed": 5}
+    batch = generate(model, prompts, max_new_tokens=24, eos=EOS, pad=PAD, rows=rows, **given)  # type: ignore[arg-type]
+    slots = Slots(model, rows=4, tokens=4 * 64)
+    for key, prompt in enumerate(prompts):
+        slots.add(ask(key, prompt, 24, row=rows[key], **given))
+    found = finish(slots)
+    for key in range(12):
+        assert [one.token for one in found[key]] == batch.answer(key, keep_stop=True)
 
 
 def test_the_cache_holds_no_more_tokens_than_allowed_and_none_is_overtaken(
