@@ -285,10 +285,21 @@ class ShardWriter:
             self._flush()
 
     def _flush(self) -> None:
-        import pyarrow as pa
+        import polars as pl
 
+        # pyarrow's own way from lists is slower, and imports pandas.
+        kinds = {"uint64": pl.UInt64, "uint32": pl.UInt32, "float": pl.Float32}
         if self._pending:
-            self._writer.write_table(pa.Table.from_pylist(self._pending, schema=self._schema))
+            columns = [
+                pl.Series(
+                    field.name,
+                    [document[field.name] for document in self._pending],
+                    kinds.get(str(field.type), pl.String),
+                )
+                for field in self._schema
+            ]
+            table = pl.DataFrame(columns).to_arrow(compat_level=pl.CompatLevel.oldest())
+            self._writer.write_table(table.cast(self._schema))
         self._pending, self._pending_chars = [], 0
 
 

@@ -37,8 +37,7 @@ def normalise(text: str, settings: NormaliseConfig) -> str:
     # A search for what is not there is cheap, an expression that tries every character is not.
     if not text.isascii():
         text = _SURROGATES.sub("\ufffd", text)
-    if any(mark in text for mark in "\r\x0b\x0c\x85\u2028\u2029"):
-        text = _LINE_ENDS.sub("\n", text)
+    text = _with_plain_line_ends(text)
     if settings.unicode_form != "none" and not text.isascii():
         text = unicodedata.normalize(settings.unicode_form, text)
     if settings.width == "half":
@@ -56,6 +55,14 @@ def normalise(text: str, settings: NormaliseConfig) -> str:
     return text.strip()
 
 
+def _with_plain_line_ends(text: str) -> str:
+    if "\r" in text or "\x0b" in text or "\x0c" in text:
+        return _LINE_ENDS.sub("\n", text)
+    if "\x85" in text or "\u2028" in text or "\u2029" in text:
+        return _LINE_ENDS.sub("\n", text)
+    return text
+
+
 def _without_controls(text: str) -> str:
     if text.isascii():
         return text.encode("ascii").translate(None, _ASCII_CONTROLS).decode("ascii")
@@ -64,6 +71,6 @@ def _without_controls(text: str) -> str:
 
 def _with_few_blank_lines(text: str, most: int) -> str:
     """Lines without spaces at their ends, and at most so many blank ones in a row."""
-    if any(f"{space}\n" in text for space in " \t\u00a0\u3000"):
+    if " \n" in text or "\t\n" in text or "\u00a0\n" in text or "\u3000\n" in text:
         text = _SPACE_ENDS.sub("", text)
     return _BLANK_LINES.sub("\n" * (most + 1), text) if "\n\n\n" in text else text
