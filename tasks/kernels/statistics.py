@@ -106,7 +106,7 @@ def _is_bullet(cp):
 def _read_line(text, i, end, marks):
     """One line from byte i: the byte after its end, its characters, hash and words.
 
-    White space around a line is no part of it; within, a run of it is one space. `marks` becomes the
+    White space around a line is no part of it; a run within is one space in the hash. `marks` becomes the
     first character, the last three and the last eight bytes of letters, as numbers.
     """
     chars, gap, words = 0, 0, 0
