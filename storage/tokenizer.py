@@ -8,6 +8,7 @@ older forms of the same model. Importing this needs only `tokenizers` and pydant
 
 import functools
 import hashlib
+import itertools
 import json
 import re
 import shutil
@@ -72,6 +73,11 @@ class TokenizerMeta(BaseModel):
     algorithm: Algorithm = "bpe"
     system: str = ""
     """What a conversation without a system message begins with; nothing where it is empty."""
+
+
+LONGEST_SPACE = 9_000_000
+"""White spaces on end; from ten million on, a regular expression of `tokenizers` gives up and with it
+the process."""
 
 
 def _byte_of_sign() -> dict[str, int]:
@@ -150,10 +156,13 @@ class ChatTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text; never a special one."""
-        return self._model.encode(text, add_special_tokens=False).ids
+        parts = (self._model.encode(part, add_special_tokens=False) for part in _readable(text))
+        return [token for part in parts for token in part.ids]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of many texts, each as `encode` gives them."""
+        if any(len(text) > LONGEST_SPACE for text in texts):
+            return [self.encode(text) for text in texts]
         found = self._model.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in found]
 
@@ -270,6 +279,14 @@ class Tokenizer(Artifact):
     def chat(self) -> ChatTokenizer:
         """The tokenizer, loaded."""
         return ChatTokenizer(self.files)
+
+
+def _readable(text: str) -> list[str]:
+    """The text, cut where white space goes on for longer than `tokenizers` can read."""
+    if len(text) <= LONGEST_SPACE:
+        return [text]
+    cuts = [found.end() for found in re.finditer(rf"\s{{{LONGEST_SPACE}}}", text)]
+    return [text[start:end] for start, end in itertools.pairwise([0, *cuts, len(text)])]
 
 
 def read_meta(folder: Path) -> TokenizerMeta:

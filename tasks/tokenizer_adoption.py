@@ -20,7 +20,7 @@ USUAL_SPELLINGS = {
     "eos": ("<|eos|>", "<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "[SEP]"),
 }
 """How others spell these two; of several the first that is there."""
-BYTE_SPELLING = "<0x[0-9A-F]{2}>"
+BYTE_START = "<(?=0x[0-9A-F]{2}>)"
 
 
 @dataclass(frozen=True)
@@ -125,10 +125,9 @@ def _guarded(model: "tokenizers.Tokenizer") -> "tokenizers.Tokenizer":
     if content["model"]["type"] != "Unigram":
         return model
     special = [token["content"] for token in content["added_tokens"] if token["special"]]
-    spelled = [re.escape(text) for text in special] + [BYTE_SPELLING]
-    pattern = f"<(?={'|'.join(text[1:] for text in spelled if text[0] == '<')})"
+    spelled = [f"{re.escape(text[0])}(?={re.escape(text[1:])})" for text in special]
     guarded = Tokenizer.from_str(json.dumps(content))
-    cut = pre_tokenizers.Split(Regex(pattern), "isolated")
+    cut = pre_tokenizers.Split(Regex("|".join([*spelled, BYTE_START])), "isolated")
     before = guarded.pre_tokenizer
     guarded.pre_tokenizer = cut if before is None else pre_tokenizers.Sequence([cut, before])
     return guarded

@@ -67,6 +67,19 @@ def test_any_text_comes_back_and_has_no_special_id(chat: ChatTokenizer, text: st
     assert chat.encode_batch([text, "x"])[0] == ids
 
 
+def test_white_space_without_end_is_read_in_parts(
+    chat: ChatTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("storage.tokenizer.LONGEST_SPACE", 5)
+    text = "cat" + " " * 11 + "mat\n" + "\t" * 5 + "12"
+    parts = ["cat     ", "     ", " mat\n\t\t\t\t", "\t12"]
+    assert "".join(parts) == text
+    ids = chat.encode(text)
+    assert ids == [token for part in parts for token in chat.encode(part)]
+    assert chat.encode_batch(["cat", text]) == [chat.encode("cat"), ids]
+    assert chat.decode(ids) == text
+
+
 def test_every_byte_has_a_token(chat: ChatTokenizer) -> None:
     text = "".join(map(chr, range(0x20, 0x2000, 7))) + "🙂\x00\x7f"
     assert chat.decode(chat.encode(text)) == text
