@@ -14,7 +14,7 @@ from tasks.raw_record import RawRecord, Refusal, UrlRule
 from tasks.rows import MAX_ROW_BYTES, open_span, open_text, text_template
 
 MAX_RESYNCS = 1000
-"""Damaged places of one archive after which the rest of it is given up."""
+"""Damaged places of one archive after which the rest of it is given up, and that told."""
 _HTML_TYPES = ("text/html", "application/xhtml+xml")
 _RECORD_START = re.compile(rb"\r\n\r\nWARC/1\.[01]\r\nWARC-")
 _MEMBER_STARTS = {True: b"\x1f\x8b\x08", False: b"WARC/1."}
@@ -50,15 +50,17 @@ def _warc_records(
 ) -> Iterator[RawRecord | Refusal]:
     from fastwarc.warc import ArchiveIterator
 
-    start = 0
+    start, told = 0, -1
     for _ in range(MAX_RESYNCS):
-        position = start
+        position, count, record = start, 0, None
         with open_span(file) as stream:
             stream.seek(start)
             records = cast("Iterator[Any]", iter(ArchiveIterator(stream, parse_http=True)))
             while True:
+                record = None
                 try:
                     record = next(records)
+                    count += 1
                     position = int(record.stream_pos)  # counted from the begin of the stream
                     found = _warc_record(record, url_reason, max_page_bytes)
                 except StopIteration:
@@ -66,15 +68,18 @@ def _warc_records(
                         yield Refusal("", "damaged_record:cut_off")
                     return
                 except (OSError, ValueError, EOFError) as error:
-                    # An archive is a row of members: reading goes on at the next one.
-                    yield Refusal("", f"damaged_record:{type(error).__name__}")
+                    # An archive is a row of members: reading goes on at the next one. That may be the
+                    # damaged one, which has been told of then.
+                    if count or start != told:
+                        yield Refusal("", f"damaged_record:{type(error).__name__}")
                     break
                 if found is not None:
                     yield found
         following = _next_member(file, position + 1)
         if following is None:
             return
-        start = following
+        start, told = following, following if count and record is None else -1
+    yield Refusal("", "damaged_file:too_many_places")
 
 
 def _is_cut_off(file: SourceFile, start: int) -> bool:

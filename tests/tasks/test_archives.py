@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from storage.source import SourceFile
+from tasks import archives
 from tasks.raw_record import RawRecord, Refusal
 from tasks.records import read_records
 from tests.tasks.corpus_runs import spec
@@ -86,6 +87,16 @@ def test_a_broken_stream_is_told(tmp_path: Path) -> None:
     found = records_of(tmp_path / "a.arc.gz")
     assert isinstance(found[0], RawRecord)
     assert found[1:] == [Refusal("", "damaged_file:EOFError")]
+
+
+def test_an_archive_of_damage_alone_is_given_up_and_that_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(archives, "MAX_RESYNCS", 5)
+    (tmp_path / "a.warc.gz").write_bytes(b"\x1f\x8b\x08 nothing" * 20)
+    found = records_of(tmp_path / "a.warc.gz")
+    assert len(found) == 6
+    assert found[-1] == Refusal("", "damaged_file:too_many_places")
 
 
 def test_a_real_arc(shared_data: Path) -> None:
