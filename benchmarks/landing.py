@@ -43,7 +43,7 @@ stages:
 def measure(work: Work) -> list[Row]:
     """One row for every size that the text may be grown to."""
     sizes = [size for size in SIZES if size <= GROWTH * work.megabytes] or [work.megabytes]
-    lines = {language: _lines(work, language) for language in ("zh", "en")}
+    lines = {language: lines_of(work, language) for language in ("zh", "en")}
     return [_row(work.folder / f"landing-{size:.0f}", lines, size) for size in sizes]
 
 
@@ -53,9 +53,9 @@ def _row(folder: Path, lines: dict[str, list[str]], size: float) -> Row:
     recipe = folder / "recipe.yaml"
     recipe.write_text(RECIPE, "utf-8")
     pick = random.Random(0)
-    files = _write(pages, "old", _documents(lines, pick), size)
+    files = write_files(pages, "old", documents_of(lines, pick), size)
     _, full = _run(folder, recipe, is_extension=False)
-    _write(pages, "new", _documents(lines, pick), size * NEW_SHARE)
+    write_files(pages, "new", documents_of(lines, pick), size * NEW_SHARE)
     grown, extension = _run(folder, recipe, is_extension=True)
     for name in MAPS:
         shards = grown.record.stages[name].metrics["shards"]
@@ -83,14 +83,14 @@ def _run(folder: Path, recipe: Path, *, is_extension: bool) -> tuple[Execution, 
     return execution, seconds
 
 
-def _lines(work: Work, language: str) -> list[str]:
+def lines_of(work: Work, language: str) -> list[str]:
     """The lines of all documents in one language, too short ones left out."""
     frames = work.corpus.scan(["text", "language"])
     texts = pl.concat([frame.filter(pl.col("language") == language) for frame in frames])["text"]
     return texts.str.split("\n").explode().str.strip_chars().unique().sort().drop_nulls().to_list()
 
 
-def _documents(lines: dict[str, list[str]], pick: random.Random) -> Iterator[str]:
+def documents_of(lines: dict[str, list[str]], pick: random.Random) -> Iterator[str]:
     """Without end: Chinese and English in turn."""
     known = [of_language for of_language in lines.values() if of_language]
     earlier: list[str] = []
@@ -112,7 +112,7 @@ def _documents(lines: dict[str, list[str]], pick: random.Random) -> Iterator[str
             yield text
 
 
-def _write(folder: Path, name: str, documents: Iterator[str], size: float) -> int:
+def write_files(folder: Path, name: str, documents: Iterator[str], size: float) -> int:
     """Parquet files with so many MB of documents together; how many files."""
     number = 0
     while size > 0:

@@ -3,7 +3,6 @@
 import functools
 import json
 import math
-import os
 import shutil
 import subprocess
 import time
@@ -22,6 +21,7 @@ from flows.graph import Node
 from flows.lookup import Lookup
 from flows.memory import EVALUATION_TOKENS, Memory, Pass, training_memory
 from storage.record import Record
+from tasks.memory import host_memory
 from tasks.processes import cores, cuda_devices
 
 TOKENS_PER_PARAMETER = 20
@@ -342,14 +342,6 @@ def measured_peak() -> float:
         np.matmul(matrix, matrix)
         best = min(best, time.perf_counter() - started)
     return 2 * PROBE_WIDTH**3 / best
-
-
-def host_memory() -> int:
-    """Bytes that processes of this host may use: what is built in, or the container's limit."""
-    built_in = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text("utf-8").strip() if limit.is_file() else "max"
-    return min(built_in, int(text)) if text.isdigit() else built_in
 
 
 def device_memory() -> int:

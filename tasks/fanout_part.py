@@ -11,6 +11,7 @@ from typing import Any
 from storage.record import Record
 from storage.store import Store
 from storage.store_local import empty_folder
+from tasks.memory import give_back
 
 POLL_SECONDS = 0.2
 
@@ -60,5 +61,6 @@ def _build_and_commit(task: Task) -> None:
         empty_folder(claim.path / "files")
         started = time.monotonic()
         metrics = task.build(claim.path / "files", *task.arguments)
+        give_back()
         seconds = round(time.monotonic() - started, 3)
         store.commit(claim, task.record.model_copy(update={"metrics": metrics, "seconds": seconds}))

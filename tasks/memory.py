@@ -1,7 +1,9 @@
 """How much memory there is, and arrays that go to disk when they would need more than their share."""
 
+import ctypes
 import math
 import os
+import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,6 +50,12 @@ def _group_limits(groups: Path, membership: Path) -> list[int]:
 def _prefixes(name: str) -> list[str]:
     parts = [part for part in name.split("/") if part]
     return ["/".join(parts[: i + 1]) for i in range(len(parts))]
+
+
+def give_back() -> None:
+    """Return memory that this process has freed to the kernel, as far as glibc keeps it."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 class Scratch:

@@ -24,6 +24,7 @@ from storage.source import Source
 from storage.store import Claim, Store
 from storage.store_local import empty_folder
 from tasks.launch import follow_elsewhere
+from tasks.memory import give_back
 
 Inputs = Mapping[str, Artifact | Mapping[str, Artifact]]
 
@@ -254,6 +255,7 @@ def execute(
             empty_folder(job.files)
         on_start(job)
         spec.function(job, settings=settings, **inputs)
+        give_back()
         if job.tables:
             tables = json.dumps(job.tables, ensure_ascii=False, indent=1)
             (job.logs / "tables.json").write_text(tables, "utf-8")
