@@ -157,13 +157,9 @@ def _unigram(model: SentencePiece) -> Any:
     worst, best = min(normal), max(normal)
 
     def score(piece: Piece) -> float:
-        match piece.kind:
-            case 1:
-                return piece.score
-            case 4:
-                return len(piece.text.encode("utf-8")) * best - 0.1
-            case _:
-                return worst
+        if piece.kind == USER_DEFINED:
+            return len(piece.text.encode("utf-8")) * best - 0.1
+        return piece.score if piece.kind == NORMAL else worst
 
     vocabulary = [(piece.text, score(piece)) for piece in model.pieces]
     unknown = next((i for i, p in enumerate(model.pieces) if p.kind == UNKNOWN), None)

@@ -21,6 +21,7 @@ USUAL_SPELLINGS = {
 }
 """How others spell these two; of several the first that is there."""
 BYTE_START = "<(?=0x[0-9A-F]{2}>)"
+"""First sign of a text that spells a byte as SentencePiece does."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,14 @@ def adopted(
 ) -> Adopted:
     """The tokenizer in some files; what it lacks of the special tokens gets ids behind its own.
 
-    `given` says how it spells some of our special tokens, `further` are special tokens to add. Raises ValueError for files that are no tokenizer, and for one that gives special ids for text.
+    `given` says how it spells some of our special tokens, `further` are special tokens to add. Raises
+    ValueError for files that are no tokenizer, and for one that gives special ids for text.
     """
     from tokenizers import AddedToken
 
-    paths = {_plain_name(file.path): file.path for file in files}
+    # Of two files with one name the one that lies higher, last.
+    ordered = sorted(files, key=lambda file: -file.name.count("/"))
+    paths = {_plain_name(file.path): file.path for file in ordered}
     model = _read(paths)
     spelling = _spelling(model, paths, given or {})
     asked = [spelling[name] for name in SPECIAL_TOKENS] + list(further)

@@ -78,6 +78,8 @@ def adopt(root: Path, what: str, name: str = "t", **fields: Any) -> Tokenizer:
 
 
 def test_ids_stay_and_what_is_missing_is_added_behind(folder: Path) -> None:
+    (folder / "onnx").mkdir()
+    (folder / "onnx" / "tokenizer.json").write_text("{}")  # what lies deeper is not looked at
     found = adopt(folder.parent, "hf", special=("<|tool|>",))
     chat = found.chat
     for text in (*LEARNT[:2], "日本 🙂\n\n", "a" * 100, ""):
