@@ -91,7 +91,7 @@ def _each(export: Path) -> Iterator[tuple[str, str]]:
         "serving", [*packages, f"transformers[serving]=={metadata.version('transformers')}"]
     )
     theirs = [
-        str(python.with_name("transformers")), "serve", "--force-model", str(export),
+        str(python.with_name("transformers")), "serve", str(export),
         "--continuous-batching", "--port", str(port), "--host", "127.0.0.1",
     ]  # fmt: skip
     with _server(theirs, port, export.parent):

@@ -40,6 +40,8 @@ class Slots:
         self.model, self.rows, self.tokens = model, rows, tokens
         self._waiting: deque[Ask] = deque()
         self._joining: _Joining | None = None
+        self._has_joined = False
+        """Whether the last step was for prompts."""
         self._live: list[_Row] = []
         self._cache = self._new_cache(0, 0)
 
@@ -69,25 +71,39 @@ class Slots:
 
     @torch.inference_mode()
     def step(self) -> list[Told]:
-        """Read some of the prompts that wait, and add one token to every live row."""
+        """Read some of the prompts that wait, or add one token to every live row.
+
+        The first tokens of prompts are told at once; then the live rows have their turn.
+        """
         self._leave()
-        told: list[Told] = []
+        if not self._has_joined and (told := self._read_prompts()):
+            self._has_joined = True
+            return told
+        self._has_joined = False
+        return self._decode() if self._live else []
+
+    def _read_prompts(self) -> list[Told]:
+        """The first tokens of those whose prompts have been read to their ends."""
         self._joining = self._joining or self._admit()
-        if self._joining and self._joining.read(self.model):
-            told += self._add_tokens(self._joining.rows, self._joining.states)
-            self._join(self._joining)
-            self._joining = None
-        if self._live:
-            device = self.model.embedding.weight.device
-            ids = torch.tensor([[row.last] for row in self._live], device=device)  # (B, 1)
-            lengths = [row.length for row in self._live]
-            self._cache.length = max(lengths)
-            self._cache.lengths = torch.tensor(lengths, device=device)
-            states = self.model.hidden(ids, cache=self._cache)[:, -1]
-            for row in self._live:
-                row.length += 1
-            told += self._add_tokens(self._live, states)
-            self._leave()
+        if self._joining is None or not self._joining.read(self.model):
+            return []
+        joined, self._joining = self._joining, None
+        told = self._add_tokens(joined.rows, joined.states)
+        self._join(joined)
+        return told
+
+    def _decode(self) -> list[Told]:
+        """The next token of every live row."""
+        device = self.model.embedding.weight.device
+        ids = torch.tensor([[row.last] for row in self._live], device=device)  # (B, 1)
+        lengths = [row.length for row in self._live]
+        self._cache.length = max(lengths)
+        self._cache.lengths = torch.tensor(lengths, device=device)
+        states = self.model.hidden(ids, cache=self._cache)[:, -1]
+        for row in self._live:
+            row.length += 1
+        told = self._add_tokens(self._live, states)
+        self._leave()
         return told
 
     def _admit(self) -> "_Joining | None":
