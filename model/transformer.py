@@ -23,6 +23,8 @@ INIT_STD = 0.02
 LOGITS_AT_ONCE = 1 << 26
 """Logits (rows x vocabulary) held at a time by `token_logprobs`; above it the head runs in chunks
 whose logits are computed again in the backward pass."""
+SOFTMAX_ROWS = 128
+"""Rows of logits whose softmax a CPU takes together."""
 
 
 @dataclass(frozen=True)
@@ -356,7 +358,10 @@ def _chunk_logprobs(
     logits = F.linear(states, head_weight).float()
     if temperature != 1.0:
         logits = logits / temperature
-    return -F.cross_entropy(logits, labels, reduction="none")
+    # In parts that fit a CPU's cache; an accelerator has more of a few large kernels.
+    rows = max(1, len(labels)) if logits.is_cuda else SOFTMAX_ROWS
+    parts = zip(logits.split(rows), labels.split(rows), strict=True)
+    return -torch.cat([F.cross_entropy(part, label, reduction="none") for part, label in parts])
 
 
 def _linear(width_in: int, width_out: int, *, has_bias: bool = False) -> nn.Linear:

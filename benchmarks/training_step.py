@@ -1,0 +1,114 @@
+"""A training step, forward to update, against transformers' Llama and litgpt's GPT of the same shape.
+
+Eager in float32 and compiled in bfloat16, one thread, each in a process of its own, by turns; seconds
+are those of the processor. nanoGPT's model is no package, so that it is not here.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.peers.training_step import timed
+from benchmarks.work import Row, Work, environment, run_peer
+from conf.launch import LaunchConfig
+from conf.pretrain import PretrainConfig
+from conf.shape import ShapeConfig
+from model.batches import Batch
+from model.engine import build_engine
+from model.optimizer import UpdateRule
+from model.pretrain import pretrain_loss
+from model.ranks import Ranks
+from model.transformer import Transformer
+
+PEERS = ("transformers", "litgpt")
+PACKAGES = (
+    "torch==2.13.0", "transformers==5.23.0", "litgpt==0.5.13", "lightning", "jsonargparse", "psutil", "numpy",
+)  # fmt: skip
+WITHOUT_DEPENDENCIES = ("litgpt==0.5.13",)
+"""Its requirements are those of its data sets and servers."""
+SHAPES: dict[str, dict[str, Any]] = {
+    "20m": {
+        "vocabulary": 24_000, "rows": 2,
+        "shape": {"dim": 384, "layers": 8, "heads": 6, "kv_heads": 2, "ffn": 1024, "context": 512},
+    },
+    "6m": {
+        "vocabulary": 8192, "rows": 8,
+        "shape": {"dim": 256, "layers": 4, "heads": 4, "kv_heads": 2, "ffn": 688, "context": 256},
+    },
+}  # fmt: skip
+TURNS = 2
+"""Of everybody; the better one counts."""
+
+
+def measure(work: Work) -> list[Row]:
+    """For each shape and precision one row against each peer, in tokens per second of the processor."""
+    python = environment("training_step", PACKAGES, without_dependencies=WITHOUT_DEPENDENCIES)
+    rows: list[Row] = []
+    for shape, fields in SHAPES.items():
+        for is_compiled in (False, True):
+            course = work.folder / "course.json"
+            course.write_text(json.dumps({**fields, "is_compiled": is_compiled}), "utf-8")
+            seconds = dict.fromkeys(("ours", *PEERS), float("inf"))
+            for _ in range(TURNS):
+                seconds["ours"] = min(seconds["ours"], _ours(work.folder, course)["processor"])
+                for peer in PEERS:
+                    theirs = run_peer(python, "training_step", work.folder, [peer, str(course)])
+                    seconds[peer] = min(seconds[peer], theirs["processor"])
+            tokens = fields["rows"] * fields["shape"]["context"]
+            kind, goal, floor = ("bf16 compiled", 1.1, 1.0) if is_compiled else ("fp32", 1.05, 0.98)
+            rows += [
+                Row(f"training step, {shape}, {kind}", peer, tokens / seconds["ours"],
+                    tokens / seconds[peer], "tok/s", goal, floor)
+                for peer in PEERS
+            ]  # fmt: skip
+    return rows
+
+
+def _ours(folder: Path, course: Path) -> dict[str, float]:
+    answer = folder / "answer.json"
+    module = [sys.executable, "-m", "benchmarks.training_step", str(course), str(answer)]
+    subprocess.run(module, check=True)
+    return json.loads(answer.read_text("utf-8"))
+
+
+def main() -> None:
+    """Measure our own steps: `python -m benchmarks.training_step COURSE.json ANSWER.json`."""
+    course, answer = sys.argv[1:]
+    settings = json.loads(Path(course).read_text("utf-8"))
+    torch.set_num_threads(1)
+    found = timed(_Steps(settings), settings)
+    Path(answer).write_text(json.dumps(found), "utf-8")
+
+
+class _Steps:
+    def __init__(self, settings: dict[str, Any]) -> None:
+        is_compiled = settings["is_compiled"]
+        head = "on" if is_compiled else "off"
+        launch = LaunchConfig(compile=is_compiled, fused_head=head, threads=1)
+        shape = ShapeConfig(**settings["shape"], is_tied=False)
+        rule = UpdateRule(precision="bf16" if is_compiled else "fp32")
+        model = Transformer(shape, settings["vocabulary"])
+        self._engine = build_engine(model, launch, Ranks(), rule)
+        self._loss = pretrain_loss(
+            PretrainConfig(
+                shape=shape,
+                batch_tokens=settings["rows"] * shape.context,
+                precision=rule.precision,
+                launch=launch,
+            )
+        )
+
+    def __call__(self, ids: Tensor, labels: Tensor) -> None:
+        rows = torch.arange(len(ids))
+        batch = Batch({"ids": ids, "labels": labels, "rows": rows}, {}, ids.numel())
+        self._engine.backward(self._loss, batch, {"tokens": ids.numel()}, is_last=True)
+        self._engine.step(1e-4)
+
+
+if __name__ == "__main__":
+    main()
