@@ -114,6 +114,14 @@ def test_ids_are_those_of_its_own_library(
     for role, text in special.items():
         assert chat.decode([chat.meta.special[role]], keep_special=True) == text
     assert len(set(chat.meta.special.values())) == 4
+    transformers = pytest.importorskip("transformers")
+    loaded = transformers.AutoTokenizer.from_pretrained(str(tmp_path / "t"))
+    messages = [
+        {"role": "user", "content": "猫在 where?"},
+        {"role": "assistant", "content": "山上 – there"},
+    ]
+    assert loaded(messages[0]["content"])["input_ids"] == chat.encode(messages[0]["content"])
+    assert loaded.apply_chat_template(messages, return_dict=False) == chat.render(messages).ids
 
 
 @pytest.mark.soak
