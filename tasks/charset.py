@@ -91,8 +91,12 @@ def _as_utf8(content: bytes) -> str | None:
     except UnicodeDecodeError:
         text = content.decode("utf-8", "replace")
     damaged = text.count("\ufffd")
-    beyond = sum(character > "\x7f" for character in text) - damaged
+    beyond = _beyond_ascii(text) - damaged
     return text if damaged * 50 <= beyond else None
+
+
+def _beyond_ascii(text: str) -> int:
+    return len(text) - len(text.encode("ascii", "ignore"))
 
 
 def _best(content: bytes, declarations: list[str]) -> str:
@@ -130,7 +134,7 @@ def _implausible(text: str, encoding: str) -> float:
     are one double-byte set read as another. Japanese (EUC) read as Chinese keeps its kana. Text that
     is read in the wrong East Asian set has few of the characters that its language uses most.
     """
-    beyond = sum(character > "\x7f" for character in text)
+    beyond = _beyond_ascii(text)
     if beyond == 0:
         return 0.0
     common = common_han()
