@@ -7,23 +7,46 @@ from pydantic import Field, field_validator, model_validator
 from conf.settings import Settings
 
 DEEPSPEED_ENGINES = ("zero1", "zero2", "zero3")
-"""Engines that need DeepSpeed and its launcher."""
+"""Engines that need DeepSpeed."""
 
 DEEPSPEED_SECTIONS = ("zero_optimization", "comms_logger", "flops_profiler", "wall_clock_breakdown")
 """Sections of DeepSpeed's JSON that pass through; what the others choose is told by our settings."""
 ZERO_KEYS_OF_OURS = ("stage", "offload_optimizer", "offload_param", "zero_hpz_partition_size")
 
+VARIABLES = ("NCCL_", "GLOO_", "TORCH_", "PYTORCH_", "CUDA_", "CUBLAS_", "OMP_", "KMP_")
+"""How the names of variables begin that may be set for the ranks."""
+SLURM_OPTIONS_OF_OURS = (
+    "nodes",
+    "ntasks-per-node",
+    "output",
+    "error",
+    "open-mode",
+    "requeue",
+    "signal",
+)
+
 
 class LaunchConfig(Settings):
     """One job: which launcher starts how many processes, on what, with which engine."""
 
-    launcher: Literal["torchrun", "deepspeed"] = "torchrun"
-    """Program that starts the ranks."""
+    launcher: Literal["torchrun", "deepspeed", "slurm"] = "torchrun"
+    """Program that starts the ranks; `slurm` submits a batch job, follows it, and starts torchrun on its
+    nodes, which see the store's folder under the same path."""
     engine: Literal["plain", "ddp", "fsdp", "zero1", "zero2", "zero3"] = "plain"
     """How weights and optimizer state are spread: nothing (`plain`, one process; `ddp`), all (`fsdp`,
     torch's; `zero3`, DeepSpeed's), optimizer state (`zero1`), that and gradients (`zero2`)."""
     processes: Annotated[int, Field(ge=1)] = 1
-    """Ranks on this host."""
+    """Ranks on each node."""
+    nodes: Annotated[int, Field(ge=1)] = 1
+    """Machines. Under torchrun the run's own is the first; on each other one somebody starts the command
+    that its log names, `python -m tasks.node ...`, with the store's folder under the same path."""
+    rendezvous: Annotated[str, Field(pattern=r"^([\w.:-]+:\d+)?$")] = ""
+    """HOST:PORT at which the first node can be reached; needed for several nodes under torchrun."""
+    slurm: dict[str, str | int] = Field(default_factory=dict[str, str | int])
+    """Options of sbatch without their dashes, e.g. `{partition: gpu, gres: "gpu:8", time: "24:00:00"}`."""
+    environment: dict[str, str] = Field(default_factory=dict[str, str])
+    """Variables for the ranks, of NCCL, gloo, torch and CUDA alone, e.g. `{NCCL_P2P_DISABLE: "1",
+    NCCL_IB_DISABLE: "1", PYTORCH_CUDA_ALLOC_CONF: "expandable_segments:True"}`."""
     tensor_parallel: Annotated[int, Field(ge=1)] = 1
     """Processes that share every matrix of the blocks, each a part of the heads and of the feed-forward
     width, with engine fsdp, which spreads the parts over the others; `processes` is a multiple."""
@@ -69,6 +92,11 @@ class LaunchConfig(Settings):
     """Time between asking a job to stop (it checkpoints) and killing it."""
 
     @property
+    def ranks(self) -> int:
+        """All processes of the job."""
+        return self.processes * self.nodes
+
+    @property
     def model_processes(self) -> int:
         """Processes that compute one model together, on the same data."""
         return self.tensor_parallel * self.pipeline_stages
@@ -85,12 +113,41 @@ class LaunchConfig(Settings):
                 f"pipeline_stages={self.pipeline_stages} does not run on engine={self.engine}; use "
                 f"engine=ddp"
             )
-        if self.processes % self.model_processes:
+        if self.ranks % self.model_processes:
             raise ValueError(
-                f"processes={self.processes} is not a multiple of the {self.model_processes} that "
-                f"compute one model; use {self.model_processes} or a multiple"
+                f"{self.ranks} processes are no multiple of the {self.model_processes} that compute one "
+                f"model; use processes={self.model_processes} or a multiple"
+            )
+        if self.nodes > 1 and self.launcher == "deepspeed":
+            raise ValueError(
+                f"nodes={self.nodes} does not run under launcher=deepspeed; use launcher=torchrun, which "
+                f"starts ZeRO as well"
+            )
+        if self.nodes > 1 and self.launcher == "torchrun" and not self.rendezvous:
+            raise ValueError(
+                f"nodes={self.nodes} need a place to meet; set rendezvous to HOST:PORT of the first node"
             )
         return self
+
+    @field_validator("environment")
+    @classmethod
+    def _is_of_the_devices(cls, variables: dict[str, str]) -> dict[str, str]:
+        for name in variables:
+            if not name.startswith(VARIABLES):
+                raise ValueError(
+                    f"environment.{name} is not for the ranks to choose; variables begin with "
+                    f"{', '.join(VARIABLES)}"
+                )
+        return variables
+
+    @field_validator("slurm")
+    @classmethod
+    def _leaves_ours(cls, options: dict[str, str | int]) -> dict[str, str | int]:
+        if ours := sorted(set(options) & set(SLURM_OPTIONS_OF_OURS)):
+            raise ValueError(
+                f"slurm.{ours[0]} is chosen by our own settings (nodes, the job's log, ...); leave it out"
+            )
+        return options
 
     @field_validator("deepspeed")
     @classmethod

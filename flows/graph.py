@@ -289,12 +289,12 @@ def _value_mistakes(name: str, settings: Settings) -> Iterator[Mistake]:
 
 
 def _launch_mistakes(place: str, launch: LaunchConfig) -> Iterator[Mistake]:
-    if launch.engine == "plain" and launch.processes > 1:
-        found = f"engine plain runs one process, {launch.processes} are asked for"
+    if launch.engine == "plain" and launch.ranks > 1:
+        found = f"engine plain runs one process, {launch.ranks} are asked for"
         yield Mistake(place, found, "choose engine: ddp, or processes: 1")
-    if (launch.engine in DEEPSPEED_ENGINES) != (launch.launcher == "deepspeed"):
+    if launch.launcher == "deepspeed" and launch.engine not in DEEPSPEED_ENGINES:
         found = f"engine {launch.engine} does not run under the {launch.launcher} launcher"
-        mend = "use zero1, zero2 and zero3 with deepspeed, plain, ddp and fsdp with torchrun"
+        mend = "choose launcher: torchrun, or engine: zero1, zero2 or zero3"
         yield Mistake(place, found, mend)
 
 

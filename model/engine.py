@@ -109,9 +109,9 @@ def refuse_impossible(
     launch: LaunchConfig, ranks: Ranks, rule: UpdateRule, shape: ShapeConfig
 ) -> None:
     """Raises ValueError for what an engine or this machine cannot do, with the way out."""
-    if launch.engine == "plain" and ranks.world > 1:
+    if launch.engine == "plain" and ranks.processes > 1:
         raise ValueError(
-            f"engine plain runs in one process, launch.processes is {ranks.world}; set "
+            f"engine plain runs in one process, {ranks.processes} are there; set "
             f"launch.engine=ddp or launch.processes=1"
         )
     parts = launch.tensor_parallel

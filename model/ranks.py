@@ -91,9 +91,9 @@ def join_ranks(launch: LaunchConfig) -> Ranks:
     CUDA is asked for and absent.
     """
     place, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    if world != launch.processes:
+    if world != launch.ranks:
         raise ValueError(
-            f"{world} process(es) were started, launch.processes is {launch.processes}; start the job "
+            f"{world} process(es) were started, the launch settings name {launch.ranks}; start the job "
             f"through its launcher"
         )
     device = _device(launch)

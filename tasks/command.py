@@ -32,6 +32,11 @@ class Placement:
         return Placement("cpu", threads_per_rank(launch), locks=(lock,))
 
     @staticmethod
+    def elsewhere(launch: LaunchConfig) -> "Placement":
+        """On machines that another program hands out; nothing of this one is taken."""
+        return Placement("cuda" if launch.device == "cuda" else "cpu", threads_per_rank(launch))
+
+    @staticmethod
     def on_cuda(launch: LaunchConfig, taken: Mapping[str, HostLock]) -> "Placement":
         """One device per rank."""
         return Placement(
@@ -44,8 +49,10 @@ def threads_per_rank(launch: LaunchConfig) -> int:
     return launch.threads or max(1, cores() // launch.processes)
 
 
-def command(launch: LaunchConfig, module: str, job_file: Path, placement: Placement) -> list[str]:
-    """The process to start for a job.
+def command(
+    launch: LaunchConfig, module: str, job_file: Path, placement: Placement, node: int = 0
+) -> list[str]:
+    """The process to start for a job on one of its nodes.
 
     A single rank with engine `plain` is started directly: torchrun would import torch in a process
     of its own (seconds) to watch over one child, which the supervisor does already.
@@ -54,10 +61,16 @@ def command(launch: LaunchConfig, module: str, job_file: Path, placement: Placem
     rank = ["tasks.rank", module, str(job_file)]
     if launch.launcher == "deepspeed":
         return [*python, "deepspeed.launcher.runner", *_deepspeed_options(placement, launch), *rank]
-    if launch.processes == 1 and launch.engine == "plain":
+    if launch.ranks == 1 and launch.engine == "plain":
         return [*python, *rank]
-    options = ["--standalone", "--nproc-per-node", str(launch.processes)]
-    return [*python, "torch.distributed.run", *options, "--local-addr", "127.0.0.1", "-m", *rank]
+    if launch.nodes == 1:
+        place = ["--standalone", "--local-addr", "127.0.0.1"]
+    else:
+        host, _, port = launch.rendezvous.rpartition(":")
+        place = ["--nnodes", str(launch.nodes), "--node-rank", str(node)]
+        place += ["--master-addr", host, "--master-port", port]
+    options = ["--nproc-per-node", str(launch.processes), *place]
+    return [*python, "torch.distributed.run", *options, "-m", *rank]
 
 
 def _deepspeed_options(placement: Placement, launch: LaunchConfig) -> list[str]:
@@ -93,18 +106,21 @@ def environment(launch: LaunchConfig, placement: Placement) -> dict[str, str]:
     }
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
         wanted.pop(name, None)
-    wanted["MASTER_ADDR"] = "127.0.0.1"
+    wanted.pop("MASTER_ADDR", None)
+    if launch.nodes == 1:
+        wanted["MASTER_ADDR"] = "127.0.0.1"
     if placement.device == "cpu":
         wanted["CUDA_VISIBLE_DEVICES"] = ""
         wanted["DS_ACCELERATOR"] = "cpu"
-        wanted["GLOO_SOCKET_IFNAME"] = "lo"
+        if launch.nodes == 1:
+            wanted["GLOO_SOCKET_IFNAME"] = "lo"
     elif launch.launcher == "deepspeed":
         wanted.pop("CUDA_VISIBLE_DEVICES", None)
     else:
         wanted["CUDA_VISIBLE_DEVICES"] = ",".join(placement.devices)
     if home := os.environ.get("BESSEMER_HOME"):
         wanted.setdefault("TORCH_EXTENSIONS_DIR", str(Path(home).absolute() / "torch_extensions"))
-    return wanted
+    return {**wanted, **launch.environment}
 
 
 def _free_port() -> int:

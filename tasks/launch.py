@@ -14,6 +14,7 @@ import importlib.util
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -100,16 +101,24 @@ def preflight(launch: LaunchConfig, module: str, inputs: Mapping[str, Artifact])
     """Refuse what cannot work before a process is started. Raises ValueError."""
     if importlib.util.find_spec(module) is None:
         raise ValueError(f"there is no module {module} to run; check the name of the worker")
-    if launch.engine == "plain" and launch.processes > 1:
+    if launch.engine == "plain" and launch.ranks > 1:
         raise ValueError(
-            f"launch.engine=plain with launch.processes={launch.processes}: plain is one process; "
-            "set launch.engine=ddp, or launch.processes=1"
+            f"launch.engine=plain with launch.processes={launch.processes} on launch.nodes="
+            f"{launch.nodes}: plain is one process; set launch.engine=ddp, or launch.processes=1"
         )
     if launch.engine in DEEPSPEED_ENGINES and importlib.util.find_spec("deepspeed") is None:
         raise ValueError(
             f"launch.engine={launch.engine} needs deepspeed, which is not installed here; install it "
             "or set launch.engine=fsdp"
         )
+    if launch.launcher == "slurm":
+        if shutil.which("sbatch") is None:
+            raise ValueError(
+                "launch.launcher=slurm needs sbatch, which is not on the PATH; run on a login node of the "
+                "cluster, or set launch.launcher=torchrun"
+            )
+        # What the nodes have is for Slurm to say.
+        return _check_inputs(inputs)
     if launch.device == "cuda" and len(cuda_devices()) < launch.processes:
         raise ValueError(
             f"launch.device=cuda with launch.processes={launch.processes}, but this host offers "
@@ -120,6 +129,10 @@ def preflight(launch: LaunchConfig, module: str, inputs: Mapping[str, Artifact])
             f"{launch.processes} processes x {launch.threads} threads are more than the "
             f"{cores()} cores of this host; set launch.threads=0 to divide them"
         )
+    _check_inputs(inputs)
+
+
+def _check_inputs(inputs: Mapping[str, Artifact]) -> None:
     for name, artifact in inputs.items():
         if not artifact.files.is_dir():
             raise ValueError(f"input {name}: {artifact.files} is missing; build it first")

@@ -31,6 +31,11 @@ def rank_output(logs: Path, rank: int) -> Path:
     return logs / ("output.log" if rank == 0 else f"output.{rank}.log")
 
 
+def note_path(state: Path, rank: int) -> Path:
+    """File in which one rank notes how it ended."""
+    return state / RANKS / f"{rank}.json"
+
+
 def main() -> None:
     """Run the worker module as `__main__`, with the job file as its only argument."""
     module, job_file = sys.argv[1:3]
@@ -41,7 +46,7 @@ def main() -> None:
         _print_to(rank_output(state.parent / "logs", rank))
     faulthandler.enable()
     signal.signal(signal.SIGTERM, _stop)
-    note = state / RANKS / f"{rank}.json"
+    note = note_path(state, rank)
     _write(note, code=None, error="", lines=[])
     sys.argv = [module, job_file]
     code, error, lines = _run(module)

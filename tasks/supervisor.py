@@ -25,9 +25,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-from conf.contract import EXIT, OUTPUT, PROGRESS, RESULT, ExitCode, ExitFile, JobFile, Progress
+from conf.contract import EXIT, JOB, OUTPUT, PROGRESS, RESULT, ExitCode, ExitFile, JobFile, Progress
 from tasks.command import Placement, command, environment
-from tasks.explain import explain, read_notes, tail_of
+from tasks.explain import RankNote, explain, read_notes, tail_of
 from tasks.follower import CANCEL, FOLLOWERS
 from tasks.processes import (
     adopt_orphans,
@@ -41,8 +41,11 @@ from tasks.processes import (
     take_cpu,
     take_cuda,
 )
+from tasks.rank import note_path
 
 POLL_SECONDS = 0.1
+SLURM_SECONDS = 15.0
+"""How long Slurm may take, beside the ranks' own time, to end a job."""
 LINGER_SECONDS = 10.0
 """How long a launcher may take to end once all its ranks have written their end."""
 
@@ -57,10 +60,13 @@ class Ending:
 
 @dataclass
 class Supervisor:
-    """One run of one job."""
+    """One run of one job, or of its part on one of its nodes."""
 
     job: JobFile
     module: str
+    node: int | None = None
+    """Number of the node; none for the supervisor of the whole job, which stands on the first, or beside
+    all of them where Slurm starts them."""
     started: float = field(default_factory=time.time)
     is_asked: bool = False
 
@@ -81,7 +87,7 @@ class Supervisor:
 
     def _wait_for_host(self) -> Placement | Ending:
         is_told = False
-        while (placement := _place(self.job)) is None:
+        while (placement := self._place()) is None:
             if ending := self._unwanted():
                 return ending
             if not is_told:
@@ -91,6 +97,25 @@ class Supervisor:
             time.sleep(POLL_SECONDS)
         return placement
 
+    def _place(self) -> Placement | None:
+        """Where the ranks run, its locks taken; None while the host is taken."""
+        launch = self.job.launch
+        if self._is_submitted:
+            return Placement.elsewhere(launch)
+        device = launch.device
+        if device == "auto":
+            device = "cuda" if cuda_devices() else "cpu"
+        if device == "cuda":
+            taken = take_cuda(launch.processes)
+            return None if taken is None else Placement.on_cuda(launch, taken)
+        lock = take_cpu()
+        return None if lock is None else Placement.on_cpu(launch, lock)
+
+    @property
+    def _is_submitted(self) -> bool:
+        """Whether the ranks are started by Slurm, somewhere else."""
+        return self.node is None and self.job.launch.launcher == "slurm"
+
     def _write_waiting(self) -> None:
         progress = Progress(step=0, total=0, unit="waiting for another job", updated=time.time())
         _replace(self.job.logs / PROGRESS, progress.model_dump_json())
@@ -98,8 +123,17 @@ class Supervisor:
     def _run_ranks(self, placement: Placement) -> ExitFile:
         begin = time.monotonic()
         kills = out_of_memory_kills()
-        arguments = command(self.job.launch, self.module, self.job.state / "job.json", placement)
-        launch = self.job.launch
+        launch, job_file = self.job.launch, self.job.state / JOB
+        if self._is_submitted:
+            arguments = [sys.executable, "-u", "-m", "tasks.slurm", self.module, str(job_file)]
+        else:
+            arguments = command(launch, self.module, job_file, placement, self.node or 0)
+            for rank in self._own_ranks:
+                note_path(self.job.state, rank).unlink(missing_ok=True)
+        for number in (
+            range(1, launch.nodes) if self.node is None and not self._is_submitted else ()
+        ):
+            _say(f"on node {number}: python -m tasks.node {self.module} {job_file} {number}")
         _say(
             f"{launch.processes} x {placement.threads} threads on {placement.device}, "
             f"engine {launch.engine}: {self.module}"
@@ -114,12 +148,13 @@ class Supervisor:
         )
         ending = self._watch(launcher, begin)
         tail = [] if ending is None else self._stop(launcher, ending)
+        is_part = self.node is not None
         ended = explain(
-            read_notes(self.job.state),
-            ranks=launch.processes,
+            self._notes(),
+            ranks=launch.processes if is_part else launch.ranks,
             launcher_code=launcher.poll(),
             output=self.job.logs / OUTPUT,
-            has_result=(self.job.logs / RESULT).exists(),
+            has_result=is_part or (self.job.logs / RESULT).exists(),
             is_short_of_memory=out_of_memory_kills() > kills,
             seconds=time.monotonic() - begin,
         )
@@ -128,6 +163,25 @@ class Supervisor:
             return ended
         return self._exit(ending, tail)
 
+    @property
+    def _own_ranks(self) -> range:
+        """The ranks of this node."""
+        first = (self.node or 0) * self.job.launch.processes
+        return range(first, first + self.job.launch.processes)
+
+    def _notes(self) -> list[RankNote]:
+        """What the ranks wrote of themselves: of a node its own, else all; those of other nodes may end
+        a little later."""
+        end = time.monotonic() + LINGER_SECONDS
+        while True:
+            notes = read_notes(self.job.state)
+            if self.node is not None:
+                return [note for note in notes if note.rank in self._own_ranks]
+            others = [note for note in notes if note.rank not in self._own_ranks]
+            if all(note.code is not None for note in others) or time.monotonic() > end:
+                return notes
+            time.sleep(POLL_SECONDS)
+
     def _watch(self, launcher: "subprocess.Popen[bytes]", begin: float) -> Ending | None:
         """Wait for the launcher's own end (None) or for a reason to stop it."""
         lingers_since: float | None = None
@@ -135,7 +189,9 @@ class Supervisor:
             if ending := self._unwanted() or self._overdue(begin):
                 return ending
             notes = read_notes(self.job.state)
-            if len(notes) == self.job.launch.processes and all(n.code is not None for n in notes):
+            # What Slurm starts may be queued again when its ranks have ended.
+            has_all = len(notes) == self.job.launch.ranks and not self._is_submitted
+            if has_all and all(n.code is not None for n in notes):
                 lingers_since = lingers_since or time.monotonic()
                 if time.monotonic() - lingers_since > LINGER_SECONDS:
                     _say("all ranks have ended, their launcher has not; killing it")
@@ -180,10 +236,11 @@ class Supervisor:
         ranks = [note.pid for note in read_notes(self.job.state) if note.pid in below]
         for pid in ranks or [launcher.pid]:
             send(pid, signal.SIGTERM)
-        end = time.monotonic() + self.job.launch.grace_seconds
+        patience = self.job.launch.grace_seconds + (SLURM_SECONDS if self._is_submitted else 0)
+        end = time.monotonic() + patience
         while launcher.poll() is None and any(map(is_alive, ranks or [launcher.pid])):
             if time.monotonic() > end:
-                _say(f"still running {self.job.launch.grace_seconds:g} s later; killing them")
+                _say(f"still running {patience:g} s later; killing them")
                 break
             time.sleep(POLL_SECONDS)
         return tail
@@ -200,21 +257,9 @@ class Supervisor:
         )
 
 
-def _place(job: JobFile) -> Placement | None:
-    """Where the job runs, its locks taken; None while the host is taken."""
-    launch = job.launch
-    device = launch.device
-    if device == "auto":
-        device = "cuda" if cuda_devices() else "cpu"
-    if device == "cuda":
-        taken = take_cuda(launch.processes)
-        return None if taken is None else Placement.on_cuda(launch, taken)
-    lock = take_cpu()
-    return None if lock is None else Placement.on_cpu(launch, lock)
-
-
-def guard(supervise: Callable[[], None], on_lost: Callable[[str], None]) -> int:
-    """Run `supervise` in a child; when it is gone, leave nothing of it. Returns its exit code.
+def guard(supervise: Callable[[], int], on_lost: Callable[[str], None]) -> int:
+    """Run `supervise` in a child; when it is gone, leave nothing of it. Returns its exit code, which is
+    what `supervise` returns.
 
     `on_lost` is called, after the sweep, with what happened to a child that did not end well.
     """
@@ -223,9 +268,8 @@ def guard(supervise: Callable[[], None], on_lost: Callable[[str], None]) -> int:
     if child == 0:
         os.setpgid(0, 0)
         adopt_orphans()
-        supervise()
         # At once: a signal during the interpreter's own end would look like a kill.
-        os._exit(0)
+        os._exit(supervise())
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda received, frame: send(child, signal.Signals(received)))
     _, status = os.waitpid(child, 0)
@@ -244,13 +288,14 @@ def main() -> None:
     job = JobFile.model_validate_json(Path(job_file).read_text("utf-8"))
     started = time.time()
 
-    def supervise() -> None:
+    def supervise() -> int:
         die_with_parent(signal.SIGTERM)
         ended = Supervisor(job, module).run()
         stuck = kill_descendants()
         if stuck:
             _say(f"processes {stuck} do not die: they are stuck in the kernel")
         _replace(job.state / EXIT, ended.model_dump_json(indent=1))
+        return 0
 
     def on_lost(what: str) -> None:
         if (job.state / EXIT).exists():

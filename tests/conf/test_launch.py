@@ -15,9 +15,9 @@ PRESETS = sorted((Path(__file__).resolve().parents[2] / "conf" / "launch").glob(
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
-def test_every_preset_is_valid_and_has_the_launcher_of_its_engine(path: Path) -> None:
+def test_every_preset_is_valid_and_has_a_launcher_for_its_engine(path: Path) -> None:
     launch = LaunchConfig.model_validate(yaml.safe_load(path.read_text("utf-8")))
-    assert (launch.launcher == "deepspeed") == (launch.engine in DEEPSPEED_ENGINES)
+    assert launch.launcher != "deepspeed" or launch.engine in DEEPSPEED_ENGINES
     assert (launch.engine == "plain") == (launch.processes == 1)
 
 

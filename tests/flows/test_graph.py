@@ -290,11 +290,11 @@ REAL: list[tuple[str, dict[str, Any], dict[str, Any], str, str]] = [
         "choose engine: ddp",
     ),
     (
-        "ZeRO under torchrun",
+        "DDP under the launcher of DeepSpeed",
         {},
-        {"launch": {"engine": "zero2", "processes": 2}},
+        {"launch": {"engine": "ddp", "launcher": "deepspeed", "processes": 2}},
         "stages.pretrain.launch",
-        "use zero1, zero2 and zero3 with deepspeed",
+        "choose launcher: torchrun",
     ),
     (
         "heads that do not divide the width",
