@@ -1,9 +1,11 @@
 """Pretraining through the store, with every process killed in the middle."""
 
 import os
+import random
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from storage.store import Store
 from storage.tokens import Tokens
 from tasks.pretrain import pretrain
 from tasks.stage import Job, Outcome, execute, stage
+from tests.model.small_jobs import finish, start, write_job
 from tests.model.small_tokens import write_small_tokens
 from tests.tasks.launching import processes_of, wait_for
 
@@ -112,3 +115,46 @@ def test_everything_killed_twice_gives_the_weights_of_an_unbroken_run(
     # No step twice and none left out, although each kill cost the steps since a checkpoint.
     for outcome in (unbroken, resumed):
         assert steps_of(outcome.artifact.path) == steps_of(unbroken.artifact.path) >= 160
+
+
+# Almost all of the time of so small a model goes into its checkpoints.
+BUSY = SETTINGS.model_copy(update={"checkpoint_every_steps": 1, "tokens": 80 * 128})
+
+
+def kill_once(job: Path, source: random.Random, *, in_write: bool) -> None:
+    """Start the worker, let it get a step further, and kill it: at a random moment, or while it writes a
+    checkpoint."""
+    attempt = job.parents[1]
+    begun = steps_of(attempt)
+    [worker] = start("model.pretrain", job)
+    wait_for(lambda: steps_of(attempt) > begun)
+    if in_write:
+        while not list((attempt / "state" / "checkpoints").glob("draft_*")):
+            assert worker.poll() is None, "it ended before it wrote"
+    time.sleep(source.uniform(0, 0.002 if in_write else 0.02))
+    worker.kill()
+    worker.communicate()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [2, pytest.param(30, marks=pytest.mark.soak)])
+def test_killed_at_random_moments_it_ends_with_the_same_bytes(tmp_path: Path, kills: int) -> None:
+    tokens = write_small_tokens(tmp_path / "tokens")
+    unbroken, broken = (
+        write_job(tmp_path / name, "pretrain", BUSY, {"tokens": tokens}, BUSY.launch)
+        for name in ("unbroken", "broken")
+    )
+    finish(start("model.pretrain", unbroken))
+    seed = random.randrange(1 << 30)
+    source = random.Random(seed)
+    drafts = 0
+    for number in range(kills):
+        kill_once(broken, source, in_write=number % 2 == 0)
+        drafts += bool(list((tmp_path / "broken/state/checkpoints").glob("draft_*")))
+    assert not (tmp_path / "broken/logs/result.json").exists(), "it ended before its last death"
+    finish(start("model.pretrain", broken))
+    last = f"state/checkpoints/step_{80:09d}"
+    for name in ("files/model.safetensors", f"{last}/optimizer.safetensors"):
+        whole, mended = (tmp_path / folder / name for folder in ("unbroken", "broken"))
+        assert whole.read_bytes() == mended.read_bytes(), f"{name} after {kills} kills, seed {seed}"
+    assert drafts >= kills // 4, "hardly a kill met a checkpoint that was being written"
