@@ -71,7 +71,7 @@ class Scratch:
         self._left = int(SHARE * host_memory()) if memory_mb is None else memory_mb << 20
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> "NDArray[Any]":
-        """An array with any content."""
+        """An array with any content. Raises OSError if there is no room for it on the disk."""
         import numpy as np
 
         size = math.prod(shape) * np.dtype(dtype).itemsize
@@ -79,4 +79,6 @@ class Scratch:
             self._left -= size
             return np.empty(shape, dtype)
         with tempfile.TemporaryFile(dir=self._folder) as stream:
+            # A full disk is an error here; later it would be a signal that ends the process.
+            os.posix_fallocate(stream.fileno(), 0, size)
             return np.memmap(stream, dtype, "w+", shape=shape).view(np.ndarray)
