@@ -16,6 +16,7 @@ import pytest
 from safetensors.torch import load_file
 
 from conf.contract import ExitCode
+from conf.curriculum import CurriculumConfig
 from conf.launch import LaunchConfig
 from conf.pretrain import PhaseConfig, PretrainConfig
 from conf.shape import ShapeConfig
@@ -23,7 +24,8 @@ from storage.checkpoint import ModelCard
 from tests.model.small_jobs import ROOT, finish, start, write_job
 from tests.model.small_tokens import documents, write_small_tokens
 
-# Everything that could break a resume is on: dropout, two phases, accumulation, held-out looks.
+# Everything that could break a resume is on: dropout, two phases, accumulation, held-out looks, rows that
+# grow, labels that come later, windows in the order of the model's own loss from step 9 on.
 SETTINGS = PretrainConfig(
     shape=ShapeConfig(dim=32, layers=2, heads=4, kv_heads=2, context=32, dropout=0.1),
     tokens=30 * 256,
@@ -32,6 +34,9 @@ SETTINGS = PretrainConfig(
     phases=(
         PhaseConfig(tokens=0.6, mix={"en": 0.7, "zh": 0.3}),
         PhaseConfig(tokens=0.4, mix={"zh": 1.0}),
+    ),
+    curriculum=CurriculumConfig(
+        competence="sqrt", perplexity_at=0.3, until=0.8, first_row_tokens=8, first_vocabulary=0.3
     ),
     evaluate_every_steps=10,
     checkpoint_every_steps=4,
