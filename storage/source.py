@@ -311,8 +311,8 @@ def _files_of(
         else _local_files(spec, artifacts=artifacts, base=base, hashes=hashes)
     )
     if not found and not spec.is_optional:
-        where = f"in the files of node {spec.node!r}" if spec.node else f"below {base}"
-        where = "there" if spec.path.startswith(SCHEME) else where
+        outside = "there" if spec.path.startswith(SCHEME) else f"below {base}"
+        where = f"in the files of node {spec.node!r}" if spec.node else outside
         raise ValueError(
             f"source {spec.path}: no file found {where}, at least one expected; correct the path, "
             "or set is_optional: true"

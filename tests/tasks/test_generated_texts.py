@@ -27,20 +27,8 @@ SENTENCES = [text for texts in GOOD.values() for text in texts] + [
     t for ts in JUNK.values() for t in ts
 ]
 ODD = [
-    "e\u0301\u0327",
-    "👩\u200d👧🏽",
-    "\0",
-    "\ud83d",
-    "\udc00x",
-    "\u200b",
-    "\u202e",
-    "ﬁ",
-    "Ａ１",
-    "\r\n",
-    "\t",
-    "कि",
-    "한글",
-    "ひ",
+    *("e\u0301\u0327", "👩\u200d👧🏽", "\0", "\ud83d", "\udc00x", "\u200b", "\u202e"),
+    *("ﬁ", "Ａ１", "\r\n", "\t", "कि", "한글", "ひ"),
 ]
 
 
@@ -82,6 +70,9 @@ SIZES = [
 # Filter
 
 
+LINE_KINDS = ("ended", "short", "bullet", "ellipsis", "repeated", "policy", "more")
+
+
 def plain_shares(text: str, language: str) -> dict[str, float | None]:
     """Every count, and every share that a rule of a preset is about; none where there is no whole."""
     counts = plain_statistics(text, language)
@@ -90,15 +81,7 @@ def plain_shares(text: str, language: str) -> dict[str, float | None]:
     shares: dict[str, float | None] = dict(counts)
     of = {
         "solid": ["odd", "supplement", "sign", "digit", "brace", "letter"],
-        "lines": [
-            "ended_line",
-            "short_line",
-            "bullet_line",
-            "ellipsis_line",
-            "repeated_line",
-            "policy_line",
-            "more_line",
-        ],
+        "lines": [f"{kind}_line" for kind in LINE_KINDS],
         "chars": ["repeated_line_char", "repeated_paragraph_char"],
         "paragraphs": ["repeated_paragraph"],
         "han": ["rare_han"],
