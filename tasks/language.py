@@ -58,7 +58,7 @@ def language_of(text: str, shares: ScriptShares) -> str:
         return "zh"
     if not any(shares) and not _LETTERS.search(text):
         return "und"
-    return str(_identifier().classify(_sample(text))[0])
+    return str(identifier().classify(_sample(text))[0])
 
 
 def _tally(text: str) -> "list[int]":
@@ -100,7 +100,7 @@ def _sample(text: str) -> str:
 
 
 @functools.cache
-def _identifier() -> "LanguageIdentifier":
+def identifier() -> "LanguageIdentifier":
     """py3langid's model, its loop over bytes compiled: the same features in the same order, and so the same sum."""
     import numpy as np
     from py3langid import langid

@@ -1,9 +1,14 @@
 """Scripts decide the language where they can; short Chinese is Chinese."""
 
+import re
+
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from py3langid import langid
 
 from tasks.han import traditional_share
-from tasks.language import language_of, script_shares
+from tasks.language import identifier, language_of, script_shares
 
 
 def language(text: str) -> str:
@@ -49,3 +54,26 @@ def test_traditional_characters_are_told_from_simplified_ones() -> None:
     assert traditional_share("台湾的天气") == 0.0
     assert traditional_share("臺湾") == 0.5
     assert traditional_share("天的 plain words") == 0.0
+
+
+def test_the_compiled_walk_gives_the_library_s_probabilities() -> None:
+    library = langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE, norm_probs=True)
+    texts = [
+        "a",
+        "Le renard",
+        "SHOUTING",
+        "ß∂ƒ 😀",
+        "\0\x01",
+        "x" * 5000,
+        "Der Fuchs wohnt im Wald. " * 50,
+    ]
+    for text in texts:
+        assert identifier().rank(text) == library.rank(text), text
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text())
+def test_letters_are_counted_as_python_s_expressions_count_them(text: str) -> None:
+    letters = re.findall(r"[^\W\d_]", text)
+    latin = re.findall(r"[A-Za-zÀ-ÖØ-öø-ɏ]", text)
+    assert script_shares(text).latin == (len(latin) / len(letters) if letters else 0.0)
