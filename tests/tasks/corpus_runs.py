@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from conf.fanout import LOCAL, FanoutConfig
 from conf.settings import Settings, SourceSpec
 from storage.artifact import Artifact
 from storage.corpus import Corpus
@@ -19,6 +20,7 @@ def run_stage(
     root: Path,
     *,
     workers: int = 1,
+    fanout: FanoutConfig = LOCAL,
 ) -> Outcome:
     """Build a stage's artifact in the store under `root / store`; sources have a ledger there."""
     sources: dict[str, Source] = {}
@@ -39,6 +41,7 @@ def run_stage(
         sources=sources,
         store=Store(root / "store"),
         workers=workers,
+        fanout=fanout,
     )
 
 

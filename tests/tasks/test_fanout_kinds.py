@@ -1,6 +1,7 @@
 """Processes of this machine, a Dask and a Ray cluster: the same parts, the same faults survived."""
 
 import fcntl
+import json
 import os
 import shutil
 import signal
@@ -14,15 +15,20 @@ from typing import Any
 import psutil
 import pytest
 
+from conf.dedup import DedupConfig
+from conf.extract import ExtractConfig
 from conf.fanout import LOCAL, FanoutConfig
 from conf.mistakes import RecipeError
 from flows.graph import load_graph
 from storage.errors import PartsFailed
 from storage.store import Store
+from tasks.dedup import dedup
+from tasks.extract import extract
 from tasks.fanout import PartItem, fan_out
 from tasks.processes import interrupt
 from tasks.stage import Job
 from tests.tasks.clusters import Clusters
+from tests.tasks.corpus_runs import run_stage, spec
 
 KINDS = ("local", "dask", "ray")
 Run = Callable[..., Job]
@@ -70,8 +76,11 @@ def items(*numbers: int) -> list[PartItem]:
 
 @pytest.fixture(params=KINDS)
 def fanout(request: pytest.FixtureRequest, clusters: Clusters) -> FanoutConfig:
-    kind = request.param
-    return LOCAL if kind == "local" else FanoutConfig(kind=kind, address=clusters.address(kind))
+    return LOCAL if request.param == "local" else of_kind(request.param, clusters)
+
+
+def of_kind(kind: str, clusters: Clusters) -> FanoutConfig:
+    return FanoutConfig.model_validate({"kind": kind, "address": clusters.address(kind)})
 
 
 @pytest.fixture
@@ -100,6 +109,31 @@ def test_the_parts_are_those_of_this_process_and_are_reused(
     again = job(fanout, "again")
     assert fan_out(again, write_lines, items(1, 2, 4, 5))[0].is_reused
     assert again.metrics["shards"] == {"built": 1, "reused": 3}
+
+
+def test_data_stages_make_the_artifacts_that_they_make_here(
+    clusters: Clusters, tmp_path: Path
+) -> None:
+    for number in range(2):
+        lines = [
+            json.dumps(
+                {"text": f"第{n % 5}篇文章讲河流怎样从山里流到海边。 And {n % 7} in English."}
+            )
+            for n in range(20 * number, 20 * number + 20)
+        ]
+        (tmp_path / f"texts-{number}.jsonl").write_text("\n".join(lines), "utf-8")
+    digests: dict[str, dict[str, str]] = {}
+    for kind in KINDS:
+        fanout = LOCAL if kind == "local" else of_kind(kind, clusters)
+        root = tmp_path / kind
+        root.mkdir()
+        sources = ExtractConfig(sources=(spec(tmp_path / "*.jsonl"),))
+        corpus = run_stage(extract, sources, {}, root, fanout=fanout).artifact
+        done = run_stage(dedup, DedupConfig(), {"corpus": corpus}, root, fanout=fanout)
+        assert done.record.build["fanout"] == kind
+        digests[kind] = {r.fingerprint: r.digest for r in Store(root / "store").records()}
+    assert digests["local"] == digests["dask"] == digests["ray"]
+    assert len(digests["local"]) == 7  # two corpora; of each shard text and signatures; the choice
 
 
 def test_one_that_raises_and_one_that_dies_are_named_and_the_others_kept(
@@ -168,7 +202,7 @@ def test_ctrl_c_ends_what_is_being_built(fanout: FanoutConfig, job: Run, tmp_pat
 def test_with_a_store_on_s3_workers_fetch_what_they_read(
     kind: str, clusters: Clusters, s3_server: str, job: Run, tmp_path: Path
 ) -> None:
-    fanout = FanoutConfig(kind=kind, address=clusters.address(kind))  # type: ignore[arg-type]
+    fanout = of_kind(kind, clusters)
     store = Store(f"{s3_server}/{tmp_path.name}", cache=tmp_path / "cache")
     made = job(fanout, store=store)
     (read,) = fan_out(made, write_lines, items(1))
@@ -185,7 +219,7 @@ def test_with_a_store_on_s3_workers_fetch_what_they_read(
 def test_a_store_that_the_cluster_does_not_see_is_refused(
     kind: str, clusters: Clusters, job: Run, tmp_path: Path
 ) -> None:
-    fanout = FanoutConfig(kind=kind, address=clusters.address(kind))  # type: ignore[arg-type]
+    fanout = of_kind(kind, clusters)
     folder = os.open(tmp_path, os.O_RDONLY)
     only_here = fcntl.fcntl(folder, fcntl.F_DUPFD, 900)
     try:
