@@ -29,7 +29,8 @@ class TokenText:
             end -= 1
         piece, self._told = text[self._told : end], max(self._told, end)
         if end == len(text):
-            self._before, self._window, self._told = self._window, [], 0
+            # A special token is no text; the one before it is still what the next one follows.
+            self._before, self._window, self._told = self._window if text else self._before, [], 0
         return piece
 
     def finish(self) -> str:

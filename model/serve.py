@@ -15,7 +15,7 @@ from typing import BinaryIO
 
 import torch
 
-from conf.serving import Asked, Ready, Serving
+from conf.serving import Ask, Asked, Ready, Serving
 from model.huggingface import read_hf
 from model.slots import Slots
 from model.transformer import Transformer
@@ -34,9 +34,12 @@ def main() -> None:
         for weight in model.parameters():  # not the buffers: positions need their digits
             weight.data = weight.data.bfloat16()
     parameters = sum(weight.numel() for weight in model.parameters())
-    ready = Ready(context=model.shape.context, parameters=parameters)
-    _write(out, ready.model_dump_json())
     slots = Slots(model, rows=serving.rows, tokens=max(serving.cache_tokens, model.shape.context))
+    # What torch does but once must not be the first reader's to wait for.
+    slots.add(Ask(key=-1, prompt=(0,), max_new_tokens=2, stops=frozenset(), temperature=1.0))
+    while not slots.is_idle:
+        slots.step()
+    _write(out, Ready(context=model.shape.context, parameters=parameters).model_dump_json())
     for told in answer(slots, _lines(sys.stdin.buffer)):
         _write(out, told)
     os._exit(0)  # nothing is left to do, and Python's own end takes torch most of a second

@@ -210,7 +210,7 @@ class _Joining:
         self.cache = Cache(
             model.shape, len(rows), longest, device=weight.device, dtype=weight.dtype
         )
-        self.states = torch.zeros(len(rows), model.shape.dim, device=weight.device)
+        self.states = weight.new_zeros(len(rows), model.shape.dim)
         """(R, D): the state behind the last token of each prompt that has been read to its end."""
 
     def read(self, model: Transformer) -> bool:

@@ -174,17 +174,17 @@ def test_when_too_many_wait_the_next_is_told_to_come_again(server: Running) -> N
         assert client.post(CHAT, json=SHORT).status_code == 200
 
 
-def test_a_time_out_ends_an_answer_and_a_token_is_asked_for(
+def test_a_token_is_asked_for_and_time_outs_and_a_dead_model_are_told(
     tmp_path: Path, policies: dict[str, Path]
 ) -> None:
-    options = ("--request-seconds", "1", "--token-env", "CHAT_TOKEN")
+    options = ("--request-seconds", "2", "--token-env", "CHAT_TOKEN", "--precision", "bf16")
     with serving(tmp_path, {"one": policies["one"]}, *options, CHAT_TOKEN="secret") as server:
         assert httpx.post(server.url + CHAT, json=SHORT).status_code == 401
         assert httpx.get(f"{server.url}/v1/models").json()["error"]["code"] == "invalid_api_key"
         assert httpx.get(f"{server.url}/health").json()["status"] == "ok"
         shown = {"Authorization": "Bearer secret"}
         assert httpx.post(server.url + CHAT, json=SHORT, headers=shown).status_code == 200
-        everything = {**LONG, "n": 8, "logprobs": True, "top_logprobs": 20}
+        everything = {**LONG, "n": 16, "logprobs": True, "top_logprobs": 20}
         late = httpx.post(server.url + CHAT, json=everything, headers=shown, timeout=30)
         assert late.status_code == 504
         body = {**everything, "stream": True}
@@ -192,6 +192,13 @@ def test_a_time_out_ends_an_answer_and_a_token_is_asked_for(
         assert '"code":"timeout"' in streamed
         assert streamed.endswith("data: [DONE]\n\n")
         until(server, 0)
+        (worker,) = psutil.Process(server.pid).children()
+        worker.kill()
+        worker.wait(10)
+        died = httpx.post(server.url + CHAT, json=SHORT, headers=shown)
+        assert died.status_code == 503
+        assert "start the server again" in died.json()["error"]["message"]
+        assert httpx.get(f"{server.url}/health").status_code == 503
 
 
 def test_a_name_that_is_not_this_machines_is_refused(server: Running) -> None:

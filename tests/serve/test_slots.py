@@ -192,6 +192,17 @@ def test_log_probabilities_are_those_of_the_full_forward_pass(model: Transformer
     assert found[1][0].logprob is None
 
 
+def test_bfloat16_weights_answer_as_their_full_forward_pass_up_to_rounding() -> None:
+    model = made_of(SHAPE).bfloat16()
+    slots = Slots(model, rows=2, tokens=128)
+    slots.add(ask(0, [5, 6, 7], 12, logprobs=0))
+    ids = [5, 6, 7]
+    for one in finish(slots)[0]:
+        expected = model.logits(model.hidden(torch.tensor([ids])))[0, -1].float().log_softmax(-1)
+        assert one.logprob == pytest.approx(expected[one.token].item(), abs=0.3)
+        ids.append(one.token)
+
+
 def test_what_can_never_fit_is_refused(model: Transformer) -> None:
     slots = Slots(model, rows=2, tokens=64)
     with pytest.raises(ValueError, match="do not fit the context of 64"):
