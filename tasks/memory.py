@@ -2,6 +2,7 @@
 
 import ctypes
 import math
+import mmap
 import os
 import sys
 import tempfile
@@ -81,4 +82,7 @@ class Scratch:
         with tempfile.TemporaryFile(dir=self._folder) as stream:
             # A full disk is an error here; later it would be a signal that ends the process.
             os.posix_fallocate(stream.fileno(), 0, size)
-            return np.memmap(stream, dtype, "w+", shape=shape).view(np.ndarray)
+            content = mmap.mmap(stream.fileno(), size)
+        # Read here and there: reading ahead would read a hundred times what is needed.
+        content.madvise(mmap.MADV_RANDOM)
+        return np.frombuffer(content, dtype).reshape(shape)
