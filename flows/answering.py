@@ -48,14 +48,10 @@ class _Choice:
     is_done: bool = False
 
     def add(self, number: int, tokens: list[Told]) -> Piece:
-        said = ""
-        end: End = ""
         shown = [told for told in tokens if told.end != "stop"]
-        for told in shown:
-            said += self.stops.add(self.text.add(told.token))
-            end = told.end
-        if tokens[-1].end:
-            end = tokens[-1].end
+        said = "".join(self.stops.add(self.text.add(told.token)) for told in shown)
+        end = tokens[-1].end
+        if end:
             said += self.stops.add(self.text.finish()) + self.stops.finish()
         if self.stops.is_found:
             end = "stop"
