@@ -188,15 +188,15 @@ def permutations_of(settings: DedupConfig) -> "Permutations":
     version = importlib.metadata.version("datasketch")
     name = f"permutations-{version}-{bands * rows}-{settings.permutation_seed}.npy"
     path = Path.home() / ".cache" / "bessemer" / name
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent) as stream:
-            np.save(stream, _asked_permutations(bands * rows, settings.permutation_seed))
-            stream.flush()
-            with contextlib.suppress(FileExistsError):
-                os.link(stream.name, path)
-    factors, summands = np.load(path, allow_pickle=False)
-    return factors, summands
+    if path.exists():
+        both: npt.NDArray[np.uint32] = np.load(path, allow_pickle=False)
+    else:
+        both = _asked_permutations(bands * rows, settings.permutation_seed)
+        with contextlib.suppress(
+            OSError
+        ):  # a home that cannot be written to: asked again next time
+            _keep(both, path)
+    return both[0], both[1]
 
 
 def _asked_permutations(count: int, seed: int) -> "npt.NDArray[np.uint32]":
@@ -205,6 +205,18 @@ def _asked_permutations(count: int, seed: int) -> "npt.NDArray[np.uint32]":
 
     truth = MinHash(num_perm=count, seed=seed, scheme="affine32")
     return np.stack(cast("tuple[Any, Any]", truth.permutations)).astype(np.uint32)
+
+
+def _keep(values: "npt.NDArray[Any]", path: Path) -> None:
+    """Write a file that is there whole or not at all."""
+    import numpy as np
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent) as stream:
+        np.save(stream, values)
+        stream.flush()
+        os.fsync(stream.fileno())
+        os.link(stream.name, path)
 
 
 def sign_texts(
