@@ -47,14 +47,15 @@ def _names(asked: list[str]) -> list[str]:
 
 
 def _table(rows: list[Row], megabytes: float) -> Table:
-    table = Table(title=f"{megabytes:.1f} MB of text", title_justify="left", box=SIMPLE_HEAD)
-    for name in ("work", "against"):
-        table.add_column(name, overflow="fold")
+    table = Table(title=f"{megabytes:.1f} MB of text", title_justify="left")
+    table.box, table.padding = SIMPLE_HEAD, (0, 1, 0, 0)
+    table.add_column("work", overflow="fold", min_width=32)
+    table.add_column("against", overflow="fold", max_width=16)
     for name in ("ours", "theirs", "", "ratio", "goal", "floor", "met"):
         table.add_column(name, no_wrap=True, justify="left" if name in ("", "met") else "right")
     for row in rows:
         ratio = row.ours / row.theirs
-        met = "goal" if ratio >= row.goal else "floor" if ratio >= row.floor else "NOTHING"
+        met = "goal" if ratio >= row.goal else "floor" if ratio >= row.floor else "neither"
         figures = (f"{row.ours:,.3g}", f"{row.theirs:,.3g}", row.unit, f"{ratio:,.3g}")
         table.add_row(row.work, row.peer, *figures, f"{row.goal:g}", f"{row.floor:g}", met)
     return table
