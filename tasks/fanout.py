@@ -15,10 +15,10 @@ from typing import Any
 from storage.errors import PartsFailed
 from storage.identity import fingerprint as fingerprint_of
 from storage.record import Record
-from storage.store import PARTS_BUILT, Store
+from storage.store import Store
 from storage.store_local import read_record
 from tasks.fanout_local import Ended, build_here
-from tasks.fanout_part import Build, Task, build_part
+from tasks.fanout_part import Build, Task, build_part, note_part
 from tasks.stage import Job
 
 
@@ -68,7 +68,7 @@ class _Progress:
         if failure is not None:
             self.failures[fingerprint] = failure
         else:
-            _note_part(self.job, fingerprint)
+            note_part(self.job, fingerprint)
         self.job.report_progress(self.done, self.total, "parts")
 
 
@@ -85,7 +85,7 @@ def fan_out(job: Job, build: Build, items: Sequence[PartItem], *, version: int =
     missing = {t.record.fingerprint: t for t in tasks if parts[t.record.fingerprint] is None}
     progress = _Progress(job, len(parts), len(parts) - len(missing))
     for fingerprint in [fp for fp in parts if fp not in missing]:
-        _note_part(job, fingerprint)
+        note_part(job, fingerprint)
     if missing:
         _build_all(job, sorted(missing.values(), key=lambda task: -task.cost), progress)
         parts |= _look_up(job.store, list(missing), is_reused=False)
@@ -131,13 +131,6 @@ def _counted(job: Job, *, built: int, reused: int) -> dict[str, int]:
     """Figures of this fan-out added to those of earlier ones of the same job."""
     before = job.metrics.get("shards", {"built": 0, "reused": 0})
     return {"built": before["built"] + built, "reused": before["reused"] + reused}
-
-
-def _note_part(job: Job, fingerprint: str) -> None:
-    """Keep gc from a part whose whole is not committed yet."""
-    job.state.mkdir(parents=True, exist_ok=True)
-    with (job.state / PARTS_BUILT).open("a", encoding="utf-8") as stream:
-        stream.write(f"{fingerprint}\n")
 
 
 def _failed(tasks: dict[str, Task], failures: dict[str, str], total: int) -> PartsFailed:

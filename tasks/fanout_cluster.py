@@ -20,7 +20,7 @@ from storage.identity import fingerprint as fingerprint_of
 from storage.record import Record
 from storage.store import Store
 from tasks.fanout_local import Ended
-from tasks.fanout_part import POLL_SECONDS, Task
+from tasks.fanout_part import POLL_SECONDS, Task, note_part
 from tasks.stage import Job
 
 CONNECT_SECONDS = 60
@@ -183,6 +183,7 @@ def _in_store(job: Job, argument: Any) -> Any:
                     node=job.node,
                 )
                 job.store.commit(claim, record)
+    note_part(job, fingerprint)
     return path / "files" / argument.name
 
 

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from storage.record import Record
-from storage.store import Store
+from storage.store import PARTS_BUILT, Store
 from storage.store_local import empty_folder
 from tasks.memory import give_back
+from tasks.stage import Job
 
 POLL_SECONDS = 0.2
 
@@ -64,3 +65,10 @@ def _build_and_commit(task: Task) -> None:
         give_back()
         seconds = round(time.monotonic() - started, 3)
         store.commit(claim, task.record.model_copy(update={"metrics": metrics, "seconds": seconds}))
+
+
+def note_part(job: Job, fingerprint: str) -> None:
+    """Keep gc from a part whose whole is not committed yet."""
+    job.state.mkdir(parents=True, exist_ok=True)
+    with (job.state / PARTS_BUILT).open("a", encoding="utf-8") as stream:
+        stream.write(f"{fingerprint}\n")

@@ -198,11 +198,10 @@ def test_ctrl_c_ends_what_is_being_built(fanout: FanoutConfig, job: Run, tmp_pat
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("kind", ["dask", "ray"])
 def test_with_a_store_on_s3_workers_fetch_what_they_read(
-    kind: str, clusters: Clusters, s3_server: str, job: Run, tmp_path: Path
+    clusters: Clusters, s3_server: str, job: Run, tmp_path: Path
 ) -> None:
-    fanout = of_kind(kind, clusters)
+    fanout = of_kind("dask", clusters)
     store = Store(f"{s3_server}/{tmp_path.name}", cache=tmp_path / "cache")
     made = job(fanout, store=store)
     (read,) = fan_out(made, write_lines, items(1))
