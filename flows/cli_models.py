@@ -30,7 +30,9 @@ Pairs = Annotated[
 ]
 Precision = Annotated[
     Literal["fp32", "bf16"],
-    typer.Option(help="bf16 is two to three times as fast on newer CPUs and on GPUs, and rounds."),
+    typer.Option(
+        help="bf16 rounds; on a CPU that has it, 8 answers at once are 1.5 times as fast."
+    ),
 ]
 Threads = Annotated[int, typer.Option(help="Threads of each model on the CPU; 0 shares the cores.")]
 CacheTokens = Annotated[
