@@ -53,6 +53,9 @@ class LaunchConfig(Settings):
     pipeline_stages: Annotated[int, Field(ge=1)] = 1
     """Processes that have some blocks of the model each, through which the micro-batches of a step pass,
     with engine ddp; `processes` is a multiple, and micro_batch should leave several micro-batches."""
+    offload: Literal["none", "optimizer"] = "none"
+    """`optimizer` keeps its state in the host's memory, where the update is made too (engine zero2); for
+    models that the device cannot hold."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes CUDA where a device is found."""
     deepspeed: dict[str, Any] = Field(default_factory=dict[str, Any])
@@ -113,6 +116,10 @@ class LaunchConfig(Settings):
                 f"pipeline_stages={self.pipeline_stages} does not run on engine={self.engine}; use "
                 f"engine=ddp"
             )
+        if self.offload != "none" and self.engine != "zero2":
+            raise ValueError(
+                f"offload={self.offload} does not run on engine={self.engine}; use engine=zero2"
+            )
         if self.ranks % self.model_processes:
             raise ValueError(
                 f"{self.ranks} processes are no multiple of the {self.model_processes} that compute one "
@@ -161,6 +168,6 @@ class LaunchConfig(Settings):
         if ours := sorted(set(zero) & set(ZERO_KEYS_OF_OURS)):
             raise ValueError(
                 f"deepspeed.zero_optimization.{ours[0]} does not pass through; the stage is chosen by "
-                f"engine, and offloading is not offered"
+                f"engine, and what is offloaded by offload"
             )
         return options

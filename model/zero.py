@@ -66,6 +66,8 @@ class ZeroEngine:
         if self.stage == 3:
             self._zero.averaged_gradients = {}
             return
+        # Offloaded gradients are added up from the second micro-batch of a step on.
+        self._zero.micro_step_id = -1
         for group in list(self._zero.averaged_gradients):
             self._zero.averaged_gradients[group] = None
             self._zero.all_grad_tensors[group] = None
@@ -187,6 +189,8 @@ def zero_options(launch: LaunchConfig, rule: UpdateRule) -> dict[str, Any]:
     """DeepSpeed's configuration: ours, and beside it what the launch settings pass through."""
     own = launch.deepspeed
     stage = int(launch.engine.removeprefix("zero"))
+    host = {"device": "cpu", "pin_memory": False}
+    offloaded = {"offload_optimizer": host} if launch.offload == "optimizer" else {}
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -195,5 +199,5 @@ def zero_options(launch: LaunchConfig, rule: UpdateRule) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**12,
         **own,
-        "zero_optimization": {**own.get("zero_optimization", {}), "stage": stage},
+        "zero_optimization": {**own.get("zero_optimization", {}), "stage": stage, **offloaded},
     }

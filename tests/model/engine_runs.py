@@ -13,16 +13,19 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from conf.contract import JobFile
 from conf.launch import LaunchConfig
 from conf.pretrain import PhaseConfig, PretrainConfig
 from conf.shape import ShapeConfig
+from model import loop
 from model.journal import Journal
 from model.pretrain import work
 from model.ranks import Ranks, join_ranks
 from tests.model.small_jobs import write_job
 
+STEPS = 20
 # Everything that could break a resume is on: dropout, a mixture, two phases, accumulation, held-out looks.
 SETTINGS = PretrainConfig(
     shape=ShapeConfig(
@@ -35,7 +38,7 @@ SETTINGS = PretrainConfig(
         has_qk_norm=True,
         has_qkv_bias=True,
     ),
-    tokens=20 * 256,
+    tokens=STEPS * 256,
     batch_tokens=256,
     learning_rate=3e-3,
     phases=(
@@ -60,6 +63,7 @@ LAUNCHES: dict[str, dict[str, Any]] = {
     "zero1": {"engine": "zero1", "deepspeed": BUCKETS},
     "zero2": {"engine": "zero2", "deepspeed": BUCKETS},
     "zero3": {"engine": "zero3", "deepspeed": BUCKETS},
+    "zero2_offload": {"engine": "zero2", "deepspeed": BUCKETS, "offload": "optimizer"},
 }
 
 
@@ -108,6 +112,12 @@ def run(
     ranks.wait()
 
 
+def run_guarded(folder: Path, tokens: Path, name: str, ranks: Ranks) -> None:
+    """A run in which every step a little above the usual is left out, in FOLDER/NAME-guarded."""
+    with patch.object(loop, "USUAL_AT_LEAST", 3):
+        run(folder / f"{name}-guarded", tokens, name, ranks, guard_sigmas=0.01, bad_steps=STEPS)
+
+
 def move_on(folder: Path, old: str, new: str, tokens: Path, ranks: Ranks) -> None:
     """Go on with the engine `new` from the last checkpoint but one of `old`."""
     attempt = folder / f"{old}-to-{new}"
@@ -133,6 +143,7 @@ def main() -> None:
         broken = folder / f"{name}-broken"
         run(broken, tokens, name, ranks, last=int(last))
         run(broken, tokens, name, ranks)
+        run_guarded(folder, tokens, name, ranks)
     ranks.leave()
 
 

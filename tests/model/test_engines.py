@@ -8,13 +8,12 @@ from pathlib import Path
 import pytest
 
 from model.ranks import Ranks
-from tests.model.engine_runs import LAUNCHES, SETTINGS, move_on, run
+from tests.model.engine_runs import LAUNCHES, SETTINGS, STEPS, move_on, run, run_guarded
 from tests.model.small_jobs import finish, start_pair
 from tests.model.small_tokens import write_small_tokens
 
 ENGINES = tuple(name for name in LAUNCHES if name != "plain")
 MOVES = ("ddp-to-fsdp", "fsdp-to-zero3", "zero2-to-tensor", "tensor-to-pipeline", "pipeline-to-ddp")
-STEPS = 20
 pytestmark = pytest.mark.slow
 
 
@@ -46,6 +45,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     )
     finish(ranks, timeout=550)
     run(folder / "plain", tokens, "plain", Ranks())
+    run_guarded(folder, tokens, "plain", Ranks())
     return Runs(folder, tokens, deaths)
 
 
@@ -55,6 +55,17 @@ def test_every_loss_and_norm_is_that_of_one_process(runs: Runs, engine: str) -> 
     for figure, error in (("loss", 1e-6), ("held_loss/zh", 1e-6), ("gradient_norm", 5e-6)):
         wanted, found = runs.figures("plain", figure), runs.figures(engine, figure)
         assert found == pytest.approx(wanted, rel=0, abs=error), figure
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_guard_leaves_out_the_steps_that_it_does_in_one_process(
+    runs: Runs, engine: str
+) -> None:
+    wanted, found = (runs.figures(f"{name}-guarded", "skipped") for name in ("plain", engine))
+    assert found == wanted
+    assert 0 < wanted[-1] < STEPS
+    losses = runs.figures("plain-guarded", "loss")
+    assert runs.figures(f"{engine}-guarded", "loss") == pytest.approx(losses, rel=0, abs=2e-6)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
