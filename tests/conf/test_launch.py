@@ -40,7 +40,7 @@ def test_options_of_deepspeed_pass_through_beside_ours() -> None:
     [
         ({"fp16": {"enabled": True}}, "deepspeed.fp16 is chosen by our own settings"),
         ({"zero_optimization": {"stage": 1}}, "the stage is chosen by engine"),
-        ({"zero_optimization": {"offload_param": {}}}, "offloading is not offered"),
+        ({"zero_optimization": {"offload_param": {}}}, "what is offloaded by offload"),
     ],
 )
 def test_what_would_contradict_our_settings_is_refused(
