@@ -20,8 +20,9 @@ class LoraConfig(Settings):
 
     def refuse_engine(self, launch: LaunchConfig) -> None:
         """Raises ValueError for an engine that spreads what the corrections are added to."""
-        if self.rank and launch.engine not in LORA_ENGINES:
+        if self.rank and (launch.engine not in LORA_ENGINES or launch.pipeline_stages > 1):
             raise ValueError(
-                f"lora.rank={self.rank} does not run on launch.engine={launch.engine}; use "
-                f"launch.engine=ddp, or lora.rank=0"
+                f"lora.rank={self.rank} does not run on launch.engine={launch.engine} with "
+                f"launch.pipeline_stages={launch.pipeline_stages}; use launch.engine=ddp without "
+                f"stages, or lora.rank=0"
             )

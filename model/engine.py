@@ -128,10 +128,11 @@ def refuse_impossible(
             f"launch.pipeline_stages={launch.pipeline_stages} is more than shape.layers={shape.layers}; "
             f"use no more stages than layers"
         )
-    if launch.engine not in ("plain", "ddp") and rule.optimizer == "muon":
+    is_spread = launch.engine not in ("plain", "ddp") or launch.pipeline_stages > 1
+    if is_spread and rule.optimizer == "muon":
         raise ValueError(
-            f"engine {launch.engine} spreads matrices that Muon needs whole; use launch.engine=ddp or "
-            f"optimizer=adamw"
+            f"engine {launch.engine} with launch.pipeline_stages={launch.pipeline_stages} spreads what Muon "
+            f"needs whole; use launch.engine=ddp without stages, or optimizer=adamw"
         )
     if launch.engine.startswith("zero") and rule.precision == "fp16":
         raise ValueError(
