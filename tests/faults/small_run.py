@@ -182,8 +182,8 @@ def below(flow: "subprocess.Popen[str]") -> set[int]:
 
 
 def is_fanned_out(flow: "subprocess.Popen[str]") -> bool:
-    """Whether a run has started worker processes for shards."""
+    """Whether a run has worker processes for shards: children of its fork server, which keep its name."""
     lines = [Path(f"/proc/{pid}/cmdline") for pid in descendants(flow.pid)]
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-        return any(b"spawn_main" in line.read_bytes() for line in lines)
+        return sum(b"forkserver" in line.read_bytes() for line in lines) > 1
     return False

@@ -68,7 +68,7 @@ def test_baseline_counts_exactly_the_tokens_that_were_labels(tmp_path: Path) -> 
                 if name not in seen:
                     labels[name.split("/")[0]].update(label for label in row if label >= 0)
                 seen.add(name)
-    read = samples.read_windows()
+    read = samples.read_windows(plan.steps)
     assert Counter(tokens_read(files, read).tolist()) == labels["en"] + labels["zh"]
     assert 0 < labels["zh"].total() < files.count("zh", "train").tokens
     everything = sum(files.count(name, "train").tokens for name in files.domains)
