@@ -238,7 +238,7 @@ def _tokens(settings: Trained, shape: ShapeConfig, steps: int) -> tuple[float, f
 
 
 def _memory(settings: Trained, shape: ShapeConfig, vocabulary: int) -> Memory:
-    launch, ranks = settings.launch, settings.launch.processes
+    launch = settings.launch
     match settings:
         case PretrainConfig() | SftConfig():
             step_rows, sides = settings.batch_rows, 1
@@ -246,7 +246,7 @@ def _memory(settings: Trained, shape: ShapeConfig, vocabulary: int) -> Memory:
             step_rows, sides = settings.minibatch_rows, 1
         case _:
             step_rows, sides = settings.batch_rows, 2
-    own = max(1, step_rows // ranks)
+    own = max(1, step_rows * launch.model_processes // launch.ranks)
     rows = min(launch.micro_batch or own, own)
     is_cuda = _runs_on_cuda(launch)
     is_pretraining = isinstance(settings, PretrainConfig)
@@ -268,7 +268,9 @@ def _memory(settings: Trained, shape: ShapeConfig, vocabulary: int) -> Memory:
         vocabulary,
         work,
         engine=launch.engine,
-        processes=ranks,
+        processes=launch.ranks,
+        stages=launch.pipeline_stages,
+        is_offloaded=launch.offload == "optimizer",
         is_accumulated=rows < own,
         learning_share=_learning_share(settings, shape, vocabulary),
         trained=2 if is_ppo else 1,
@@ -298,7 +300,7 @@ def _rate(settings: Trained, earlier: list[Record], stated_flops: float) -> Rate
     share = USUAL_SHARE_OF_PEAK["cuda" if is_cuda else "cpu"]
     stated = stated_flops or launch.peak_tflops * 1e12
     if stated:
-        flops = stated * share * launch.processes
+        flops = stated * share * launch.ranks
         return Rate(flops, f"{share:.0%} of the stated {stated:.3g} FLOP/s a device")
     for record in earlier:
         if found := _reached(record, settings):
@@ -314,15 +316,16 @@ def _reached(record: Record, settings: Trained) -> float:
     written = cast("dict[str, Any]", record.build.get("settings") or {})
     if not isinstance(settings, PretrainConfig) or not isinstance(speed, int | float):
         return 0.0
-    launch = cast("dict[str, Any]", written.get("launch") or {})
-    if written.get("precision") != settings.precision or any(
-        launch.get(name) != getattr(settings.launch, name) for name in ("device", "processes")
-    ):
-        return 0.0
     try:
         then = PretrainConfig.model_validate(written)
     except ValueError:
         # Written by a version whose settings were others.
+        return 0.0
+    launches = [
+        (x.precision, x.launch.device, x.launch.ranks, x.launch.model_processes)
+        for x in (then, settings)
+    ]
+    if launches[0] != launches[1]:
         return 0.0
     parameters = int(record.metrics.get("parameters", 0))
     tables = 1 if then.shape.is_tied else 2

@@ -81,6 +81,8 @@ def training_memory(
     *,
     engine: Engine = "plain",
     processes: int = 1,
+    stages: int = 1,
+    is_offloaded: bool = False,
     is_accumulated: bool = False,
     learning_share: float = 1.0,
     trained: int = 1,
@@ -93,9 +95,15 @@ def training_memory(
     Weights, gradients and both moments are float32: 16 bytes a parameter, of which an engine spreads a
     part over the ranks (Rajbhandari et al. 2020, section 3). `is_accumulated` says that a step has
     several micro-batches, so that gradients are there when the next one starts; `learning_share` is
-    that of the parameters that learn at all.
+    that of the parameters that learn at all. Each of the `stages` of a pipeline holds its blocks, and as many
+    micro-batches of them; `is_offloaded` optimizer state is the host's.
     """
-    whole = 4.0 * shape.parameters(vocabulary)
+    is_gathered = engine in ("fsdp", "zero3") or stages > 1
+    copy = 4.0 * shape.parameters(vocabulary)
+    outside = _outside_blocks(shape, vocabulary)
+    # The first and the last stage also have a table.
+    in_stage = (copy / 4 - outside) / stages + vocabulary * shape.dim
+    whole = copy if stages == 1 else 4.0 * in_stage
     weights, gradients, moments = (
         whole / (processes if is_spread else 1)
         for is_spread in (
@@ -107,7 +115,7 @@ def training_memory(
     weights = weights * trained
     gradients, moments = (
         learning_share * gradients * trained,
-        2 * learning_share * moments * trained,
+        0.0 if is_offloaded else 2 * learning_share * moments * trained,
     )
     table = 4.0 * vocabulary * shape.dim if learning_share == 1 else 0.0
     kept = kept_bytes(shape, vocabulary, work)
@@ -116,10 +124,12 @@ def training_memory(
     at_start = kept + _head_bytes(vocabulary, work) + (gradients if is_accumulated else 0)
     at_end = gradients + table
     looking = _forward_bytes(shape, vocabulary, evaluated_tokens) if evaluated_tokens else 0.0
+    # Spread weights are put together for a look at held-out text, and to be saved.
+    looking += copy if is_gathered else 0.0
     above = max(at_start, at_end, looking)
     activations = above - min(gradients, above)
     return Memory(
-        weights=weights + frozen * whole,
+        weights=weights + frozen * copy,
         gradients=gradients,
         optimizer=moments,
         activations=activations,

@@ -128,6 +128,23 @@ def test_corrections_of_low_rank_need_next_to_no_optimizer(tmp_path: Path) -> No
     assert low["optimizer_bytes"] == pytest.approx(8 * 27_744)
 
 
+def test_processes_of_all_nodes_share_the_work_and_those_of_one_model_its_rows(
+    tmp_path: Path,
+) -> None:
+    def pretrain(*overrides: str) -> dict[str, float]:
+        base = ["launch.peak_tflops=1", "pretrain.held_tokens=0", "pretrain.batch_tokens=65536"]
+        request = Request("demo", [*base, *overrides])
+        execution = prepare(request, Home(tmp_path), base=tmp_path, appends=False)
+        [told] = [item for item in plan(execution, tmp_path) if item.node == "pretrain"]
+        return told.expected
+
+    nodes = ["launch.engine=ddp", "launch.processes=2", "launch.nodes=2"]
+    nodes.append("launch.rendezvous=127.0.0.1:29500")
+    one, four, staged = pretrain(), pretrain(*nodes), pretrain(*nodes, "launch.pipeline_stages=2")
+    assert four["seconds"] == pytest.approx(one["seconds"] / 4)
+    assert four["activations_bytes"] < staged["activations_bytes"] < one["activations_bytes"]
+
+
 def test_what_does_not_fit_a_device_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

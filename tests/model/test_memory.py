@@ -91,6 +91,19 @@ def test_engines_spread_what_they_say() -> None:
     assert parts("zero3") == parts("fsdp") == (0.25, 0.25, 0.5)
 
 
+def test_stages_hold_their_blocks_and_a_table_and_offloaded_state_is_the_hosts() -> None:
+    shape, work = ShapeConfig(layers=4), Pass(1, 8)
+    # Of each block: query and output D x D, key and value D x KE, three of D x F, two norms.
+    keys = shape.kv_heads * shape.head_width
+    block = (
+        2 * shape.dim**2 + 2 * shape.dim * keys + 3 * shape.dim * shape.ffn_width + 2 * shape.dim
+    )
+    halved = training_memory(shape, 500, work, engine="ddp", processes=2, stages=2)
+    assert halved.weights == 4 * (2 * block + 500 * shape.dim)
+    assert halved.optimizer == 2 * halved.weights
+    assert training_memory(shape, 500, work, engine="zero2", is_offloaded=True).optimizer == 0
+
+
 def test_recomputing_activations_keeps_one_block() -> None:
     shape = ShapeConfig(layers=12)
     whole = kept_bytes(shape, 500, Pass(8, 256))
