@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,8 @@ def start_pair(module: str, *arguments: str, processes: int = 2) -> list[Any]:
 
 def finish(ranks: list[Any], *, code: int = 0, timeout: float = 240) -> str:
     """Wait for all ranks; every one must end with that code. Returns what they printed."""
-    output = "".join(rank.communicate(timeout=timeout)[0] for rank in ranks)
+    # All at once: a rank that cannot write what it says waits, and the others for it.
+    with ThreadPoolExecutor(len(ranks)) as pool:
+        output = "".join(pool.map(lambda rank: rank.communicate(timeout=timeout)[0], ranks))
     assert [rank.returncode for rank in ranks] == [code] * len(ranks), output
     return output
