@@ -3,6 +3,7 @@ too (2), weights too (3)."""
 
 import math
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -174,6 +175,8 @@ def _initialise(
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
 
+    # DeepSpeed calls torch by names that are to go; told anew at every call, that would bury the log.
+    warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)
     # Building the shared-memory all-reduce takes minutes at the first start; gloo does the same sum.
     cast("dict[str, bool]", deepspeed.ops.__compatible_ops__)["deepspeed_shm_comm"] = False
     engine, *_ = deepspeed.initialize(
