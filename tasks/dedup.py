@@ -9,15 +9,10 @@ from conf.dedup import DedupConfig
 from storage.corpus import Corpus, Shard, joined_spans, without_spans
 from storage.identity import fingerprint
 from tasks.copy_report import write_report
+from tasks.copy_table import DUPLICATES, NEAR_MISSES, empty_table
 from tasks.fanout import Part, PartItem, fan_out
 from tasks.kept_rows import kept_digest, text_digest
-from tasks.near_duplicates import (
-    DUPLICATES,
-    NEAR_MISSES,
-    SignedShard,
-    build_landing,
-    empty_table,
-)
+from tasks.near_duplicates import SignedShard, build_landing
 from tasks.passages import PASSAGES, build_anchors, build_passages
 from tasks.signatures import (
     FREQUENCIES,

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from conf.dedup import DedupConfig
 from storage.corpus import Shard
+from tasks.copy_table import DUPLICATES, NEAR_MISSES, empty_table, schema, with_kept_partners
 from tasks.memory import Scratch
 from tasks.signatures import (
     BANDS,
@@ -42,11 +43,6 @@ if TYPE_CHECKING:
     from tasks.signatures import Texts
 
     Rows = npt.NDArray[np.int64]
-
-DUPLICATES = "duplicates.parquet"
-"""What a landing dropped: shard, row, kind (exact, near), of_shard, of_row, jaccard."""
-NEAR_MISSES = "near_misses.parquet"
-"""Some kept units that are nearest to being dropped; the same columns."""
 
 NEAR_MISSES_KEPT = 100
 ROWS_AT_ONCE = 1 << 16
@@ -168,14 +164,16 @@ def build_landing(
     as the threshold. There is no transitive closure: what is dropped always has a kept partner within the
     threshold, chains of small changes are not collapsed.
     """
+    import polars as pl
+
     scratch = Scratch(files.parent, settings.memory_mb)
     documents = _documents_of(shards, first_new, earlier)
     exact, remaining = _exact_copies(documents, settings, scratch)
     near, misses, compared, candidates = empty_table(), empty_table(), 0, 0
     if settings.mode in ("near", "simhash"):
         near, misses, compared, candidates = _near_copies(remaining, settings, scratch)
-        exact = _with_kept_partners(exact, near)
-    table = _sorted_table(exact, near)
+        exact = with_kept_partners(exact, near)
+    table = pl.concat([exact, near]).sort("shard", "row")
     table.write_parquet(files / DUPLICATES, compression="zstd")
     misses.write_parquet(files / NEAR_MISSES, compression="zstd")
     return {
@@ -467,44 +465,7 @@ def _table(
     (shard, row), (of_shard, of_row) = split(copies), split(originals)
     columns = {"shard": shard, "row": row, "kind": [kind] * len(row)}
     columns |= {"of_shard": of_shard, "of_row": of_row, "jaccard": jaccard}
-    return pl.DataFrame(columns, schema=_schema())
-
-
-def _schema() -> "dict[str, Any]":
-    import polars as pl
-
-    row = {"shard": pl.UInt32, "row": pl.UInt32, "kind": pl.String}
-    return {**row, "of_shard": pl.UInt32, "of_row": pl.UInt32, "jaccard": pl.Float64}
-
-
-def empty_table() -> "pl.DataFrame":
-    """A table of copies without rows."""
-    import polars as pl
-
-    return pl.DataFrame(schema=_schema())
-
-
-def _with_kept_partners(exact: "pl.DataFrame", near: "pl.DataFrame") -> "pl.DataFrame":
-    """Copies of a text that is itself a near-copy point to what was kept for it."""
-    import polars as pl
-
-    moved = near.select(
-        of_shard="shard", of_row="row", to_shard="of_shard", to_row="of_row", closeness="jaccard"
-    )
-    return exact.join(moved, on=["of_shard", "of_row"], how="left", maintain_order="left").select(
-        "shard",
-        "row",
-        "kind",
-        pl.coalesce("to_shard", "of_shard").alias("of_shard"),
-        pl.coalesce("to_row", "of_row").alias("of_row"),
-        pl.coalesce("closeness", "jaccard").alias("jaccard"),
-    )
-
-
-def _sorted_table(exact: "pl.DataFrame", near: "pl.DataFrame") -> "pl.DataFrame":
-    import polars as pl
-
-    return pl.concat([exact, near]).sort("shard", "row")
+    return pl.DataFrame(columns, schema=schema())
 
 
 def _load(path: Path) -> "npt.NDArray[Any]":
