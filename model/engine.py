@@ -240,11 +240,8 @@ class TorchEngine:
     def save(self, folder: Path) -> None:
         if not self.ranks.is_first:
             return
-        folder.mkdir(parents=True, exist_ok=True)
-        save_tensors(folder / MODEL_FILE, self.model.state_dict())
-        save_tensors(folder / OPTIMIZER_FILE, states_of(self.model, self._optimizers))
-        if self.scale:
-            self.scale.save(folder)
+        states = states_of(self.model, self._optimizers)
+        write_checkpoint(folder, self.model.state_dict(), states, self.scale)
 
     def load(self, folder: Path) -> None:
         self.model.load_state_dict(load_tensors(folder / MODEL_FILE))
@@ -273,6 +270,20 @@ class Hollow:
         model = copy.deepcopy(self._model)
         model.load_state_dict(weights, assign=True)
         return model
+
+
+def write_checkpoint(
+    folder: Path,
+    weights: Mapping[str, Tensor],
+    states: Mapping[str, Tensor],
+    scale: LossScale | None = None,
+) -> None:
+    """Whole tensors by name, the same files from every engine."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_tensors(folder / MODEL_FILE, weights)
+    save_tensors(folder / OPTIMIZER_FILE, states)
+    if scale:
+        scale.save(folder)
 
 
 def states_of(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:

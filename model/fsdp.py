@@ -22,17 +22,17 @@ from torch.distributed.tensor.parallel import (
 from model.batches import Batch
 from model.engine import (
     MODEL_FILE,
-    OPTIMIZER_FILE,
     Hollow,
     Loss,
     Objective,
     optimizer_states,
     states_of,
+    write_checkpoint,
 )
 from model.optimizer import LossScale, UpdateRule, adamw, apply_gradients, gradient_norm
 from model.ranks import Ranks
 from model.transformer import Block, Transformer
-from model.weights import load_tensors, save_tensors
+from model.weights import load_tensors
 
 
 class FsdpEngine:
@@ -90,11 +90,7 @@ class FsdpEngine:
         }
         if not self.ranks.is_first:
             return
-        folder.mkdir(parents=True, exist_ok=True)
-        save_tensors(folder / MODEL_FILE, weights)
-        save_tensors(folder / OPTIMIZER_FILE, states)
-        if self.scale:
-            self.scale.save(folder)
+        write_checkpoint(folder, weights, states, self.scale)
 
     def load(self, folder: Path) -> None:
         weights, by_name = load_tensors(folder / MODEL_FILE), optimizer_states(folder)

@@ -16,18 +16,18 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGP
 from model.batches import Batch
 from model.engine import (
     MODEL_FILE,
-    OPTIMIZER_FILE,
     Hollow,
     Loss,
     Objective,
     load_states,
     optimizer_states,
     states_of,
+    write_checkpoint,
 )
 from model.optimizer import LossScale, UpdateRule, apply_gradients, build_optimizers, gradient_norm
 from model.ranks import Ranks
 from model.transformer import Transformer
-from model.weights import load_tensors, save_tensors
+from model.weights import load_tensors
 
 
 class PipelineEngine:
@@ -109,11 +109,7 @@ class PipelineEngine:
         states = self._collected(states_of(self.model, self._optimizers))
         if not self.ranks.is_first:
             return
-        folder.mkdir(parents=True, exist_ok=True)
-        save_tensors(folder / MODEL_FILE, weights)
-        save_tensors(folder / OPTIMIZER_FILE, states)
-        if self.scale:
-            self.scale.save(folder)
+        write_checkpoint(folder, weights, states, self.scale)
 
     def load(self, folder: Path) -> None:
         weights = load_tensors(folder / MODEL_FILE)

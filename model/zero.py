@@ -13,11 +13,18 @@ from torch import Tensor
 
 from conf.launch import LaunchConfig
 from model.batches import Batch
-from model.engine import MODEL_FILE, OPTIMIZER_FILE, Hollow, Loss, Objective, optimizer_states
+from model.engine import (
+    MODEL_FILE,
+    Hollow,
+    Loss,
+    Objective,
+    optimizer_states,
+    write_checkpoint,
+)
 from model.optimizer import LossScale, UpdateRule, adamw, parameter_groups, set_learning_rate
 from model.ranks import Ranks
 from model.transformer import Transformer
-from model.weights import load_tensors, save_tensors
+from model.weights import load_tensors
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -88,9 +95,7 @@ class ZeroEngine:
         weights, states = self._weights(), self._whole_states()
         if not self.ranks.is_first:
             return
-        folder.mkdir(parents=True, exist_ok=True)
-        save_tensors(folder / MODEL_FILE, weights)
-        save_tensors(folder / OPTIMIZER_FILE, states)
+        write_checkpoint(folder, weights, states)
 
     def load(self, folder: Path) -> None:
         from deepspeed.utils import safe_set_full_optimizer_state
