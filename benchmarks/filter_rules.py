@@ -44,7 +44,9 @@ SPACES = " \t\u3000\u2000-\u200a"
 WORD = re.compile(f"[{SINGLE}]|[{LETTER}0-9\uff10-\uff19_]+")
 IN_WORD = re.compile(f"[{SINGLE}{LETTER}0-9\uff10-\uff19]")
 MARK = re.compile("[!\"'(),\\-.:;?\u2010-\u205e\u3001-\u301f\uff01-\uff65]")
-SENTENCE_END = re.compile(f"[。！？．…]|[.!?](?=[{SPACES}\n\"'”’)\\]」』】]|$)")
+SENTENCE_END = re.compile(
+    f"[。！？．…]|[.!?](?=[{SPACES}\n\"'”’)\\]」』】]|$)|(?<=[{SINGLE}])[.!?]"
+)
 MORE = re.compile("(read ?more|展开|更多|。。。)$", re.IGNORECASE)
 ENDS = ".!?\"'):;’”…。》」』】！）．：；？"
 BULLETS = "*-•‣■□▪▫▶◦●"

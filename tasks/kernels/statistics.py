@@ -247,23 +247,25 @@ def _char_counts(text, start, end, common, kinds, out):
 
 @nb.njit(nogil=True, cache=True)
 def _sentences(text, start, end):
-    """Pieces with a word in them, ended by a mark; . ! ? end one only before a space or a closing."""
+    """Pieces with a word in them, ended by a mark; . ! ? end one only before a space or a closing, or
+    behind a Han character (kana, hangul): Chinese puts no space between sentences."""
     found = 0
-    is_open, is_after_mark = False, False
+    is_open, is_after_mark, is_after_single = False, False, False
     i = start
     while i < end:
         cp, width = code_point(text, i)
         i += width
         kind = char_class(cp)
         if kind <= DIGIT or kind == SINGLE:
-            is_open, is_after_mark = True, False
+            is_open, is_after_mark, is_after_single = True, False, kind == SINGLE
             continue
         is_gap = kind in (SPACE, NEWLINE) or _is_closing(cp)
+        is_mark = _is_narrow_mark(cp)
         is_end = _is_wide_mark(cp) or cp == 0x2026 or (is_after_mark and is_gap)
-        if is_end and is_open:
+        if is_open and (is_end or (is_mark and is_after_single)):
             found += 1
             is_open = False
-        is_after_mark = _is_narrow_mark(cp)
+        is_after_mark, is_after_single = is_mark, False
     return found + is_open
 
 

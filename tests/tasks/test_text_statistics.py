@@ -52,6 +52,7 @@ PIECES = [
     "👩\u200d👧",
     "Use Javascript to",
     "lorem Ipsum",
+    "结论.",
 ]
 
 
@@ -98,6 +99,25 @@ def test_one_text_by_hand(tmp_path: Path) -> None:
     assert row["gram_2_chars"] == 18
     # "the cat is red the" comes a second time: 3 + 3 + 2 + 3 + 3 letters
     assert row["gram_5_chars"] == 14
+
+
+@pytest.mark.parametrize(
+    ("text", "sentences"),
+    [
+        ("提出了方法.结果表明有效.", 2),
+        ("使用3.5版本!效果好?是", 3),
+        ("见图(一).结论", 1),
+        ("It is 3.5 m. www.example.org", 2),
+        ("见example.org网站", 1),
+        ("好.)", 1),
+    ],
+)
+def test_a_plain_mark_ends_a_sentence_behind_a_han_character(
+    tmp_path: Path, text: str, sentences: int
+) -> None:
+    [row] = measured(tmp_path, [(text, "zh")])
+    assert row["sentences"] == sentences
+    assert plain_statistics(text, "zh")["sentences"] == sentences
 
 
 def test_a_line_of_ten_megabytes_by_hand(tmp_path: Path) -> None:
