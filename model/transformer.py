@@ -16,6 +16,7 @@ from torch.nn.utils import skip_init
 from torch.utils.checkpoint import checkpoint
 
 from conf.shape import RopeScalingConfig, ShapeConfig
+from model.packing import Packing
 
 Attention = Literal["sdpa", "eager"]
 
@@ -39,6 +40,8 @@ class AttentionMask:
     padding: Tensor | None = None
     """(B,) integers: so many tokens at the left of each row are padding, seen by no real token.
     Positions are counted from the first real token unless they are given."""
+    prefix: Tensor | None = None
+    """(B,) integers: so many tokens at the left of each row see one another, also forwards."""
 
 
 @dataclass(frozen=True)
@@ -152,8 +155,13 @@ class Block(nn.Module):
         allowed: Tensor | None,
         cache: Cache | None,
         noise: Noise | None,
+        packing: Packing | None = None,
+        is_last: bool = False,
     ) -> Tensor:
-        branch = self._attention(self.attention_norm(x), rotation, allowed, cache)
+        mixed = self._attention(self.attention_norm(x), rotation, allowed, cache, packing)
+        if packing is not None and is_last:
+            x, mixed = packing.asked(x), packing.asked(mixed)
+        branch = self.attention_out(mixed)
         if noise is not None and self.dropout:
             branch = noise.drop(branch, 2 * self.layer, self.dropout)
         x = x + branch
@@ -169,12 +177,16 @@ class Block(nn.Module):
         rotation: tuple[Tensor, Tensor],
         allowed: Tensor | None,
         cache: Cache | None,
+        packing: Packing | None,
     ) -> Tensor:
-        rows, tokens, _ = x.shape
+        query, key, value = self.query(x), self.key(x), self.value(x)
+        if packing is not None:
+            query, key, value = map(packing.apart, (query, key, value))
+        rows, tokens, _ = query.shape
         by_head = (rows, tokens, -1, self.head_width)
-        query = self.query(x).view(by_head).transpose(1, 2)  # (B, H, T, E)
-        key = self.key(x).view(by_head).transpose(1, 2)  # (B, K, T, E)
-        value = self.value(x).view(by_head).transpose(1, 2)
+        query = query.view(by_head).transpose(1, 2)  # (B, H, T, E)
+        key = key.view(by_head).transpose(1, 2)  # (B, K, T, E)
+        value = value.view(by_head).transpose(1, 2)
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
         if self.has_rope:
@@ -197,7 +209,8 @@ class Block(nn.Module):
                 is_causal=is_causal,
                 enable_gqa=self.is_grouped,
             )
-        return self.attention_out(mixed.transpose(1, 2).reshape(rows, tokens, -1))
+        mixed = mixed.transpose(1, 2).reshape(rows, tokens, -1)
+        return mixed if packing is None else packing.together(mixed)
 
 
 class Transformer(nn.Module):
@@ -267,18 +280,20 @@ class Transformer(nn.Module):
         mask: AttentionMask | None = None,
         cache: Cache | None = None,
         noise: Noise | None = None,
+        packing: Packing | None = None,
     ) -> Tensor:
-        """States after the final norm, (B, T, D), of token ids (B, T).
+        """States after the final norm, (B, T, D), of token ids (B, T); with a packing (1, W, D) of (1, T).
 
         `positions`, (T,) or (B, T), count from 0 by default, behind the cache and without left
         padding. With a cache the ids follow what it holds, and it is extended. `noise` turns the
-        shape's dropout on. Raises ValueError when a row is longer than the model's context.
+        shape's dropout on. With a packing positions and mask are those of its sequences. Raises ValueError
+        when a row is longer than the model's context.
         """
         past = 0 if cache is None else cache.length
-        total = past + ids.shape[1]
+        total = past + (ids if packing is None else packing.places).shape[1]
         lengths = None if cache is None else cache.lengths
         if positions is None:
-            positions = _positions(ids, past, mask, self.shape.context)
+            positions = _positions(past, total, mask, self.shape.context, ids.device)
             positions = positions if lengths is None else lengths[:, None]
         rotation = (self.cosine[positions], self.sine[positions])  # (T, E) or (B, T, E)
         if positions.dim() == 2:
@@ -291,8 +306,9 @@ class Transformer(nn.Module):
             allowed = _allowed_to_last(lengths, total)
             near = _allowed_to_last(lengths, total, window) if window else allowed
         x = self.embedding(ids)
-        for block in cast("Iterable[Block]", self.blocks):
-            x = block(x, rotation, near if block.is_windowed else allowed, cache, noise)
+        for number, block in enumerate(cast("Iterable[Block]", self.blocks), 1):
+            here = near if block.is_windowed else allowed
+            x = block(x, rotation, here, cache, noise, packing, number == len(self.blocks))
         if cache is not None:
             cache.length = total
         return self.norm(x)
@@ -417,15 +433,16 @@ def _rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     return (x * cosine + x.roll(x.shape[-1] // 2, -1) * sine).to(x.dtype)
 
 
-def _positions(ids: Tensor, past: int, mask: AttentionMask | None, context: int) -> Tensor:
-    total = past + ids.shape[1]
+def _positions(
+    past: int, total: int, mask: AttentionMask | None, context: int, device: torch.device
+) -> Tensor:
     padding = None if mask is None else mask.padding
     if total > context and (padding is None or total - int(padding.min()) > context):
         raise ValueError(
             f"a row of {total} tokens is longer than the model's context of {context}; shorten it or "
             f"train a shape with a longer context"
         )
-    positions = torch.arange(past, total, device=ids.device)
+    positions = torch.arange(past, total, device=device)
     return positions if padding is None else (positions - padding[:, None]).clamp(min=0)
 
 
@@ -436,7 +453,9 @@ def _allowed(
 
     With a window a token sees so many places, its own among them; 0 for all.
     """
-    is_plain = mask is None or (mask.documents is None and mask.padding is None)
+    is_plain = mask is None or (
+        mask.documents is None and mask.padding is None and mask.prefix is None
+    )
     is_near = 0 < window < total
     if is_plain and not is_near and (past == 0 or total - past == 1):
         return None
@@ -445,6 +464,10 @@ def _allowed(
     allowed = (seen <= new)[None]  # (1, T, S)
     if is_near:
         allowed = allowed & (seen > new - window)
+    if mask is not None and mask.prefix is not None:
+        assert past == 0, "a prefix is read at once, not through a cache"
+        end = mask.prefix[:, None, None]
+        allowed = allowed | ((seen < end) & (new < end))
     if mask is not None and mask.padding is not None:
         # A padding token sees itself, so that no row of the softmax is empty.
         allowed = allowed & ((seen >= mask.padding[:, None, None]) | (seen == new))
