@@ -115,6 +115,7 @@ def identifier() -> "LanguageIdentifier":
             super().__init__(*given, **options)
             self.rows = np.array(self.tk_row).astype(np.int64) << 8
             self.moves, self.features = np.array(self.tk_nextmove), np.array(self.tk_output, "i4")
+            self.weights = self.nb_ptc.astype(np.float32)  # once, not for every text
 
         def _raw_score(self, text: bytes) -> "npt.NDArray[np.float32]":
             visited, counts = np.empty(len(text), np.int32), np.empty(len(text), np.float32)
@@ -122,8 +123,7 @@ def identifier() -> "LanguageIdentifier":
             found = automaton.visit(content, self.moves, self.rows, self.features, visited, counts)
             if found == 0:
                 return np.zeros(len(self.nb_classes), np.float32)
-            weights = self.nb_ptc[visited[:found]].astype(np.float32)
-            return np.log1p(counts[:found]) @ weights + self.nb_pc
+            return np.log1p(counts[:found]) @ self.weights[visited[:found]] + self.nb_pc
 
     model = Compiled.from_model_file(langid.MODEL_FILE, norm_probs=True)
     with alone():
