@@ -28,7 +28,7 @@ WORDS_PER_HAN = 0.625
 LISTED_HITS = 200
 
 
-@stage(version=2)
+@stage(version=3)
 def decontaminate(job: Job, corpus: Corpus, settings: DecontaminateConfig) -> Corpus:
     """Drop (or cut) documents that hold exam questions; drop held-out documents that training ones hold.
 

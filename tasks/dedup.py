@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import polars as pl
 
 LEAST_RECALL = 0.95
-PARTS_VERSION = 2
+PARTS_VERSION = 3
 CLUSTERS = "clusters.parquet"
 SIGNED_FIELDS = {
     "near": ("unit", "keep", "shingles", "shingle_tokens", "bands", "band_rows", "least_recall",
@@ -41,7 +41,7 @@ SIGNED_FIELDS = {
 """Of the settings those that a shard's part depends on: another threshold signs nothing anew."""
 
 
-@stage(version=2)
+@stage(version=3)
 def dedup(job: Job, corpus: Corpus, settings: DedupConfig) -> Corpus:
     """Keep one document of every group of copies; which one is `keep`'s choice.
 

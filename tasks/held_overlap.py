@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 GRAMS = "held_grams.npz"
 FOUND = "found.npz"
 KNOWN = "held_grams.npy"
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)

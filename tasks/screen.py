@@ -23,7 +23,7 @@ LISTED = 200
 HELD_FIRST: tuple[Split, Split] = ("held", "train")
 
 
-@stage(version=1)
+@stage(version=2)
 def screen(job: Job, conversations: Conversations, settings: ScreenConfig) -> Conversations:
     """Drop conversations that hold exam questions, then those that repeat an earlier one.
 

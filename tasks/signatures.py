@@ -3,15 +3,11 @@
 Source: Broder 1997 (resemblance, min-wise signatures); Charikar 2002 (SimHash).
 """
 
-import contextlib
-import importlib.metadata
 import itertools
 import math
-import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from conf.dedup import DedupConfig
 from storage.corpus import Shard
@@ -177,46 +173,19 @@ def _sign(
 
 
 def permutations_of(settings: DedupConfig) -> "Permutations":
-    """Factors and summands of datasketch's scheme "affine32", (bands * rows,) each.
+    """Factors (odd) and summands of datasketch's scheme "affine32", (bands * rows,) each.
 
-    The library takes half a second to import, as long as some ten MB take to sign: its numbers are asked for
-    once, and kept in the user's cache.
+    Drawn as the library draws them, whose import takes as long as signing some ten MB; a test holds both
+    equal.
     """
     import numpy as np
 
     bands, rows = settings.banding()
-    version = importlib.metadata.version("datasketch")
-    name = f"permutations-{version}-{bands * rows}-{settings.permutation_seed}.npy"
-    path = Path.home() / ".cache" / "bessemer" / name
-    if path.exists():
-        both: npt.NDArray[np.uint32] = np.load(path, allow_pickle=False)
-    else:
-        both = _asked_permutations(bands * rows, settings.permutation_seed)
-        with contextlib.suppress(
-            OSError
-        ):  # a home that cannot be written to: asked again next time
-            _keep(both, path)
-    return both[0], both[1]
-
-
-def _asked_permutations(count: int, seed: int) -> "npt.NDArray[np.uint32]":
-    import numpy as np
-    from datasketch import MinHash
-
-    truth = MinHash(num_perm=count, seed=seed, scheme="affine32")
-    return np.stack(cast("tuple[Any, Any]", truth.permutations)).astype(np.uint32)
-
-
-def _keep(values: "npt.NDArray[Any]", path: Path) -> None:
-    """Write a file that is there whole or not at all."""
-    import numpy as np
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent) as stream:
-        np.save(stream, values)
-        stream.flush()
-        os.fsync(stream.fileno())
-        os.link(stream.name, path)
+    count = bands * rows
+    # Legacy on purpose: this generator is datasketch's, and numpy has frozen its numbers (NEP 19).
+    draw = np.random.RandomState(settings.permutation_seed)
+    a = draw.randint(0, 1 << 31, count, dtype=np.uint32) * np.uint32(2) + np.uint32(1)
+    return a, draw.randint(0, 1 << 32, count, dtype=np.uint32)
 
 
 def sign_texts(

@@ -24,7 +24,7 @@ SHOWN = 20
 SHOWN_CHARS = 200
 
 
-@stage(version=1)
+@stage(version=2)
 def synthesize(job: Job, corpus: Corpus, topics: Topics, settings: SynthesizeConfig) -> Corpus:
     """Add a shard of documents that a model wrote about the topics; none is like one of the corpus.
 

@@ -17,7 +17,7 @@ from tasks.synthesis import Ask, answers, repeated
 SHOWN = 20
 
 
-@stage(version=1)
+@stage(version=2)
 def synthesize_chats(
     job: Job, corpus: Corpus, topics: Topics, settings: SynthesizeChatsConfig
 ) -> Conversations:

@@ -1,7 +1,7 @@
 """Compiled loops of dedup: tokens, shingles, MinHash and SimHash signatures, exact Jaccard, greedy choice.
 
-A token is one Han, kana or hangul character, or one run of letters, digits and `_` (ASCII lower-cased),
-unless `how` says otherwise. A shingle is `shingle_tokens` tokens in a row; a document with fewer is one
+A token is one Han, kana or hangul character, or one run of letters, digits and `_` (ASCII lower-cased,
+full-width ones taken as ASCII), unless `how` says otherwise. A shingle is `shingle_tokens` tokens in a row; a document with fewer is one
 shingle, one without any token has none. Text comes as Arrow buffers: UTF-8 bytes and row offsets.
 """
 
@@ -43,6 +43,13 @@ def _fmix32(h):
 
 
 @nb.njit(inline="always")
+def _narrow(cp):
+    """The ASCII letter, digit or `_` of a full-width one, as NFKC has it; others as they are."""
+    is_wide = (0xFF10 <= cp <= 0xFF19) or (0xFF21 <= cp <= 0xFF3A) or (0xFF41 <= cp <= 0xFF5A)
+    return cp - 0xFEE0 if is_wide or cp == 0xFF3F else cp
+
+
+@nb.njit(inline="always")
 def _kind(cp):
     """What a code point is. Ranges are written out: a Unicode table would change with Python."""
     if cp < 0x80:
@@ -53,7 +60,7 @@ def _kind(cp):
     # Han, kana, hangul
     if is_han(cp) or (0x3041 <= cp <= 0x30FF) or (0xAC00 <= cp <= 0xD7AF):
         return SINGLE
-    return SEPARATOR
+    return RUN if _narrow(cp) < 0x80 else SEPARATOR
 
 
 @nb.njit(inline="always")
@@ -64,6 +71,23 @@ def _kind_for(cp, how):
     if how == WINDOWS or (how == CHARACTERS and kind == RUN):
         return SINGLE
     return RUN if how == WORDS and kind == SINGLE else kind
+
+
+@nb.njit(inline="always")
+def _lower(cp):
+    return cp + 32 if 65 <= cp <= 90 else cp
+
+
+@nb.njit(inline="always")
+def _with_letter(h, cp, text, i, width):
+    """The hash of a run with one more letter, at byte i."""
+    if cp < 0x80:
+        return (h ^ U64(_lower(cp))) * FNV_PRIME
+    if cp >= 0xFF10:
+        return (h ^ U64(_lower(_narrow(cp)))) * FNV_PRIME
+    for j in range(i, i + width):
+        h = (h ^ U64(text[j])) * FNV_PRIME
+    return h
 
 
 @nb.njit(nogil=True, cache=True)
@@ -80,19 +104,15 @@ def _token_hashes(text, start, end, how, out):
             if not is_in_run:
                 h = FNV_OFFSET
                 is_in_run = True
-            for j in range(i, i + width):
-                c = U64(text[j])
-                if 65 <= text[j] <= 90:
-                    c = c + U64(32)
-                h = (h ^ c) * FNV_PRIME
+            h = _with_letter(h, cp, text, i, width)
         else:
             if is_in_run:
                 out[found] = mix64(h)
                 found += 1
                 is_in_run = False
             if kind == SINGLE:
-                if how == CHARACTERS and 65 <= cp <= 90:
-                    cp += 32
+                if how == CHARACTERS:
+                    cp = _lower(_narrow(cp))
                 out[found] = mix64(U64(cp) + GOLDEN)
                 found += 1
         i += width

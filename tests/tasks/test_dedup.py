@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -18,19 +19,21 @@ from conf.dedup import DedupConfig
 from storage.corpus import Corpus
 from tasks.dedup import dedup
 from tasks.kernels import minhash
-from tasks.signatures import shingle_sets, sign_texts
+from tasks.signatures import permutations_of, shingle_sets, sign_texts
 from tests.storage.corpora import corpus_of
 from tests.tasks.text_jobs import digest_of, job_at, with_landings
 
 TOKEN = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\U00020000-\U0003ffff]|[a-z0-9_]+")
 TEXT = st.text(
-    st.sampled_from("abcXYZ019_ .,!?\n你好世界猫狗吃草在山上，。！𠀀"), min_size=0, max_size=60
+    st.sampled_from("abcXYZ019_ .,!?\n你好世界猫狗吃草在山上，。！𠀀ＡＺａｚ０９＿＠／"),
+    min_size=0,
+    max_size=60,
 )
 
 
 def shingles_of(text: str, width: int = 5) -> set[tuple[str, ...]]:
-    """The definition, in plain Python."""
-    tokens = TOKEN.findall(text.lower())
+    """The definition, in plain Python; NFKC makes full-width letters ASCII."""
+    tokens = TOKEN.findall(unicodedata.normalize("NFKC", text).lower())
     if not tokens:
         return set()
     width = min(width, len(tokens))
@@ -98,6 +101,22 @@ def test_exact_jaccard_is_that_of_the_token_sets(x: str, y: str) -> None:
 def test_a_han_character_beyond_the_basic_plane_is_one_token() -> None:
     _, counts = sign_texts(pl.Series(["𠀀𠀁𠀂𠀃𠀄𠀅", "ab cd ef gh ij kl"]), DedupConfig())
     assert counts.tolist() == [2, 2]  # six tokens each: two shingles of five
+
+
+def test_full_width_letters_are_as_good_as_ascii(tmp_path: Path) -> None:
+    plain = " ".join(words(20, 3)) + "Mixed_9"
+    wide = "".join(chr(ord(c) + 0xFEE0) if c != " " else "\u3000" for c in plain)
+    values, ends = shingle_sets(pl.Series([plain, wide]), DedupConfig())
+    assert values[: ends[0]].tolist() == values[ends[0] :].tolist()
+    result = dedup(job_at(tmp_path, "d"), corpus_of(tmp_path, [[plain, wide]]), DedupConfig())
+    assert kept_of(result) == [True, False]
+
+
+@pytest.mark.parametrize(("bands", "rows", "seed"), [(20, 6, 1), (1, 1, 7), (256, 1, 12345)])
+def test_permutations_are_those_of_datasketch(bands: int, rows: int, seed: int) -> None:
+    found = permutations_of(DedupConfig(bands=bands, band_rows=rows, permutation_seed=seed))
+    oracle = MinHash(num_perm=bands * rows, seed=seed, scheme="affine32").permutations
+    assert np.array_equal(np.stack(found), oracle)
 
 
 def test_letters_with_marks_and_other_scripts_are_words() -> None:

@@ -5,6 +5,7 @@
 
 import random
 import re
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ SENTENCES = [text for texts in GOOD.values() for text in texts] + [
 ]
 ODD = [
     *("e\u0301\u0327", "👩\u200d👧🏽", "\0", "\ud83d", "\udc00x", "\u200b", "\u202e"),
-    *("ﬁ", "Ａ１", "\r\n", "\t", "कि", "한글", "ひ"),
+    *("ﬁ", "Ａ１", "ｇ＿９", "\r\n", "\t", "कि", "한글", "ひ"),
 ]
 
 
@@ -147,13 +148,18 @@ def test_rules_decide_as_their_plain_version(tmp_path: Path, count: int, long_li
 # Dedup
 
 
-# A Han, kana or hangul character, or other letters and digits in a row; full-width ones are none.
+# A Han, kana or hangul character, or other letters and digits in a row.
 TOKEN = re.compile(f"[{SINGLE}]|[A-Za-z0-9_\xc0-\xd6\xd8-\xf6\xf8-\u1fff]+")
+
+
+NARROW = {c: unicodedata.normalize("NFKC", chr(c)) for c in range(0xFF01, 0xFF5F)}
+"""Full-width characters, as ASCII."""
 
 
 def plain_shingles(text: str, width: int = 5) -> set[tuple[str, ...]]:
     """Runs of five tokens, ASCII case ignored."""
-    words = [re.sub("[A-Z]", lambda m: m.group().lower(), word) for word in TOKEN.findall(text)]
+    found = TOKEN.findall(text.translate(NARROW))
+    words = [re.sub("[A-Z]", lambda m: m.group().lower(), word) for word in found]
     width = min(width, len(words))
     return {tuple(words[i : i + width]) for i in range(len(words) - width + 1)} if words else set()
 
