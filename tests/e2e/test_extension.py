@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from flows.cli import app
 from flows.execution import Execution
 from flows.preparation import Request, prepare
 from flows.runs import open_home
@@ -112,3 +114,32 @@ def test_without_extend_the_same_files_are_one_corpus_with_new_statistics(folder
     assert shards(anew)["filter"] == (1, 2)
     assert {"tokenizer", *MAPS} <= built(anew)
     assert shards(anew)["tokenize"] == (3, 0)
+
+
+def test_cat_lists_what_each_stage_dropped_and_why(folder: Path) -> None:
+    good = "The boat was on the river all day, and it came home with much fish."
+    texts = [good, "menu home login", "船在河上走了很久，天黑了才回到家里，大家都很高兴。", good]
+    rows = [json.dumps({"text": text, "url": f"u{i}"}) for i, text in enumerate(texts)]
+    (folder / "pages.jsonl").write_text("\n".join(rows), "utf-8")
+    (folder / "small_world.yaml").write_text(
+        """
+stages:
+  extract: {sources: [{path: pages.jsonl, domain: web}]}
+  filter: {from: {corpus: extract}, min_chars: 20}
+  dedup: {from: {corpus: filter}}
+""",
+        "utf-8",
+    )
+    run(folder)
+
+    def listed(*arguments: str) -> list[tuple[str, str | None]]:
+        done = CliRunner().invoke(app, ["cat", *arguments], catch_exceptions=False)
+        found = [json.loads(line) for line in done.stdout.splitlines()]
+        assert [row["text"] for row in found] == [texts[int(row["url"][1])] for row in found]
+        return [(row["url"], row.get("reason")) for row in found]
+
+    assert listed("filter", "--dropped") == [("u1", "too_short")]
+    assert listed("dedup", "--dropped") == [("u3", "exact_duplicate")]
+    assert [url for url, _ in listed("dedup")] == ["u0", "u2"]
+    assert [url for url, _ in listed("extract", "--limit", "1")] == ["u0"]
+    assert listed("extract", "--dropped") == []
