@@ -292,10 +292,15 @@ class Tally:
             + TOKENS_PER_BYTE * (pl.col("bytes").cast(pl.Int64) - han_bytes),
         )
         self._add_counts(frame)
-        for rule in self._names(frame):
-            self._keep_examples("dropped", rule, _sample(frame, rule, self.examples))
+        kept, dropped = frame.filter("keep").lazy(), frame.filter(~pl.col("keep")).lazy()
+        plans = {("dropped", name): _sample(dropped, name) for name in self._names(frame)}
         for rule in self.rules:
-            self._keep_examples("borderline", rule.name, _closest(frame, rule, self.examples))
+            if any((rule.minimum, rule.maximum)):
+                plans["borderline", rule.name] = _closest(kept, rule)
+        # All at once: begun one by one, so many small queries would take longer than the counting.
+        shortest = [plan.bottom_k(self.examples, by="order") for plan in plans.values()]
+        for place, rows in zip(plans, pl.collect_all(shortest), strict=True):
+            self._keep_examples(place, rows.sort("order", "row").to_dicts())
 
     @staticmethod
     def _names(frame: "pl.DataFrame") -> list[str]:
@@ -341,8 +346,8 @@ class Tally:
                 counts = self.counts.setdefault((rule, *place), {})
                 counts[figure] = counts.get(figure, 0) + (value or 0)
 
-    def _keep_examples(self, kind: str, rule: str, rows: list[dict[str, Any]]) -> None:
-        held = self.chosen.setdefault((kind, rule), [])
+    def _keep_examples(self, place: tuple[str, str], rows: list[dict[str, Any]]) -> None:
+        held = self.chosen.setdefault(place, [])
         held += rows
         held.sort(key=lambda row: (row["order"], row["shard"], row["row"]))
         del held[self.examples :]
@@ -419,27 +424,23 @@ class Tally:
         )
 
 
-def _sample(frame: "pl.DataFrame", rule: str, limit: int) -> list[dict[str, Any]]:
-    """Documents that a rule dropped first, those with the smallest ids: a sample that stays the same."""
+def _sample(dropped: "pl.LazyFrame", rule: str) -> "pl.LazyFrame":
+    """Documents that a rule dropped first, by their ids: a sample that stays the same."""
     import polars as pl
 
     columns = ["shard", "row", "language", "domain", pl.col("doc_id").alias("order")]
-    rows = frame.filter(pl.col("reason") == rule).select(columns)
-    return rows.bottom_k(limit, by="order").sort("order", "row").to_dicts()
+    return dropped.filter(pl.col("reason") == rule).select(columns)
 
 
-def _closest(frame: "pl.DataFrame", rule: Rule, limit: int) -> list[dict[str, Any]]:
-    """Kept documents closest to the bounds of a rule, `order` being the relative distance."""
+def _closest(kept: "pl.LazyFrame", rule: Rule) -> "pl.LazyFrame":
+    """Kept documents near a bound of the rule, `order` being the relative distance."""
     import polars as pl
 
     value = pl.col(rule.statistic).cast(pl.Float64)
     bounds = [bound for bound in (rule.minimum, rule.maximum) if bound]
-    if not bounds or frame.is_empty():
-        return []
     distance = pl.min_horizontal(*((value - bound).abs() / abs(bound) for bound in bounds))
     columns = ["shard", "row", "language", "domain", value.alias("value"), distance.alias("order")]
-    rows = frame.filter(pl.col("keep") & _applies(rule)).select(columns).filter(pl.col("order") < 1)
-    return rows.bottom_k(limit, by="order").sort("order", "row").to_dicts()
+    return kept.filter(_applies(rule)).select(columns).filter(pl.col("order") < 1)
 
 
 def _texts(
