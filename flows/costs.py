@@ -262,7 +262,10 @@ def _memory(settings: Trained, shape: ShapeConfig, vocabulary: int) -> Memory:
         and (launch.fused_head == "on" or (launch.fused_head == "auto" and is_cuda)),
         has_noise=is_pretraining and shape.dropout > 0,
     )
-    is_ppo = isinstance(settings, PpoConfig)
+    trained, frozen = 1, 0
+    if isinstance(settings, PpoConfig):
+        trained = 2 if settings.method == "ppo" else 1
+        frozen = 1 if settings.lora.rank else 2
     return training_memory(
         shape,
         vocabulary,
@@ -273,8 +276,8 @@ def _memory(settings: Trained, shape: ShapeConfig, vocabulary: int) -> Memory:
         is_offloaded=launch.offload == "optimizer",
         is_accumulated=rows < own,
         learning_share=_learning_share(settings, shape, vocabulary),
-        trained=2 if is_ppo else 1,
-        frozen=2 if is_ppo else 0,
+        trained=trained,
+        frozen=frozen,
         evaluated_tokens=EVALUATION_TOKENS if has_held else 0,
         is_cuda=is_cuda,
     )

@@ -8,9 +8,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-KlEstimator = Literal["k1", "k3"]
+KlEstimator = Literal["k1", "k2", "k3"]
 
 EPSILON = 1e-8
+GROUP_EPSILON = 1e-4
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
@@ -29,10 +30,17 @@ def whiten(values: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
 def kl_per_token(logprobs: Tensor, reference: Tensor, estimator: KlEstimator) -> Tensor:
     """(B, N) estimate of the divergence from the reference at each sampled token, in nats.
 
-    Source: Schulman 2020, "Approximating KL divergence": k1 is unbiased, k3 also never negative.
+    Source: Schulman 2020, "Approximating KL divergence": k1 is unbiased, k2 and k3 are never negative,
+    and k3 is unbiased as well. In a loss the gradient of k2 is the one of the divergence.
     """
     log_ratio = reference - logprobs
-    return -log_ratio if estimator == "k1" else log_ratio.exp() - 1 - log_ratio
+    match estimator:
+        case "k1":
+            return -log_ratio
+        case "k2":
+            return log_ratio.square() / 2
+        case "k3":
+            return log_ratio.exp() - 1 - log_ratio
 
 
 def token_rewards(kl: Tensor, scores: Tensor, score_at: Tensor, *, kl_coef: float) -> Tensor:
@@ -62,6 +70,21 @@ def generalised_advantages(
         advantages[:, token] = advantage
         following = values[:, token]
     return advantages, advantages + values
+
+
+def group_advantages(returns: Tensor, method: Literal["grpo", "rloo"], samples: int) -> Tensor:
+    """(B,) advantage of each answer over the others to its prompt; `returns` (B,) hold `samples` answers to
+    a prompt side by side.
+
+    grpo: the distance to the group's mean in the group's deviations; 0 in a group of equal returns.
+    rloo: the distance to the mean of the group's other answers.
+    Source: Shao et al. 2024, section 4.1.2 (GRPO); Ahmadian et al. 2024, equation 8 (RLOO).
+    """
+    groups = returns.view(-1, samples)
+    distance = groups - groups.mean(1, keepdim=True)
+    if method == "grpo":
+        return (distance / (groups.std(1, keepdim=True) + GROUP_EPSILON)).flatten()
+    return (distance * (samples / (samples - 1))).flatten()
 
 
 def policy_loss(

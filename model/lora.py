@@ -3,7 +3,8 @@
 Source: Hu et al. 2022 (LoRA), section 4.1.
 """
 
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
 from typing import cast
 
 import torch
@@ -53,6 +54,20 @@ def add_lora(model: Transformer, settings: LoraConfig, seed: int) -> None:
             if isinstance(child, nn.Linear):
                 scale = settings.alpha / settings.rank
                 setattr(block, name, LoraLinear(child, settings.rank, scale, source))
+
+
+@contextmanager
+def correction_off(model: Transformer) -> Generator[None]:
+    """The model computes as before it learnt, until the block ends: it is its own reference."""
+    layers = [module for module in model.modules() if isinstance(module, LoraLinear)]
+    scales = [layer.scale for layer in layers]
+    try:
+        for layer in layers:
+            layer.scale = 0.0
+        yield
+    finally:
+        for layer, scale in zip(layers, scales, strict=True):
+            layer.scale = scale
 
 
 @torch.no_grad()

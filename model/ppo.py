@@ -1,51 +1,49 @@
-"""Proximal policy optimisation: a policy learns from a reward model what to say.
+"""Proximal policy optimisation and its relatives: a policy learns what to say from what its answers earn.
 
-Four models: the policy, its frozen reference, the value model that starts as the reward model, and the
+Up to four models: the policy, its frozen reference, the value model that starts as the reward model, and the
 reward model. Worker: `python -m model.ppo JOBFILE`.
 """
 
 import math
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
-from torch import Tensor
+import torch
 
 from conf.contract import JobFile
 from conf.ppo import PpoConfig
-from model.advantages import policy_loss, value_loss, whiten
 from model.batches import Batch, micro_batch_rows
+from model.best import Best
 from model.dialogues import BucketedOrder, Renderer
 from model.engine import Engine, Loss, build_engine
+from model.held_answers import HeldAnswers
 from model.journal import Journal
+from model.lessons import Lesson, policy_step_loss, value_step_loss
 from model.loop import Diverged, Stopped, accumulate
+from model.lora import add_lora, merge_lora
+from model.opinions import reward_opinions, truth_opinion
 from model.ranks import Ranks
 from model.rollouts import (
+    Answering,
     Models,
-    Rollout,
+    Prompt,
     advantages_of,
-    answer_logprobs,
-    answer_values,
     kl_of,
-    roll_out,
 )
-from model.transformer import Transformer
-from model.tuning import rate_at, spread, update_rule
+from model.tuning import rate_at, update_rule
 from model.weights import Checkpoints, load_model, save_model
 from model.worker import identity_of_job, run
 from storage.checkpoint import TOKENIZER, RewardScale
 from storage.conversations import read_conversations
-from storage.scores import mean
 from storage.tokenizer import ChatTokenizer
 
 RATIO_TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2}
 """How far the ratio of the first minibatch may be from 1: rounding, no more."""
 KL_ERROR_LIMIT = 0.2
-HELD_SEED = 1 << 20
-"""Keeps the noise of held-out answers apart from that of any iteration."""
 BAD_UPDATES = 5
 
 
@@ -55,102 +53,105 @@ def main() -> None:
 
 
 def work(job: JobFile, ranks: Ranks, journal: Journal) -> dict[str, Any]:
-    """Train the job's policy with its reward model; the figures of the result."""
+    """Let the job's policy learn from what its answers earn; the figures of the result."""
     settings = PpoConfig.model_validate(job.settings)
-    source, judge = Path(job.inputs["policy"]), Path(job.inputs["reward"])
+    source = Path(job.inputs["policy"])
     tokenizer = ChatTokenizer(source / TOKENIZER)
-    models = Models(
-        policy=load_model(source, device=ranks.device),
-        reference=load_model(source, device=ranks.device).requires_grad_(False),
-        value=load_model(judge, device=ranks.device),
-        reward=load_model(judge, device=ranks.device).requires_grad_(False),
-        scale=RewardScale.read(judge),
-    )
+    models = load_models(job, settings, ranks.device)
     prompts, counts = prompts_of(job, "train", tokenizer, models, settings)
     held, _ = prompts_of(job, "held", tokenizer, models, settings)
-    kept = spread(len(held), settings.held_prompts) if settings.held_prompts else []
-    held = [held[row] for row in kept]
     trainer = Trainer(models, prompts, tokenizer, settings, job, ranks, journal)
+    answers = HeldAnswers(trainer.answering, held, truth_opinion(job, settings))
     checkpoints = Checkpoints(job.state / "checkpoints", identity_of_job(job, settings), ranks)
-    before = held_figures(trainer.models_now(), held, tokenizer, settings, ranks)
-    trainer.resume(checkpoints)
-    trainer.train(checkpoints)
-    trained = trainer.models_now()
-    after = held_figures(trained, held, tokenizer, settings, ranks)
+    trainer.begin(checkpoints, answers)
+    trainer.train(checkpoints, answers)
+    kept = trainer.restore_best()
+    after = answers.figures(settings.held_prompts)
+    trained = trainer.models_now().policy
+    merge_lora(trained)
     if ranks.is_first:
-        save_model(job.files, trained.policy, role="policy", tokenizer=source / TOKENIZER)
+        save_model(job.files, trained, role="policy", tokenizer=source / TOKENIZER)
+    state = trainer.state
     return {
-        "iterations": settings.iterations,
-        "answers": settings.iterations * settings.rollout_rows,
+        "iterations": state.iteration,
+        "kept_iteration": kept,
+        "answers": state.iteration * settings.rollout_rows,
         "prompts": counts,
-        "held_before": before,
+        "held_before": state.before,
         "held_after": after,
-        "kl_coef": trainer.state.kl_coef,
-        "skipped_updates": trainer.state.skipped,
-        "seconds": trainer.state.seconds,
-        **trainer.state.figures,
+        "kl_coef": state.kl_coef,
+        "skipped_updates": state.skipped,
+        "seconds": state.seconds,
+        **state.figures,
     }
+
+
+def load_models(job: JobFile, settings: PpoConfig, device: torch.device) -> Models:
+    """The models of the job; the value model starts as the reward model, else as a policy that values
+    everything 0."""
+    source = Path(job.inputs["policy"])
+    judge = Path(job.inputs["reward"]) if "reward" in job.inputs else None
+    policy = load_model(source, device=device)
+    reference = None
+    if settings.lora.rank:
+        add_lora(policy, settings.lora, settings.seed)
+    else:
+        reference = load_model(source, device=device).requires_grad_(False)
+    value = None
+    if settings.method == "ppo":
+        value = load_model(judge or source, device=device, is_scalar=True)
+        if judge is None:
+            with torch.no_grad():
+                cast("torch.nn.Linear", value.score_head).weight.zero_()
+    return Models(
+        policy=policy,
+        reference=reference,
+        value=value,
+        reward=judge and load_model(judge, device=device).requires_grad_(False),
+        scale=RewardScale.read(judge) if judge else RewardScale(mean=0.0, std=1.0),
+    )
 
 
 def prompts_of(
     job: JobFile, split: Any, tokenizer: ChatTokenizer, models: Models, settings: PpoConfig
-) -> tuple[list[list[int]], dict[str, int]]:
+) -> tuple[list[Prompt], dict[str, int]]:
     """Prompts of one side up to the header of the last answer, and how they fitted.
 
     Raises ValueError when no prompt can be answered within the context.
     """
-    context = min(models.policy.shape.context, models.reward.shape.context)
-    room = context - settings.max_new_tokens
+    contexts = [m.shape.context for m in (models.policy, models.reward) if m is not None]
+    context = min(contexts)
     renderer = Renderer(tokenizer, context)
-    rows = read_conversations(Path(job.inputs["conversations"]), split)
-    found = [renderer.prompt(row["messages"][:-1], room) for row in rows]
-    prompts = [prompt for prompt in found if prompt is not None]
+    room = context - settings.max_new_tokens
+    rows = list(read_conversations(Path(job.inputs["conversations"]), split))
+    fitted = [(renderer.prompt(row["messages"][:-1], room), row) for row in rows]
+    prompts = [Prompt(ids, row) for ids, row in fitted if ids is not None]
     if split == "train" and not prompts:
         raise ValueError(
-            f"none of {len(found)} prompts leaves room for max_new_tokens={settings.max_new_tokens} in "
+            f"none of {len(rows)} prompts leaves room for max_new_tokens={settings.max_new_tokens} in "
             f"a context of {context}; lower max_new_tokens, or look at the conversations"
         )
     return prompts, renderer.counts.take()
 
 
-def held_figures(
-    models: Models,
-    prompts: Sequence[Sequence[int]],
-    tokenizer: ChatTokenizer,
-    settings: PpoConfig,
-    ranks: Ranks,
-) -> dict[str, Any]:
-    """Reward, divergence and endings of answers to held-out prompts, with n and interval."""
-    if not prompts:
-        return {}
-    rollout = roll_out(
-        models,
-        prompts,
-        tokenizer,
-        settings,
-        seed=HELD_SEED + settings.seed,
-        ranks=ranks,
-        micro_batch=32,
-    )
-    return {
-        "reward": mean(rollout.scores.tolist()).model_dump(),
-        "kl": mean(kl_of(rollout).tolist()).model_dump(),
-        "ended_share": mean(rollout.ended.tolist()).model_dump(),
-        "answer_tokens": mean(rollout.mask.sum(1).tolist()).model_dump(),
-    }
-
-
 @dataclass
 class TrainerState:
-    """Where PPO is; with both engines, all that a resume needs."""
+    """Where the training is; with the engines, all that a resume needs."""
 
     iteration: int
     kl_coef: float
-    skipped: int
+    skipped: int = 0
     """Updates that were left out, since loss or gradients were not finite."""
-    bad_in_row: int
-    seconds: float
-    figures: dict[str, float]
+    bad_in_row: int = 0
+    seconds: float = 0.0
+    figures: dict[str, float] = field(default_factory=dict[str, float])
+    before: dict[str, Any] = field(default_factory=dict[str, Any])
+    """Figures of answers to held-out prompts before anything was learnt."""
+    scales: dict[str, tuple[float, float]] = field(default_factory=dict[str, tuple[float, float]])
+    """Mean and deviation of each source of the reward beside the reward model."""
+    best_truth: float | None = None
+    looks_in_vain: int = 0
+    """Looks at the truth since the best one."""
 
 
 class Trainer:
@@ -159,41 +160,66 @@ class Trainer:
     def __init__(
         self,
         models: Models,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Prompt],
         tokenizer: ChatTokenizer,
         settings: PpoConfig,
         job: JobFile,
         ranks: Ranks,
         journal: Journal,
     ) -> None:
-        self.models, self.prompts, self.tokenizer = models, prompts, tokenizer
+        opinions = reward_opinions(job, settings)
+        assert models.reward or opinions, "the stage refuses a job without a reward"
+        self.models, self.prompts = models, prompts
         self.settings, self.launch, self.ranks, self.journal = settings, job.launch, ranks, journal
         rule = update_rule(settings)
         self.policy = build_engine(models.policy, job.launch, ranks, rule)
-        self.value = build_engine(models.value, job.launch, ranks, rule)
-        self.order = BucketedOrder([len(p) for p in prompts], settings.rollout_rows, settings.seed)
-        self.state = TrainerState(0, settings.kl_coef, 0, 0, 0.0, {})
+        self.value = models.value and build_engine(models.value, job.launch, ranks, rule)
+        self.answering = Answering(
+            self.models_now, tokenizer, settings, ranks, job.launch.micro_batch, opinions
+        )
+        groups = settings.rollout_rows // settings.samples_per_prompt
+        self.order = BucketedOrder([len(p.ids) for p in prompts], groups, settings.seed)
+        self.best = Best(job.state / "best.safetensors", ranks)
+        self.state = TrainerState(0, settings.kl_coef)
 
-    def resume(self, checkpoints: Checkpoints) -> None:
-        """Go on from the newest checkpoint, if there is one."""
+    def begin(self, checkpoints: Checkpoints, answers: HeldAnswers) -> None:
+        """Go on from the newest checkpoint; without one, see how the policy answers before it learns."""
         saved = checkpoints.newest()
-        if saved is None:
-            self.journal.cut(0)
+        if saved is not None:
+            self.policy.load(saved.path / "policy")
+            if self.value is not None:
+                self.value.load(saved.path / "value")
+            self.journal.cut(saved.state["metrics_bytes"])
+            self.state = TrainerState(**saved.state["trainer"])
+            self.answering.scales = self.state.scales
             return
-        self.policy.load(saved.path / "policy")
-        self.value.load(saved.path / "value")
-        self.journal.cut(saved.state["metrics_bytes"])
-        self.state = TrainerState(**saved.state["trainer"])
+        self.journal.cut(0)
+        self.answering.measure(self._asked(0), noise_seed(self.settings.seed, 0))
+        self.state.scales = self.answering.scales
+        self.state.before = answers.figures(self.settings.held_prompts)
+        if self.settings.truth_every_iterations:
+            self.journal.write(0, self._look(answers))
 
     def models_now(self) -> Models:
-        """The four models, whole, with what policy and value model have learnt."""
-        return replace(self.models, policy=self.policy.whole(), value=self.value.whole())
+        """The models, whole, with what policy and value model have learnt."""
+        value = None if self.value is None else self.value.whole()
+        return replace(self.models, policy=self.policy.whole(), value=value)
 
-    def train(self, checkpoints: Checkpoints) -> None:
+    def restore_best(self) -> int:
+        """Give the policy the weights with the best truth, where it was looked at; their iteration."""
+        if not self.settings.truth_every_iterations:
+            return self.state.iteration
+        best = self.policy.whole()
+        kept = self.best.restore(best)
+        self.models_now = lambda: replace(self.models, policy=best)
+        self.answering.models = self.models_now
+        return kept
+
+    def train(self, checkpoints: Checkpoints, answers: HeldAnswers) -> None:
         """Iterate to the end. Raises Stopped after SIGTERM, with a checkpoint saved, and Diverged."""
         saved_at = time.monotonic()
         settings, state = self.settings, self.state
-        while state.iteration < settings.iterations:
+        while not self._is_over():
             started = time.perf_counter()
             figures = self.iterate(state.iteration)
             state.iteration += 1
@@ -202,106 +228,137 @@ class Trainer:
             state.figures = figures
             answered = figures["answer_tokens"] * settings.rollout_rows
             line = {**figures, "tokens_per_second": answered / seconds, "skipped": state.skipped}
+            every = settings.truth_every_iterations
+            if every and (state.iteration % every == 0 or state.iteration == settings.iterations):
+                line |= self._look(answers)
             self.journal.write(state.iteration, line)
-            is_last = state.iteration == settings.iterations
+            is_over = self._is_over()
             self.journal.progress(
-                state.iteration, settings.iterations, line, unit="iterations", is_due=is_last
+                state.iteration, settings.iterations, line, unit="iterations", is_due=is_over
             )
             is_late = time.monotonic() - saved_at >= self.launch.checkpoint_seconds
             every = settings.checkpoint_every_iterations
             is_asked, is_due = self.ranks.add(
-                [self.ranks.is_stopping, is_late and self.ranks.is_first and not is_last]
+                [self.ranks.is_stopping, is_late and self.ranks.is_first and not is_over]
             )
             if is_asked or is_due or (every and state.iteration % every == 0):
                 self._save(checkpoints)
                 saved_at = time.monotonic()
-            if is_asked and not is_last:
+            if is_asked and not is_over:
                 raise Stopped(
                     f"stopped after iteration {state.iteration} of {settings.iterations}, which was "
                     f"saved; run again"
                 )
 
+    def _is_over(self) -> bool:
+        patience = self.settings.truth_patience
+        is_vain = 0 < patience <= self.state.looks_in_vain
+        return self.state.iteration >= self.settings.iterations or is_vain
+
+    def _look(self, answers: HeldAnswers) -> dict[str, float]:
+        """The truth beside the reward; the weights are kept if it was never better."""
+        found, state = answers.look(), self.state
+        truth = found["held_truth"]
+        self.best.offer(self.policy.whole(), state.iteration, truth)
+        if state.best_truth is None or truth > state.best_truth:
+            state.best_truth, state.looks_in_vain = truth, 0
+        else:
+            state.looks_in_vain += 1
+        return found
+
+    def _asked(self, iteration: int) -> list[Prompt]:
+        """The prompts of an iteration, each as often as it is answered."""
+        rows = self.order.rows_at(iteration)
+        return [self.prompts[row] for row in rows for _ in range(self.settings.samples_per_prompt)]
+
     def iterate(self, iteration: int) -> dict[str, float]:
         """Answer one batch of prompts and learn from it; what came of it."""
         settings, state = self.settings, self.state
-        rows = self.order.rows_at(iteration)
-        rollout = roll_out(
-            self.models_now(),
-            [self.prompts[row] for row in rows],
-            self.tokenizer,
-            settings,
-            seed=noise_seed(settings.seed, iteration),
-            ranks=self.ranks,
-            micro_batch=self.launch.micro_batch,
-        )
+        asked = self._asked(iteration)
+        rollout, means = self.answering.at(asked, noise_seed(settings.seed, iteration))
         advantages, returns = advantages_of(rollout, settings, state.kl_coef)
-        advantages = whiten(advantages, rollout.mask)
-        learnt = self._learn(iteration, rollout, advantages, returns)
+        learnt = self._learn(iteration, Lesson(rollout, advantages, returns, state.kl_coef))
         kl = float(kl_of(rollout).mean())
         figures = {
             "reward": float(rollout.scores.mean()),
-            "reward_std": float(rollout.scores.std()) if len(rows) > 1 else 0.0,
+            "reward_std": float(rollout.scores.std()) if len(asked) > 1 else 0.0,
+            **means,
             "kl": kl,
             "kl_coef": state.kl_coef,
+            "entropy": -float(rollout.logprobs.sum() / rollout.mask.sum()),
             "answer_tokens": float(rollout.mask.sum(1).mean()),
             "ended_share": float(rollout.ended.mean()),
             **learnt,
         }
-        state.kl_coef = adapted_kl_coef(settings, state.kl_coef, kl, len(rows))
+        state.kl_coef = adapted_kl_coef(settings, state.kl_coef, kl, len(asked))
         return figures
 
-    def _learn(
-        self, iteration: int, rollout: Rollout, advantages: Tensor, returns: Tensor
-    ) -> dict[str, float]:
+    def _learn(self, iteration: int, lesson: Lesson) -> dict[str, float]:
         """All updates of an iteration; the means of their figures."""
+        settings = self.settings
+        sums: dict[str, float] = {}
+        made = 0
+        for number, members in self._minibatches(iteration):
+            own = micro_batch_rows(
+                members, self.ranks.rank, self.ranks.world, self.launch.micro_batch
+            )
+            batches = [lesson.batch(part.tolist()) for part in own]
+            found = self._update(batches, lesson.kl_coef, number)
+            if found is None:
+                break
+            if not made:
+                assert_first_ratio(found["ratio_gap"], settings)
+            for name, value in found.items():
+                sums[name] = sums.get(name, 0.0) + value
+            made += 1
+        means = {name: value / made for name, value in sums.items() if name != "ratio_gap"}
+        return {**means, "updates": made} if settings.stop_kl else means
+
+    def _minibatches(self, iteration: int) -> Iterator[tuple[int, np.ndarray]]:
+        """The number of each update of an iteration, and its rows."""
+        settings = self.settings
+        per_epoch = settings.rollout_rows // settings.minibatch_rows
+        number = iteration * settings.epochs * per_epoch
+        for epoch in range(settings.epochs):
+            key = np.random.SeedSequence((settings.seed, 2, iteration, epoch))
+            shuffled = np.random.Generator(np.random.Philox(key)).permutation(settings.rollout_rows)
+            for members in np.split(shuffled, per_epoch):
+                yield number, members
+                number += 1
+
+    def _update(
+        self, batches: Sequence[Batch], kl_coef: float, number: int
+    ) -> dict[str, float] | None:
+        """Learn from a minibatch; None when the policy is already too far from the one that answered."""
         settings = self.settings
         per_epoch = settings.rollout_rows // settings.minibatch_rows
         updates = settings.iterations * settings.epochs * per_epoch
-        done = iteration * settings.epochs * per_epoch
-        sums: dict[str, float] = {}
-        for epoch in range(settings.epochs):
-            generator = np.random.Generator(
-                np.random.Philox(np.random.SeedSequence((settings.seed, 2, iteration, epoch)))
-            )
-            shuffled = generator.permutation(len(rollout.scores))
-            for members in np.split(shuffled, per_epoch):
-                own = micro_batch_rows(
-                    members, self.ranks.rank, self.ranks.world, self.launch.micro_batch
-                )
-                batches = [_minibatch(rollout, advantages, returns, part) for part in own]
-                rates = [
-                    rate_at(settings, done, updates, peak)
-                    for peak in (settings.learning_rate, settings.value_learning_rate)
-                ]
-                found = self._update(batches, rates[0], rates[1])
-                if done == iteration * settings.epochs * per_epoch:
-                    assert_first_ratio(found["ratio_gap"], settings)
-                for name, value in {**found, "lr": rates[0]}.items():
-                    sums[name] = sums.get(name, 0.0) + value / (settings.epochs * per_epoch)
-                done += 1
-        sums.pop("ratio_gap")
-        return sums
-
-    def _update(
-        self, batches: Sequence[Batch], policy_rate: float, value_rate: float
-    ) -> dict[str, float]:
-        policy, policy_norm = self._step(
-            self.policy, policy_step_loss(self.settings), batches, policy_rate
-        )
-        value, value_norm = self._step(
-            self.value, value_step_loss(self.settings, self.models.scale), batches, value_rate
-        )
-        return {
-            **policy,
-            "gradient_norm": policy_norm,
-            "value_loss": value["loss"],
-            "value_gradient_norm": value_norm,
-        }
+        rate = rate_at(settings, number, updates, settings.learning_rate)
+        loss = policy_step_loss(settings, kl_coef)
+        figures, norm = self._step(self.policy, loss, batches, rate, settings.stop_kl or math.inf)
+        if figures["policy_kl"] > (settings.stop_kl or math.inf):
+            return None
+        found = {**figures, "gradient_norm": norm, "lr": rate}
+        if self.value is not None:
+            rate = rate_at(settings, number, updates, settings.value_learning_rate)
+            loss = value_step_loss(settings, self.models.scale)
+            value, value_norm = self._step(self.value, loss, batches, rate)
+            found |= {"value_loss": value["loss"], "value_gradient_norm": value_norm}
+        return found
 
     def _step(
-        self, engine: Engine, loss: Loss, batches: Sequence[Batch], rate: float
+        self,
+        engine: Engine,
+        loss: Loss,
+        batches: Sequence[Batch],
+        rate: float,
+        stop_kl: float = math.inf,
     ) -> tuple[dict[str, float], float]:
+        """Figures and gradient norm of an update, which is left out where it cannot or should not be."""
         figures, _ = accumulate(engine, loss, batches)
+        if figures.get("policy_kl", 0.0) > stop_kl:
+            engine.discard()
+            return figures, 0.0
         is_finite = all(math.isfinite(value) for value in figures.values())
         norm = engine.step(rate) if is_finite else math.nan
         if is_finite and math.isfinite(norm):
@@ -320,7 +377,8 @@ class Trainer:
     def _save(self, checkpoints: Checkpoints) -> None:
         def write(folder: Path) -> None:
             self.policy.save(folder / "policy")
-            self.value.save(folder / "value")
+            if self.value is not None:
+                self.value.save(folder / "value")
 
         state = {"trainer": asdict(self.state), "metrics_bytes": self.journal.offset}
         checkpoints.save(self.state.iteration, state, write)
@@ -347,52 +405,6 @@ def assert_first_ratio(gap: float, settings: PpoConfig) -> None:
     """Before any update the policy is the one that answered: else old log-probabilities are wrong."""
     limit = RATIO_TOLERANCE[settings.precision]
     assert gap <= limit, f"ratio of the first minibatch is off 1 by {gap:.2e}, more than {limit}"
-
-
-def policy_step_loss(settings: PpoConfig) -> Loss:
-    """Clipped policy loss per answer token of the step; how much was clipped, how far the policy went."""
-
-    def loss(model: Transformer, batch: Batch, totals: Mapping[str, float]) -> dict[str, Tensor]:
-        rollout = _rollout_of(batch)
-        logprobs = answer_logprobs(model, rollout, settings.temperature)
-        each, is_clipped = policy_loss(
-            logprobs, rollout.logprobs, batch["advantages"], clip=settings.ratio_clip
-        )
-        mask, tokens = rollout.mask, totals["tokens"]
-        gap = ((logprobs - rollout.logprobs).exp() - 1).abs() * mask
-        return {
-            "loss": (each * mask).sum() / tokens,
-            "clip_fraction": (is_clipped * mask).sum() / tokens,
-            # Mean over the tokens, which a few wrong log-probabilities would move as well.
-            "ratio_gap": gap.sum() / tokens,
-            "policy_kl": ((rollout.logprobs - logprobs) * mask).sum() / tokens,
-        }
-
-    return loss
-
-
-def value_step_loss(settings: PpoConfig, scale: RewardScale) -> Loss:
-    """Clipped value loss per answer token of the step."""
-
-    def loss(model: Transformer, batch: Batch, totals: Mapping[str, float]) -> dict[str, Tensor]:
-        rollout = _rollout_of(batch)
-        values = answer_values(model, rollout, scale)
-        each = value_loss(values, rollout.values, batch["returns"], clip=settings.value_clip)
-        return {"loss": (each * rollout.mask).sum() / totals["tokens"]}
-
-    return loss
-
-
-def _minibatch(rollout: Rollout, advantages: Tensor, returns: Tensor, rows: Any) -> Batch:
-    part = rollout.rows(rows.tolist())
-    tokens = int(part.mask.sum())
-    tensors = {name: getattr(part, name) for name in Rollout.__dataclass_fields__}
-    extra = {"advantages": advantages[rows], "returns": returns[rows]}
-    return Batch({**tensors, **extra}, {"tokens": float(tokens)}, tokens)
-
-
-def _rollout_of(batch: Batch) -> Rollout:
-    return Rollout(**{name: batch[name] for name in Rollout.__dataclass_fields__})
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@
     ├── PartsFailed        shards of a fan-out could not be built; the others are in the store
     ├── JobFailed          a torch job ended badly (tasks/launch.py)
     ├── EndpointFailed     a language model's endpoint refuses or does not answer (tasks/completions.py)
+    ├── JudgeFailed        a judge does, while a policy learns from it (model/judge.py)
     └── ServiceError       a server that a run needs does not answer (flows/runs.py)
 
 A wrong choice of the caller is a ValueError.

@@ -7,10 +7,11 @@ another quantile costs neither again.
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from conf.filter import FilterConfig
 from storage.corpus import Corpus, Shard
+from storage.own_code import own_function
 from storage.source import Source, SourceFile
 from tasks.fanout import Part, PartItem, fan_out
 from tasks.kept_rows import text_digest
@@ -175,15 +176,8 @@ def own_rule(path: Path) -> Callable[[dict[str, Any]], bool]:
 
     Raises ValueError where the file has none.
     """
-    names: dict[str, Any] = {"__name__": path.stem, "__file__": str(path)}
-    # The file is the user's own, named in the recipe, and enters identity by its content.
-    exec(compile(path.read_text("utf-8"), str(path), "exec"), names)
-    if not callable(function := names.get("drops")):
-        raise ValueError(
-            f"{path} has no function `drops`; a rule of one's own is a file with "
-            "`def drops(document) -> bool`, given a dict with text, url, source, domain, language"
-        )
-    return cast("Callable[[dict[str, Any]], bool]", function)
+    shape = "`def drops(document) -> bool`, given a dict with text, url, source, domain, language"
+    return own_function(path, "drops", shape)
 
 
 def _samples(files: Sequence[SourceFile], setting: str) -> list[str]:

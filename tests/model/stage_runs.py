@@ -23,7 +23,16 @@ WORKS: dict[str, Callable[..., dict[str, Any]]] = {
     "reward": reward.work,
     "dpo": dpo.work,
     "ppo": ppo.work,
+    "grpo": ppo.work,
 }
+PPO = PpoConfig(
+    iterations=2,
+    rollout_rows=8,
+    minibatch_rows=4,
+    max_new_tokens=8,
+    learning_rate=1e-4,
+    held_prompts=4,
+)
 SETTINGS: dict[str, Settings] = {
     "sft": SftConfig(max_steps=4, batch_rows=8, learning_rate=3e-3, evaluate_every_steps=2),
     "reward": RewardConfig(
@@ -36,13 +45,10 @@ SETTINGS: dict[str, Settings] = {
         max_new_tokens=8,
     ),
     "dpo": DpoConfig(max_steps=4, batch_rows=8, learning_rate=1e-3, evaluate_every_steps=2),
-    "ppo": PpoConfig(
-        iterations=2,
-        rollout_rows=8,
-        minibatch_rows=4,
-        max_new_tokens=8,
-        learning_rate=1e-4,
-        held_prompts=4,
+    "ppo": PPO,
+    # rloo differs from it in one formula, on the whole rollout.
+    "grpo": PPO.model_copy(
+        update={"method": "grpo", "samples_per_prompt": 4, "kl_in": "loss", "kl_estimator": "k3"}
     ),
 }
 INPUTS = {
@@ -50,6 +56,7 @@ INPUTS = {
     "reward": ("policy", "preferences"),
     "dpo": ("policy", "preferences"),
     "ppo": ("policy", "reward", "conversations"),
+    "grpo": ("policy", "reward", "conversations"),
 }
 
 

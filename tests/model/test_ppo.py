@@ -15,9 +15,10 @@ from model import ppo, reward, sft
 from model.advantages import generalised_advantages, policy_loss, token_rewards, value_loss, whiten
 from model.ppo import adapted_kl_coef, assert_first_ratio, noise_seed
 from model.ranks import Ranks
-from model.rollouts import Models, answer_logprobs, answer_values, kl_of, roll_out
+from model.rollouts import Answering, Models, Prompt, kl_of
 from model.weights import load_model, load_tensors
 from storage.checkpoint import RewardScale
+from storage.conversations import Conversation
 from storage.tokenizer import ChatTokenizer
 from tests.model.small_world import (
     kill_at,
@@ -136,47 +137,63 @@ def test_noise_differs_by_seed_and_iteration() -> None:
     assert all(0 <= seed < 2**63 for seed in seeds)
 
 
-def models_of(world: Path) -> tuple[Models, ChatTokenizer]:
+def answering_of(
+    world: Path, settings: PpoConfig, micro_batch: int = 0
+) -> tuple[Models, Answering]:
     files = inputs(world)
-    load = {
-        "policy": load_model(files["policy"]),
-        "reference": load_model(files["policy"]),
-        "value": load_model(files["reward"]),
-        "reward": load_model(files["reward"]),
-    }
-    models = Models(**load, scale=RewardScale.read(files["reward"]))
-    return models, ChatTokenizer(files["policy"] / "tokenizer")
+    models = Models(
+        policy=load_model(files["policy"]),
+        reference=load_model(files["policy"]),
+        value=load_model(files["reward"]),
+        reward=load_model(files["reward"]),
+        scale=RewardScale.read(files["reward"]),
+    )
+    tokenizer = ChatTokenizer(files["policy"] / "tokenizer")
+    return models, Answering(lambda: models, tokenizer, settings, Ranks(), micro_batch, {})
+
+
+def prompts_of(answering: Answering, *texts: str) -> list[Prompt]:
+    found: list[Prompt] = []
+    for text in texts:
+        asked = [{"role": "user", "content": text}]
+        row: Conversation = {
+            "id": text,
+            "messages": [*asked, {"role": "assistant", "content": "?"}],
+            "domain": "d",
+            "source": "s",
+            "language": "zh",
+        }
+        found.append(Prompt(answering.tokenizer.render(asked, for_generation=True).ids, row))
+    return found
 
 
 def test_a_rollout_says_what_full_forward_passes_say(world: Path) -> None:
-    models, tokenizer = models_of(world)
-    prompts = [
-        tokenizer.render([{"role": "user", "content": text}], for_generation=True).ids
-        for text in ("猫吃什么？", "Tell me the food of the bear.", "狗的食物？")
-    ]
     settings = changed(temperature=0.7)
-    whole = roll_out(models, prompts, tokenizer, settings, seed=1, ranks=Ranks(), micro_batch=0)
+    models, answering = answering_of(world, settings)
+    prompts = prompts_of(answering, "猫吃什么？", "Tell me the food of the bear.", "狗的食物？")
+    whole, _ = answering.at(prompts, 1)
+    mean, std = models.scale.mean, models.scale.std
+    assert models.reward
+    assert models.value
     with torch.no_grad():
-        torch.testing.assert_close(
-            answer_logprobs(models.policy, whole, 0.7), whole.logprobs, rtol=1e-4, atol=1e-5
-        )
         # The policy is still its reference.
         torch.testing.assert_close(kl_of(whole), torch.zeros(3), rtol=0, atol=1e-4)
-        for row, prompt in enumerate(prompts):
-            length = int(whole.mask[row].sum())
-            answer = whole.answers[row, :length].tolist()
-            assert bool(whole.ended[row]) == (answer[-1] == tokenizer.im_end)
-            ids = torch.tensor([prompt + answer])
+        for row, (prompt, answer) in enumerate(zip(prompts, whole.answer_ids, strict=True)):
+            assert bool(whole.ended[row]) == (answer[-1] == answering.tokenizer.im_end)
+            ids = torch.tensor([prompt.ids + answer])
+            start, length = len(prompt.ids), len(answer)
+            states = models.policy.hidden(ids)[0, start - 1 : -1]
+            logprobs = (models.policy.logits(states) / 0.7).log_softmax(-1)
+            expected = logprobs[range(length), answer]
+            torch.testing.assert_close(whole.logprobs[row, :length], expected, rtol=1e-4, atol=1e-5)
+            values = (models.value.score(models.value.hidden(ids)[0, start - 1 : -1]) - mean) / std
+            torch.testing.assert_close(whole.values[row, :length], values, rtol=1e-4, atol=1e-5)
+            assert not whole.values[row, length:].any()
             score = models.reward.score(models.reward.hidden(ids)[0, -1]).item()
-            expected = min(max((score - models.scale.mean) / models.scale.std, -5.0), 5.0)
-            expected -= 0.0 if whole.ended[row] else 1.0
-            assert whole.scores[row].item() == pytest.approx(expected, abs=1e-4)
-        values = answer_values(models.value, whole, models.scale)
-        torch.testing.assert_close(values, whole.values)
-    apart = roll_out(models, prompts, tokenizer, settings, seed=1, ranks=Ranks(), micro_batch=1)
-    assert [apart.answers[row][apart.mask[row] > 0].tolist() for row in range(3)] == [
-        whole.answers[row][whole.mask[row] > 0].tolist() for row in range(3)
-    ]
+            earned = min(max((score - mean) / std, -5.0), 5.0) - (0.0 if whole.ended[row] else 1.0)
+            assert whole.scores[row].item() == pytest.approx(earned, abs=1e-4)
+    apart, _ = answering_of(world, settings, micro_batch=1)[1].at(prompts, 1)
+    assert apart.answer_ids == whole.answer_ids
     torch.testing.assert_close(apart.scores, whole.scores, rtol=1e-4, atol=1e-5)
 
 

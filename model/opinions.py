@@ -1,0 +1,143 @@
+"""What others than a reward model make of answers: functions, people, a judge, the truth of a world.
+
+An opinion takes answers as dicts (`text`, `is_ended`, `messages`, `reference`, `id`, `domain`, `language`)
+and gives each a number, or None where it has none.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from conf.contract import JobFile
+from conf.ppo import PpoConfig
+from model.judge import Judge
+from storage.jsonl import content_id
+from storage.own_code import own_function
+from storage.world import Facts
+
+Answer = Mapping[str, Any]
+Opinion = Callable[[Sequence[Answer]], list[float | None]]
+
+JUDGED, UNSCORED = "judged.jsonl", "unscored.jsonl"
+"""In `logs/`: what the judge said, and the answers that people have not scored."""
+
+
+def reward_opinions(job: JobFile, settings: PpoConfig) -> dict[str, Opinion]:
+    """The sources of the reward beside the reward model, by their names in `weights`."""
+    found: dict[str, Opinion] = {}
+    if paths := job.sources.get("functions"):
+        found["functions"] = functions([Path(path) for path in paths])
+    if paths := job.sources.get("people"):
+        found["people"] = People([Path(path) for path in paths], job.logs / UNSCORED)
+    if settings.judge is not None and not settings.judge.is_truth:
+        found["judge"] = Judge(settings.judge, job.logs / JUDGED)
+    return found
+
+
+def truth_opinion(job: JobFile, settings: PpoConfig) -> Opinion | None:
+    """What the truth is, if it is looked at.
+
+    Raises ValueError where it is to be looked at and there is none, or more than one.
+    """
+    if not settings.truth_every_iterations:
+        return None
+    found: dict[str, Callable[[], Opinion]] = {}
+    if "world" in job.inputs:
+        found["world"] = lambda: world_truth(Path(job.inputs["world"]))
+    if paths := job.sources.get("truth_functions"):
+        found["truth_functions"] = lambda: functions([Path(path) for path in paths])
+    if (judge := settings.judge) is not None and judge.is_truth:
+        found["judge"] = lambda: Judge(judge, job.logs / JUDGED)
+    if len(found) != 1:
+        raise ValueError(
+            f"truth_every_iterations={settings.truth_every_iterations} looks at one truth, the node has "
+            f"{sorted(found) or 'none'}; name exactly one of the input world, truth_functions, and a judge with "
+            "is_truth, or set truth_every_iterations=0"
+        )
+    [make] = found.values()
+    return make()
+
+
+def functions(paths: Sequence[Path]) -> Opinion:
+    """The sum of what the functions `score(answer)` of users' files give.
+
+    Raises ValueError, as does the opinion for what is no finite number.
+    """
+    shape = "`def score(answer) -> float`, given a dict with text, is_ended, messages, reference"
+    scores = [(path, own_function(path, "score", shape)) for path in paths]
+
+    def score(path: Path, function: Callable[..., Any], answer: Answer) -> float:
+        value = function(dict(answer))
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            raise ValueError(
+                f"{path}: score gave {value!r} for the answer {answer['text'][:80]!r}; it must be a finite number"
+            )
+        return float(value)
+
+    return lambda answers: [sum(score(*one, answer) for one in scores) for answer in answers]
+
+
+class People:
+    """Scores that people gave to answers, word for word; answers that nobody has seen are written down."""
+
+    def __init__(self, paths: Sequence[Path], unscored: Path) -> None:
+        """Raises ValueError for a line that is no score, and where there is none."""
+        self._scores: dict[str, float] = {}
+        for path in paths:
+            for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
+                if line.strip():
+                    key, score = _scored(line, f"{path}:{number}")
+                    self._scores[key] = score
+        if not self._scores:
+            raise ValueError(f"{', '.join(map(str, paths))} hold no score; name a file with some")
+        self._unscored = unscored
+        # A replay after a kill meets the same answers.
+        lines = unscored.read_text("utf-8").splitlines() if unscored.exists() else []
+        self._told = {_key(row["messages"], row["answer"]) for row in map(json.loads, lines)}
+
+    def __call__(self, answers: Sequence[Answer]) -> list[float | None]:
+        keys = [_key(answer["messages"], answer["text"]) for answer in answers]
+        with self._unscored.open("a", encoding="utf-8") as stream:
+            for key, answer in zip(keys, answers, strict=True):
+                if key not in self._scores and key not in self._told:
+                    self._told.add(key)
+                    row = {"messages": answer["messages"], "answer": answer["text"], "score": None}
+                    stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+        return [self._scores.get(key) for key in keys]
+
+
+def world_truth(files: Path) -> Opinion:
+    """The true reward in the world whose `files` folder is given; None for what it is not asked about."""
+    facts = Facts.read(files)
+    questions = {question.text: question.id for question in facts.questions()}
+
+    def truth(answer: Answer) -> float | None:
+        question = questions.get(answer["messages"][-1]["content"])
+        if question is None:
+            return None
+        return facts.judge(question, answer["text"], ended=answer["is_ended"]).reward
+
+    return lambda answers: [truth(answer) for answer in answers]
+
+
+def _scored(line: str, place: str) -> tuple[str, float]:
+    """Key and score of a line of a people's file. Raises ValueError with the place."""
+    try:
+        row = json.loads(line)
+        messages = row.get("messages") or [{"role": "user", "content": row["prompt"]}]
+        score = float(row["score"])
+        key = _key(messages, row["answer"])
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{place} is no score ({type(error).__name__}: {error}); a line is a JSON object with messages (or "
+            "prompt), answer and score, a number"
+        ) from error
+    if not math.isfinite(score):
+        raise ValueError(f"{place}: the score {score} is not finite; give a number")
+    return key, score
+
+
+def _key(messages: Sequence[Mapping[str, str]], answer: str) -> str:
+    return content_id([[(m["role"], m["content"].strip()) for m in messages], answer.strip()])
