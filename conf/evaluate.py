@@ -17,8 +17,9 @@ class EvaluateConfig(Settings):
     """Worked questions of the same subjects (the `dev` files) for the few-shot prompt."""
     shots: Annotated[int, Field(ge=0)] = 5
     """Worked examples before a question; fewer where the context would not hold them."""
-    prompt: Literal["ceval", "mmlu", "plain"] = "ceval"
-    """Wording of an exam prompt; its hash is kept with the scores. `plain` asks the bare question."""
+    prompt: Literal["ceval", "cmmlu", "mmlu", "plain"] = "ceval"
+    """Wording of an exam prompt, as its authors published it; its hash is kept with the scores. `plain` asks
+    the bare question."""
     scoring: tuple[Literal["letter", "option"], ...] = ("letter", "option")
     """`letter` compares the letters of the options, `option` the whole options (cloze), per byte."""
     questions_per_subject: Annotated[int, Field(ge=0)] = 0
@@ -27,12 +28,20 @@ class EvaluateConfig(Settings):
     """JSON lines with `sentence_good` and `sentence_bad`, as BLiMP and ZhoBLiMP have them."""
     pairs_per_paradigm: Annotated[int, Field(ge=0)] = 0
     """First pairs of each paradigm that are compared; 0 for all."""
+    own_tasks: tuple[SourceSpec, ...] = ()
+    """JSON lines of your own, a file a task: `prompt` with `options` and `answer` (place from 0, letter or
+    text) is scored as a choice, `prompt` with `references` is answered and compared (BLEU, ROUGE)."""
     held_documents: Annotated[int, Field(ge=0)] = 0
     """Held-out documents of each domain that are scored, spread evenly; 0 for all."""
+    train_documents: Annotated[int, Field(ge=0)] = 0
+    """Training documents of each domain that are scored beside them, spread evenly: how much better they
+    are predicted is the watch on over-fitting. 0 for none."""
     stride: Annotated[float, Field(gt=0, le=1)] = 0.5
     """Step between the windows of a long document, as a share of the context."""
     has_baselines: bool = False
     """Whether n-gram models of the tokens that pretraining has read and `xz -9` are measured beside."""
+    has_curve: bool = False
+    """Whether the weights that pretraining kept on its way (`pretrain.kept_looks`) are measured too."""
     prompts: tuple[str, ...] = ()
     """Questions that every checkpoint answers, shown side by side in the report."""
     samples: Annotated[int, Field(ge=1)] = 1

@@ -97,6 +97,9 @@ class PretrainConfig(Settings):
     """Held-out tokens per domain, whole documents, on which the loss is followed; 0 for none."""
     evaluate_every_steps: Annotated[int, Field(ge=0), RUNTIME] = 100
     """Steps between two looks at the held-out loss; 0 for none."""
+    kept_looks: Annotated[int, Field(ge=0)] = 0
+    """Every so many looks the weights are kept in the policy, for curves of exam scores
+    (`evaluate.has_curve`); 0 for none."""
     prompts: Annotated[tuple[str, ...], RUNTIME] = ()
     """Texts that the model continues at every look, by its likeliest tokens; `samples.jsonl` of the stage's
     logs, its page and MLflow show what it writes."""
@@ -120,10 +123,10 @@ class PretrainConfig(Settings):
                 f"batch_tokens={self.batch_tokens} is not a multiple of the row of {self.row_tokens} "
                 f"tokens; use {nearest}"
             )
-        if self.optimizer == "muon" and self.launch.engine not in ("plain", "ddp"):
+        if self.optimizer == "muon" and self.launch.engine in DEEPSPEED_ENGINES:
             raise ValueError(
-                f"optimizer=muon needs whole matrices, which launch.engine={self.launch.engine} spreads; "
-                f"use launch.engine=ddp or optimizer=adamw"
+                f"optimizer=muon needs whole matrices, which launch.engine={self.launch.engine} cuts into "
+                f"pieces; use launch.engine=fsdp or optimizer=adamw"
             )
         if self.precision == "fp16" and self.launch.engine in DEEPSPEED_ENGINES:
             raise ValueError(
@@ -131,15 +134,13 @@ class PretrainConfig(Settings):
                 f"launch.engine=fsdp"
             )
         self._refuse_unfit_curriculum()
-        if self.stop_patience and not (self.held_tokens and self.evaluate_every_steps):
+        wanting = [
+            name for name in ("stop_patience", "prompts", "kept_looks") if getattr(self, name)
+        ]
+        if wanting and not (self.held_tokens and self.evaluate_every_steps):
             raise ValueError(
-                f"stop_patience={self.stop_patience} waits for looks at the held-out loss, of which there "
-                f"are none; set held_tokens and evaluate_every_steps above 0, or stop_patience=0"
-            )
-        if self.prompts and not (self.held_tokens and self.evaluate_every_steps):
-            raise ValueError(
-                "prompts are continued at every look at the held-out loss, of which there are none; set "
-                "held_tokens and evaluate_every_steps above 0"
+                f"{wanting[0]}={getattr(self, wanting[0])} needs looks at the held-out loss, of which there "
+                f"are none; set held_tokens and evaluate_every_steps above 0, or leave {wanting[0]} out"
             )
         total = sum(phase.tokens for phase in self.phases)
         if self.phases and abs(total - 1) > 1e-6:
@@ -148,7 +149,8 @@ class PretrainConfig(Settings):
 
     def identity(self) -> dict[str, Any]:
         """Where looks at the held-out loss end the training, when and at what they look counts, too."""
-        looks = ("held_tokens", "evaluate_every_steps") if self.stop_patience else ()
+        decides = self.stop_patience or self.kept_looks
+        looks = ("held_tokens", "evaluate_every_steps") if decides else ()
         return super().identity() | {name: getattr(self, name) for name in looks}
 
     def _refuse_unfit_curriculum(self) -> None:

@@ -1,4 +1,5 @@
-"""What is looked at while a language model trains: held-out loss, and what it writes after fixed prompts."""
+"""What is looked at while a language model trains: held-out loss, what it writes after fixed prompts; and
+the weights that are kept of it."""
 
 from pathlib import Path
 
@@ -11,11 +12,14 @@ from model.held_out import HeldOut
 from model.journal import Journal
 from model.ranks import Ranks
 from model.transformer import Transformer
+from model.weights import save_tensors
+from storage.checkpoint import look_path
 from storage.tokens import TokenFiles
 
 
 class Looks:
-    """The looks of one job; the best model so far is kept in `folder` where early stopping is asked for."""
+    """The looks of one job. The best model so far is kept in `state` where early stopping is asked for, the
+    weights of every so many looks in `kept`."""
 
     def __init__(
         self,
@@ -23,12 +27,14 @@ class Looks:
         settings: PretrainConfig,
         ranks: Ranks,
         journal: Journal,
-        folder: Path,
+        state: Path,
+        kept: Path,
     ) -> None:
         self._files, self._settings = files, settings
         self._ranks, self._journal = ranks, journal
         self._held = HeldOut(files, settings, ranks)
-        self._best = Best(folder / "best.safetensors", ranks)
+        self._best = Best(state / "best.safetensors", ranks)
+        self._kept = kept
 
     def at(self, step: int, model: Transformer) -> dict[str, float]:
         """Figures of the model after so many steps; its answers go to the journal."""
@@ -38,7 +44,17 @@ class Looks:
         if self._settings.prompts and self._ranks.is_first:
             texts = continuations(model, self._files, self._settings)
             self._journal.samples(step, dict(zip(self._settings.prompts, texts, strict=True)))
+        every = self._settings.kept_looks * self._settings.evaluate_every_steps
+        if every and step % every == 0 and self._ranks.is_first:
+            self._keep(step, model)
         return figures
+
+    def _keep(self, step: int, model: Transformer) -> None:
+        path = look_path(self._kept, step)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_suffix(".draft")
+        save_tensors(draft, {name: w.float() for name, w in model.state_dict().items()})
+        draft.replace(path)
 
     def restore(self, model: Transformer) -> dict[str, float]:
         """Give the model the best weights seen; the step they are of, and what was seen then."""

@@ -51,7 +51,7 @@ def work(job: JobFile, ranks: Ranks, journal: Journal) -> dict[str, Any]:
     model = build_model(settings, files, job.inputs.get("policy"))
     engine = build_engine(model, job.launch, ranks, update_rule(settings))
     samples = Samples(files, settings, plan, ranks, job.launch.micro_batch)
-    looks = Looks(files, settings, ranks, journal, job.state)
+    looks = Looks(files, settings, ranks, journal, job.state, job.files)
 
     def prepare(step: int) -> None:
         samples.curriculum.prepare(
@@ -166,7 +166,7 @@ def pretrain_loss(settings: PretrainConfig) -> Loss:
     def loss(model: Transformer, batch: Batch, totals: Mapping[str, float]) -> dict[str, Tensor]:
         noise = Noise(settings.seed, batch["rows"]) if settings.shape.dropout else None
         hidden = model.hidden(batch["ids"], mask=document_mask(batch, settings), noise=noise)
-        if _has_fused_head(settings, hidden):
+        if _has_fused_head(settings):
             nats = label_loss(
                 model.head_weight, hidden, batch["labels"], is_compiled=settings.launch.compile
             )
@@ -178,10 +178,9 @@ def pretrain_loss(settings: PretrainConfig) -> Loss:
     return loss
 
 
-def _has_fused_head(settings: PretrainConfig, hidden: Tensor) -> bool:
+def _has_fused_head(settings: PretrainConfig) -> bool:
     """In float16 gradients that are not scaled yet would lose their small parts."""
-    wish = settings.launch.fused_head
-    return settings.precision != "fp16" and (wish == "on" or (wish == "auto" and hidden.is_cuda))
+    return settings.launch.fused_head and settings.precision != "fp16"
 
 
 class Samples:

@@ -59,17 +59,18 @@ def save_model(
 def load_model(
     files: Path,
     *,
+    weights: Path | None = None,
     device: torch.device | str = "cpu",
     is_scalar: bool | None = None,
     seed: int = 0,
 ) -> Transformer:
-    """The model in the folder `files` of an artifact, fp32.
+    """The model in the folder `files` of an artifact, fp32; `weights` names another file of its weights.
 
     `is_scalar` true turns a policy into a scalar model, whose new head is drawn from `seed`; by default
     the model stays what it is. Raises ValueError for a policy wanted from a scalar model.
     """
     card = ModelCard.read(files)
-    state = load_file(files / WEIGHTS)
+    state = load_file(weights or files / WEIGHTS)
     was_scalar = card.role != "policy"
     wants_scalar = was_scalar if is_scalar is None else is_scalar
     if was_scalar and not wants_scalar:

@@ -18,6 +18,7 @@ CONFIG = "config.json"
 TOKENIZER = "tokenizer"
 REWARD = "reward.json"
 READ = "read.json"
+LOOKS = "looks"
 
 
 class ModelCard(BaseModel):
@@ -95,8 +96,8 @@ class ReadWindows(BaseModel):
 
 @dataclass(frozen=True)
 class Policy(Artifact):
-    """A language model: `model.safetensors` (fp32), `config.json`, `tokenizer/`, and `read.json` where
-    it was pretrained."""
+    """A language model: `model.safetensors` (fp32), `config.json`, `tokenizer/`, `read.json` where
+    it was pretrained, and `looks/` where weights were kept on the way."""
 
     kind: ClassVar[str] = "policy"
 
@@ -104,6 +105,17 @@ class Policy(Artifact):
     def card(self) -> ModelCard:
         """Shape, vocabulary, role, tokenizer."""
         return ModelCard.read(self.files)
+
+
+def look_path(files: Path, step: int) -> Path:
+    """File of the weights after so many steps of pretraining."""
+    return files / LOOKS / f"step_{step:09d}.safetensors"
+
+
+def kept_looks(files: Path) -> dict[int, Path]:
+    """Step -> file of the weights that pretraining kept on its way, in order."""
+    found = sorted((files / LOOKS).glob("step_*.safetensors"))
+    return {int(path.stem.removeprefix("step_")): path for path in found}
 
 
 @dataclass(frozen=True)

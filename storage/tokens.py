@@ -10,6 +10,7 @@ Per domain and split (`train`, `held`):
 """
 
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -137,17 +138,24 @@ class TokenFiles:
 
         With a `limit` at most so many of them, spread evenly.
         """
-        import numpy as np
+        sizes = self.text_bytes(domain)
+        return [(ids, int(sizes[i])) for i, ids in self._documents(domain, "held", limit)]
 
-        ends = self.ends(domain, "held").astype(np.int64)
-        starts = np.concatenate([np.zeros(1, np.int64), ends])
-        sizes, ids = self.text_bytes(domain), self.tokens(domain, "held")
+    def train_documents(
+        self, domain: str, limit: int
+    ) -> "list[npt.NDArray[np.uint16 | np.uint32]]":
+        """Ids without the eos of at most so many training documents that have text, spread evenly."""
+        return [ids for _, ids in self._documents(domain, "train", limit)]
+
+    def _documents(
+        self, domain: str, split: Split, limit: int
+    ) -> "Iterator[tuple[int, npt.NDArray[np.uint16 | np.uint32]]]":
+        ends, ids = self.ends(domain, split), self.tokens(domain, split)
         step = -(-len(ends) // limit) if limit else 1
-        return [
-            (ids[starts[i] : ends[i] - 1], int(sizes[i]))
-            for i in range(0, len(ends), max(step, 1))
-            if ends[i] - starts[i] > 1
-        ]
+        for place in range(0, len(ends), max(step, 1)):
+            start, end = int(ends[place - 1]) if place else 0, int(ends[place])
+            if end - start > 1:
+                yield place, ids[start : end - 1]
 
     @functools.cached_property
     def tokenizer(self) -> ChatTokenizer:

@@ -1,27 +1,55 @@
 """Exam files (C-Eval, CMMLU, MMLU) and minimal pairs as scoring requests: a prompt and its continuations."""
 
 import csv
+import functools
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Sequence
+import string
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from tasks.rows import open_text
 
 LETTERS = "ABCD"
 
-HEADERS: dict[str, str] = {
-    "ceval": "以下是中国关于{subject}考试的单项选择题，请选出其中的正确答案。\n\n",
-    "mmlu": "The following are multiple choice questions (with answers) about {subject}.\n\n",
-    "plain": "",
-}
-"""First lines of a prompt: C-Eval's and MMLU's published wording."""
-ANSWER_MARKS: dict[str, str] = {"ceval": "\n答案：", "mmlu": "\nAnswer:", "plain": ""}
+Preset = Literal["ceval", "cmmlu", "mmlu", "plain"]
 
-Preset = Literal["ceval", "mmlu", "plain"]
+
+@dataclass(frozen=True)
+class Wording:
+    """How a question is put; `header` has the place `{subject}`."""
+
+    header: str = ""
+    mark: str = ""
+    """Before the question."""
+    answer_mark: str = ""
+    """Behind the question and its options."""
+    space: str = ""
+    """Between the mark and the answer."""
+
+
+WORDINGS: dict[Preset, Wording] = {
+    "ceval": Wording(
+        "以下是中国关于{subject}考试的单项选择题，请选出其中的正确答案。\n\n", "", "\n答案："
+    ),
+    "cmmlu": Wording(
+        "以下是关于{subject}的单项选择题，请直接给出正确答案的选项。\n\n", "题目：", "\n答案是："
+    ),
+    "mmlu": Wording(
+        "The following are multiple choice questions (with answers) about {subject}.\n\n",
+        "",
+        "\nAnswer:",
+        " ",
+    ),
+    "plain": Wording(),
+}
+"""The wording that the exams' authors published; `plain` asks the bare question."""
+SUBJECTS = Path(__file__).parent / "exam_subjects.tsv"
+"""Exam, subject as its files name it, its name in the prompt, categories, difficulty: as the authors
+of C-Eval, CMMLU and MMLU sort them; where they tell no difficulty, the school that the name tells."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +78,30 @@ class Request:
     continuations: tuple[str, ...]
     right: int
     header: str = ""
-    tags: dict[str, str] = field(default_factory=dict[str, str])
+    tags: dict[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
+    """Parts that figures are also reported for, by what sorts them: `subject`, `category`, ..."""
+    is_whole: bool = False
+    """Whether continuations are whole answers of unequal length, to be compared per byte."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What the authors of an exam say of one of its subjects."""
+
+    name: str
+    categories: tuple[str, ...]
+    difficulty: tuple[str, ...]
+
+
+@functools.cache
+def subjects() -> dict[str, dict[str, Subject]]:
+    """Exam -> subject -> what is known of it."""
+    found: dict[str, dict[str, Subject]] = {}
+    for line in SUBJECTS.read_text("utf-8").splitlines()[1:]:
+        exam, subject, name, *sorts = line.split("\t")
+        categories, difficulty = (tuple(filter(None, text.split(","))) for text in sorts)
+        found.setdefault(exam, {})[subject] = Subject(name, categories, difficulty)
+    return found
 
 
 def read_questions(path: Path) -> list[Question]:
@@ -97,9 +148,7 @@ def _question(path: Path, line: int, subject: str, row: list[str], columns: list
 
 def preset_hash(preset: Preset) -> str:
     """Names the wording that scores were made with."""
-    return hashlib.sha256(
-        repr((HEADERS[preset], ANSWER_MARKS[preset], LETTERS)).encode()
-    ).hexdigest()[:12]
+    return hashlib.sha256(repr((WORDINGS[preset], LETTERS)).encode()).hexdigest()[:12]
 
 
 def exam_requests(
@@ -122,33 +171,54 @@ def exam_requests(
                 Request(
                     id=question.id,
                     group=f"exam_{kind}",
-                    header=HEADERS[preset].format(subject=question.subject.replace("_", " ")),
+                    header=WORDINGS[preset].header.format(subject=_name(question, preset)),
                     prefix=tuple(_worked(example, preset, kind) for example in shown),
                     prompt=_asked(question, preset, kind),
                     continuations=_continuations(question, preset, kind),
                     right=question.answer,
-                    tags={"subject": question.subject},
+                    tags=_tags(question, preset),
+                    is_whole=kind == "option",
                 )
             )
     return requests
 
 
+def _name(question: Question, preset: Preset) -> str:
+    known = subjects().get(preset, {}).get(question.subject)
+    return known.name if known else question.subject.replace("_", " ")
+
+
+def _tags(question: Question, preset: Preset) -> dict[str, tuple[str, ...]]:
+    """Subject, categories and difficulty; of an exam that has the subject, the preset's own first."""
+    exams = [subjects().get(preset, {}), *subjects().values()]
+    known = next((exam[question.subject] for exam in exams if question.subject in exam), None)
+    tags = {"subject": (question.subject,)}
+    if known:
+        tags |= {"category": known.categories, "difficulty": known.difficulty}
+    return tags
+
+
 def _asked(question: Question, preset: Preset, kind: str) -> str:
+    wording = WORDINGS[preset]
     if kind == "option":
-        return question.text + ANSWER_MARKS[preset]
+        return wording.mark + question.text + wording.answer_mark
     options = "".join(
         f"\n{letter}. {text}" for letter, text in zip(LETTERS, question.options, strict=False)
     )
-    return question.text + options + ANSWER_MARKS[preset]
+    return wording.mark + question.text + options + wording.answer_mark
 
 
 def _continuations(question: Question, preset: Preset, kind: str) -> tuple[str, ...]:
-    if kind == "option":
-        # Chinese needs no space between question and answer, and neither does C-Eval's colon.
-        space = "" if preset == "ceval" or not question.text[-1:].isascii() else " "
-        return tuple(space + option for option in question.options)
-    space = " " if preset == "mmlu" else ""
-    return tuple(space + letter for letter in LETTERS[: len(question.options)])
+    wording = WORDINGS[preset]
+    if kind == "letter":
+        return tuple(wording.space + letter for letter in LETTERS[: len(question.options)])
+    # Chinese needs no space between question and answer, and neither does a Chinese colon.
+    space = wording.space if wording.answer_mark else _space_behind(question.text)
+    return tuple(space + option for option in question.options)
+
+
+def _space_behind(text: str) -> str:
+    return " " if text[-1:].isascii() else ""
 
 
 def _worked(question: Question, preset: Preset, kind: str) -> str:
@@ -164,24 +234,105 @@ def read_minimal_pairs(path: Path, *, per_paradigm: int) -> list[Request]:
     requests: list[Request] = []
     seen: dict[str, int] = {}
     suite = path.name.split(".")[0]
+    for line, row in _json_lines(path):
+        if "sentence_good" not in row or "sentence_bad" not in row:
+            raise ValueError(f"{path}, line {line}: no `sentence_good` and `sentence_bad`")
+        paradigm = str(row.get("paradigm") or row.get("UID") or suite)
+        seen[paradigm] = seen.get(paradigm, 0) + 1
+        if per_paradigm and seen[paradigm] > per_paradigm:
+            continue
+        # BLiMP says `linguistics_term` for what ZhoBLiMP calls `phenomenon`.
+        named = {"phenomenon": row.get("linguistics_term"), **row}
+        requests.append(
+            Request(
+                id=f"{suite}/{line}",
+                group=suite,
+                prefix=(),
+                prompt="",
+                continuations=(row["sentence_good"], row["sentence_bad"]),
+                right=0,
+                tags={"paradigm": (paradigm,), **_sorted_by(named, "field", "phenomenon")},
+            )
+        )
+    return requests
+
+
+@dataclass(frozen=True)
+class Task:
+    """A question of one's own that is answered freely, and what would be right."""
+
+    id: str
+    name: str
+    """Of its file."""
+    prompt: str
+    references: tuple[str, ...]
+
+
+def read_own_tasks(path: Path) -> Iterator[Request | Task]:
+    """Questions of a JSON lines file; the name of the file is the task's.
+
+    `prompt` with `options` and `answer` (place from 0, letter, or the option itself) is a Request;
+    `prompt` with `references` (texts, or one) is a Task. `subject`, `category` and `difficulty` sort
+    the figures of the former. Raises ValueError with file and line for anything else.
+    """
+    name = path.name.split(".")[0]
+    for line, row in _json_lines(path):
+        prompt, options, references = (row.get(key) for key in ("prompt", "options", "references"))
+        if isinstance(prompt, str) and isinstance(options, list) and len(options) > 1:
+            yield _own_choice(path, line, name, row)
+        elif isinstance(prompt, str) and references:
+            texts = (references,) if isinstance(references, str) else tuple(references)
+            yield Task(f"{name}/{line}", name, prompt, texts)
+        else:
+            raise ValueError(
+                f"{path}, line {line}: expected `prompt` with `references`, or with two or more "
+                f"`options` and `answer`; found {sorted(row)}"
+            )
+
+
+def _own_choice(path: Path, line: int, name: str, row: dict[str, Any]) -> Request:
+    options, answer = [str(option) for option in row["options"]], row.get("answer")
+    letters = string.ascii_uppercase[: len(options)]
+    if isinstance(answer, int) and 0 <= answer < len(options):
+        right = answer
+    elif answer in options:
+        right = options.index(answer)
+    elif isinstance(answer, str) and len(answer) == 1 and answer in letters:
+        right = letters.index(answer)
+    else:
+        raise ValueError(
+            f"{path}, line {line}: answer {answer!r} is none of the {len(options)} options; give its "
+            "place from 0, its letter or its text"
+        )
+    space = _space_behind(row["prompt"])
+    return Request(
+        id=f"{name}/{line}",
+        group=f"own_{name}",
+        prefix=(),
+        prompt=row["prompt"],
+        continuations=tuple(space + option for option in options),
+        right=right,
+        tags=_sorted_by(row, "subject", "category", "difficulty"),
+        is_whole=True,
+    )
+
+
+def _sorted_by(row: Mapping[str, Any], *names: str) -> dict[str, tuple[str, ...]]:
+    return {name: (str(value),) for name in names if (value := row.get(name))}
+
+
+def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Number and object of every line that is not empty. Raises ValueError with file and line."""
     with open_text(path) as stream:
         for line, content in enumerate(stream, 1):
-            row = json.loads(content)
-            if "sentence_good" not in row or "sentence_bad" not in row:
-                raise ValueError(f"{path}, line {line}: no `sentence_good` and `sentence_bad`")
-            paradigm = str(row.get("paradigm") or row.get("UID") or suite)
-            seen[paradigm] = seen.get(paradigm, 0) + 1
-            if per_paradigm and seen[paradigm] > per_paradigm:
+            if not content.strip():
                 continue
-            requests.append(
-                Request(
-                    id=f"{suite}/{line}",
-                    group=suite,
-                    prefix=(),
-                    prompt="",
-                    continuations=(row["sentence_good"], row["sentence_bad"]),
-                    right=0,
-                    tags={"paradigm": paradigm},
-                )
-            )
-    return requests
+            try:
+                row = json.loads(content)
+            except ValueError as error:
+                raise ValueError(
+                    f"{path}, line {line}: no JSON ({error}); mend the line"
+                ) from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}, line {line}: expected a JSON object; mend the line")
+            yield line, row

@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from conf.evaluate import EvaluateConfig
 from conf.shape import ShapeConfig
-from model.evaluate import score_requests, windows_of
+from model.evaluate import windows_of
+from model.scoring import score_requests
 from model.transformer import Transformer
 from storage.tokenizer import ChatTokenizer
 from tasks.exams import Request
@@ -60,7 +60,7 @@ def test_what_is_shared_scores_as_a_plain_pass(
     ]
     rows = [asdict(request) for request in requests]
     with torch.inference_mode():
-        found = score_requests(model, tokenizer, rows, EvaluateConfig(batch=batch), lambda *_: None)
+        found = score_requests(model, tokenizer, rows, batch, lambda *_: None)
         for request, row in zip(requests, found, strict=True):
             before = request.header + "".join(request.prefix) + request.prompt
             cut = max(
@@ -78,10 +78,9 @@ def test_what_is_shared_scores_as_a_plain_pass(
 def test_too_long_prompt_loses_its_oldest_example_first(tokenizer: ChatTokenizer) -> None:
     model = Transformer(ShapeConfig(dim=16, layers=1, heads=2, context=24), tokenizer.vocabulary)
     ask = {"id": "1", "header": "", "prompt": "cat?", "continuations": ["red"], "right": 0}
-    settings = EvaluateConfig()
     with torch.inference_mode():
         both, last = (
-            score_requests(model, tokenizer, [{**ask, "prefix": prefix}], settings, lambda *_: None)
+            score_requests(model, tokenizer, [{**ask, "prefix": prefix}], 64, lambda *_: None)
             for prefix in (("x" * 400, "dog "), ("dog ",))
         )
     assert both == last
@@ -99,7 +98,7 @@ def test_minimal_pairs_score_the_first_token_after_the_separator(tokenizer: Chat
     }
     ids = torch.tensor([[tokenizer.eos, *tokenizer.encode("猫")]])
     with torch.inference_mode():
-        (row,) = score_requests(model, tokenizer, [request], EvaluateConfig(), lambda *_: None)
+        (row,) = score_requests(model, tokenizer, [request], 64, lambda *_: None)
         logprobs = F.log_softmax(model.logits(model.hidden(ids[:, :-1])), -1)
     want = logprobs[0].gather(1, ids[0, 1:, None]).sum().item()
     assert row["logprobs"][0] == pytest.approx(want, abs=1e-5)

@@ -15,6 +15,7 @@ from model.journal import Journal
 from model.pretrain import work
 from model.ranks import Ranks
 from model.weights import load_model
+from storage.checkpoint import kept_looks
 from storage.tokens import TokenFiles
 from tests.model.engine_runs import BreakingJournal, Killed
 from tests.model.small_jobs import write_job
@@ -111,3 +112,14 @@ def test_prompts_are_continued_at_every_look_and_told_once(tmp_path: Path, token
         model, [ids], max_new_tokens=5, temperature=0, seed=0, eos=tokenizer.eos, pad=tokenizer.pad
     )
     assert told[7]["text"] == tokenizer.decode(answer.answer(0))
+
+
+def test_weights_of_looks_are_kept_in_the_policy(tmp_path: Path, tokens: Path) -> None:
+    settings = SETTINGS.model_copy(update={"tokens": 8 * 256, "stop_patience": 0, "kept_looks": 2})
+    run(tokens, tmp_path / "kept", settings)
+    kept = kept_looks(tmp_path / "kept" / "files")
+    assert list(kept) == [0, 8]  # every second of 0, 4, 8
+    run(tokens, tmp_path / "short", settings.model_copy(update={"kept_looks": 0}))
+    last = tmp_path / "short" / "files" / "model.safetensors"
+    assert kept[8].read_bytes() == last.read_bytes()
+    assert kept[0].read_bytes() != last.read_bytes()
