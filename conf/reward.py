@@ -11,6 +11,11 @@ from conf.settings import RUNTIME, Settings
 class RewardConfig(Settings):
     """How a reward model learns which of two answers is better."""
 
+    start: Literal["policy", "random"] = "policy"
+    """Where the weights begin: as the policy's, or drawn at random in its shape."""
+    loss: Literal["last_token", "from_divergence"] = "last_token"
+    """What of two answers is compared: the scores at their last tokens, or those of every token from the
+    first in which they differ (an answer that has ended keeps its last score)."""
     epochs: Annotated[float, Field(gt=0)] = 2.0
     """Passes over the pairs."""
     max_steps: Annotated[int, Field(ge=0)] = 0

@@ -21,6 +21,15 @@ class SftConfig(Settings):
     context: Annotated[int, Field(ge=0)] = 0
     """Longest conversation in tokens; older exchanges of a longer one are left out. 0 for the
     model's context."""
+    learn_from: Literal["every_answer", "last_answer", "each_answer_alone"] = "every_answer"
+    """Which answers of a conversation are learnt: all in one pass, the last one, or all, each as the last
+    one of a shorter conversation (as many rows as answers)."""
+    prompt_attention: Literal["causal", "both_ways"] = "causal"
+    """`both_ways`: what stands before the first learnt answer sees itself forwards too (prefix LM). For
+    comparisons: whatever reads or exports the policy afterwards reads prompts causally."""
+    withheld_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the questions that is not learnt here, so that `pairs` (prompts: withheld) can ask what the
+    policy has not seen."""
     learning_rate: Annotated[float, Field(gt=0)] = 2e-4
     """Peak learning rate."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"

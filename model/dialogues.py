@@ -5,14 +5,16 @@ does not fit is left out and counted.
 """
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from model.packing import Packing, Sequenced, pack
+from model.transformer import AttentionMask, Transformer, token_logprobs
 from storage.conversations import Conversation, Message
 from storage.preferences import Preference
 from storage.tokenizer import ChatTokenizer, Rendered
@@ -21,6 +23,8 @@ POOL_BATCHES = 64
 """Rows of so many batches are sorted by length together: little padding, still well mixed."""
 
 NO_LABEL = -1
+
+LearnFrom = Literal["every_answer", "last_answer", "each_answer_alone"]
 
 
 class Dialogue(NamedTuple):
@@ -77,9 +81,25 @@ class Renderer:
         """A renderer into `wanted` tokens, or a model's whole context for 0 or more than it has."""
         return cls(tokenizer, min(wanted or context, context))
 
-    def dialogues(self, rows: Iterable[Conversation]) -> list[Dialogue]:
-        """Conversations that fit, without the line break behind the last answer."""
-        return [found for row in rows if (found := self._dialogue(row)) is not None]
+    def dialogues(
+        self, rows: Iterable[Conversation], learn_from: LearnFrom = "every_answer"
+    ) -> list[Dialogue]:
+        """Conversations that fit, without the line break behind the last answer.
+
+        `each_answer_alone` makes one of each answer: the conversation up to it, of which it alone is learnt.
+        """
+        parts = (
+            (row, messages)
+            for row in rows
+            for messages in (
+                _up_to_each_answer(row["messages"])
+                if learn_from == "each_answer_alone"
+                else [row["messages"]]
+            )
+        )
+        found = [self._dialogue(row, messages) for row, messages in parts]
+        fitting = [dialogue for dialogue in found if dialogue is not None]
+        return fitting if learn_from == "every_answer" else [_last_alone(row) for row in fitting]
 
     def pairs(self, rows: Iterable[Preference]) -> list[Pair]:
         """Pairs that fit; both answers of a pair follow the same tokens."""
@@ -94,9 +114,9 @@ class Renderer:
         """An answer with its end."""
         return [*self.tokenizer.encode_content(text), self.tokenizer.im_end]
 
-    def _dialogue(self, row: Conversation) -> Dialogue | None:
+    def _dialogue(self, row: Conversation, messages: Sequence[Message]) -> Dialogue | None:
         line_break = len(self.tokenizer.encode("\n"))  # none where spaces at the ends go
-        fitted = self._fit(row["messages"], self.limit + line_break, for_generation=False)
+        fitted = self._fit(messages, self.limit + line_break, for_generation=False)
         if fitted is None:
             return None
         end = len(fitted.ids) - line_break
@@ -140,6 +160,21 @@ class Renderer:
         ids, is_answer = list(rendered.ids), list(rendered.is_answer)
         del ids[cut], is_answer[cut]
         return Rendered(ids, is_answer)
+
+
+def _up_to_each_answer(messages: Sequence[Message]) -> list[Sequence[Message]]:
+    return [messages[: place + 1] for place, m in enumerate(messages) if m["role"] == "assistant"]
+
+
+def _last_alone(row: Dialogue) -> Dialogue:
+    """The same conversation, of whose answers only the last is learnt."""
+    end = len(row.ids)
+    while not row.is_answer[end - 1]:
+        end -= 1
+    start = end
+    while start and row.is_answer[start - 1]:
+        start -= 1
+    return row._replace(is_answer=[start <= place < end for place in range(len(row.ids))])
 
 
 def _without_first_exchange(messages: list[Message]) -> list[Message] | None:
@@ -196,6 +231,28 @@ class BucketedOrder:
         return np.concatenate(epochs)[start - first * rows :][:count]
 
 
+@dataclass(frozen=True)
+class EasyFirst:
+    """Which rows each step sees: in the first epoch those of falling `easiness`, then as `later` says.
+
+    Rows that fill no whole step of the first epoch are first seen in the second.
+    """
+
+    easiness: Sequence[float]
+    later: BucketedOrder
+
+    def rows_at(self, step: int) -> list[int]:
+        """Row numbers of a step."""
+        size = self.later.batch_rows
+        if (step + 1) * size > len(self.easiness):
+            return self.later.rows_at(step)
+        return self._by_easiness[step * size : (step + 1) * size]
+
+    @functools.cached_property
+    def _by_easiness(self) -> list[int]:
+        return sorted(range(len(self.easiness)), key=lambda row: -self.easiness[row])
+
+
 def right_pad(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
     """(B, T) int64, rows filled up at the right."""
     longest = max((len(row) for row in rows), default=0)
@@ -205,33 +262,48 @@ def right_pad(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
     return torch.from_numpy(ids)
 
 
-def dialogue_batch(rows: Sequence[Dialogue], pad: int) -> tuple[Tensor, Tensor]:
-    """Inputs and labels, (B, T) each: the label of a place is the next token where the assistant
-    says it, else NO_LABEL."""
-    inputs = right_pad([row.ids[:-1] for row in rows], pad)
-    labels = right_pad(
-        [
-            [
-                token if is_answer else NO_LABEL
-                for token, is_answer in zip(row.ids[1:], row.is_answer[1:], strict=True)
-            ]
-            for row in rows
-        ],
-        NO_LABEL,
-    )
-    return inputs, labels
-
-
-def pair_batch(rows: Sequence[Pair], pad: int) -> tuple[Tensor, Tensor]:
-    """Inputs and labels, (2 B, T) each, all chosen before all rejected; labels as for dialogues."""
-    sides = [(row.prompt, row.chosen) for row in rows] + [
-        (row.prompt, row.rejected) for row in rows
+def dialogue_tensors(rows: Sequence[Dialogue]) -> dict[str, Tensor]:
+    """A packing of conversations, `labels` (R, L): what the assistant says of each, filled up with
+    NO_LABEL, and `prefix` (R,): tokens before the first of it."""
+    learnt = [
+        [place for place, is_answer in enumerate(row.is_answer[1:]) if is_answer] for row in rows
     ]
-    inputs = right_pad([[*prompt, *answer][:-1] for prompt, answer in sides], pad)
-    labels = right_pad(
-        [[NO_LABEL] * (len(prompt) - 1) + answer for prompt, answer in sides], NO_LABEL
-    )
-    return inputs, labels
+    both = list(zip(rows, learnt, strict=True))
+    labels = [[row.ids[place + 1] for place in places] for row, places in both]
+    prefix = [row.is_answer.index(True) if places else 0 for row, places in both]
+    return {
+        **pack([Sequenced(row.ids[:-1], places) for row, places in both]),
+        "labels": right_pad(labels, NO_LABEL),
+        "prefix": torch.tensor(prefix),
+    }
+
+
+def pair_tensors(rows: Sequence[Pair]) -> dict[str, Tensor]:
+    """A packing of pairs, all chosen before all rejected, and `labels` (2 B, L): the tokens of each answer.
+
+    What both answers of a pair follow, and how both begin, is computed once.
+    """
+    sides = [
+        *((row.prompt, row.chosen) for row in rows),
+        *((row.prompt, row.rejected) for row in rows),
+    ]
+    sequences = [
+        Sequenced([*prompt, *answer[:-1]], range(len(prompt) - 1, len(prompt) + len(answer) - 1))
+        for prompt, answer in sides
+    ]
+    labels = right_pad([answer for _, answer in sides], NO_LABEL)
+    return {**pack(sequences, is_paired=True), "labels": labels}
+
+
+def labelled_logprobs(
+    model: Transformer, tensors: Mapping[str, Tensor], mask: AttentionMask | None = None
+) -> Tensor:
+    """(R, L) float32: log-probability of each label of a packing in nats, 0 where there is none."""
+    # The head after the states: ZeRO 3 lets go of a tied embedding once that has been read.
+    states = model.hidden(tensors["ids"], mask=mask, packing=Packing.of(tensors))[0]  # (W, D)
+    is_label = tensors["labels"] >= 0
+    found = token_logprobs(model.head_weight, states, tensors["labels"][is_label])
+    return torch.zeros(is_label.shape, device=found.device).masked_scatter(is_label, found)
 
 
 def _generator(*key: int) -> np.random.Generator:

@@ -45,6 +45,11 @@ def as_it_is(sample: str) -> str:
     return sample
 
 
+def never(evaluation: Mapping[str, float]) -> bool:
+    """No evaluation ends a training."""
+    return False
+
+
 @dataclass(frozen=True)
 class LoopPlan:
     """How long, how fast, and when to look or save. Nothing here but `steps` and the rate is identity."""
@@ -66,6 +71,8 @@ class LoopPlan:
     """So many evaluations in a row without a better `held_loss` end the training; 0 for never."""
     least_gain: float = 0.0
     """A better `held_loss` lies more than so many nats below the best one."""
+    is_over: Callable[[Mapping[str, float]], bool] = never
+    """Whether the newest evaluation ends the training; not asked before the first step."""
     fresh_starts: frozenset[int] = frozenset()
     """Steps from which other data come, so that what was usual no longer is."""
     flops_per_token: float = 0.0
@@ -122,6 +129,8 @@ def train(
     if state.step == 0:
         run.look_before()
     while state.step < plan.steps and not 0 < plan.patience <= state.looks_in_vain:
+        if state.step and plan.is_over(state.evaluation):
+            break
         run.advance()
     journal.progress(state.step, plan.steps, state.figures, is_due=True)
     return state

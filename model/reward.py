@@ -5,7 +5,7 @@ Worker: `python -m model.reward JOBFILE`.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,12 +16,14 @@ from conf.contract import ExitCode, JobFile
 from conf.reward import RewardConfig
 from model.batches import Batch
 from model.best import Best
-from model.dialogues import Pair, Renderer, right_pad
+from model.dialogues import Pair, Renderer
 from model.engine import Loss, build_engine
 from model.generate import generate_batches
 from model.journal import Journal
 from model.loop import Ended, train
+from model.packing import Packing, Sequenced, common_length, pack
 from model.ranks import Ranks
+from model.reward_figures import accuracy_figures, calibration, length_correlation
 from model.transformer import Transformer
 from model.tuning import (
     batches_of,
@@ -40,11 +42,10 @@ from storage.preferences import read_preferences
 from storage.scores import share
 from storage.tokenizer import ChatTokenizer
 
+Compared = Literal["last_token", "from_divergence"]
+
 EVALUATED_ROWS = 32
 """Held-out pairs in one forward pass, and answers for the scale."""
-MARGIN_GROUPS = 4
-MOST_MARGINS = 8
-"""Accuracy is told for each margin where there are no more than this, else for quarters of the pairs."""
 
 
 class GateClosed(Ended):
@@ -63,6 +64,8 @@ def work(job: JobFile, ranks: Ranks, journal: Journal) -> dict[str, Any]:
     settings = RewardConfig.model_validate(job.settings)
     source = Path(job.inputs["policy"])
     model = load_model(source, is_scalar=True, seed=settings.seed)
+    if settings.start == "random":
+        model.initialise(settings.seed)
     tokenizer = ChatTokenizer(source / TOKENIZER)
     renderer = Renderer.within(tokenizer, settings.context, model.shape.context)
     folder = Path(job.inputs["preferences"])
@@ -73,7 +76,7 @@ def work(job: JobFile, ranks: Ranks, journal: Journal) -> dict[str, Any]:
     steps = steps_of(settings, len(rows))
     batch_at = batches_of(
         order_of(settings, [row.length for row in rows], ranks),
-        lambda numbers: reward_batch([rows[row] for row in numbers], tokenizer.pad),
+        lambda numbers: reward_batch([rows[row] for row in numbers], settings.loss),
         job.launch,
         ranks,
     )
@@ -83,7 +86,7 @@ def work(job: JobFile, ranks: Ranks, journal: Journal) -> dict[str, Any]:
 
     def evaluate(step: int) -> dict[str, float]:
         now = engine.whole()
-        figures = held_accuracy(held_scores(now, held, tokenizer.pad, settings, ranks))
+        figures = held_accuracy(held_scores(now, held, settings, ranks))
         if held and settings.on_gate == "keep_best":
             best.offer(now, step, figures["held_accuracy"])
         return figures
@@ -99,9 +102,8 @@ def work(job: JobFile, ranks: Ranks, journal: Journal) -> dict[str, Any]:
     )
     model = engine.whole()
     kept_step = best.restore(model) if held and settings.on_gate == "keep_best" else steps
-    accuracy = final_accuracy(
-        held_scores(model, held, tokenizer.pad, settings, ranks), held, settings
-    )
+    scores = held_scores(model, held, settings, ranks)
+    accuracy = final_accuracy(scores, held, settings)
     policy = load_model(source, device=ranks.device)
     scale, answers = score_scale(policy, model, rows, tokenizer, settings)
     if ranks.is_first:
@@ -112,6 +114,8 @@ def work(job: JobFile, ranks: Ranks, journal: Journal) -> dict[str, Any]:
         "kept_step": kept_step,
         "train": fitted,
         "accuracy": accuracy,
+        "calibration": calibration(scores),
+        "length_correlation": length_correlation(scores, held),
         "scale": {"mean": scale.mean, "std": scale.std, "n": answers},
     }
 
@@ -144,51 +148,86 @@ def _coins(count: int, seed: int, side: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(key)).integers(0, 2, count)
 
 
-def reward_batch(rows: Sequence[Pair], pad: int) -> Batch:
-    """A micro-batch of pairs: `ids` (2 B, T), all chosen before all rejected, and their `lengths`."""
-    sides = [*(r.prompt + r.chosen for r in rows), *(r.prompt + r.rejected for r in rows)]
-    lengths = [len(side) for side in sides]
+def reward_batch(rows: Sequence[Pair], loss: Compared = "last_token") -> Batch:
+    """A micro-batch of pairs, packed, all chosen before all rejected.
+
+    `compared` (B, N) says how many scores of each pair meet; those are the wanted places of both sides.
+    """
+    spans = [compared_tokens(row, loss) for row in rows]
+    sides = [
+        Sequenced(
+            row.prompt + answer,
+            [len(row.prompt) + min(token, len(answer) - 1) for token in span],
+        )
+        for answers in ((row.chosen for row in rows), (row.rejected for row in rows))
+        for row, answer, span in zip(rows, answers, spans, strict=True)
+    ]
+    packed = pack(sides, is_paired=True)
+    counts = torch.tensor([len(span) for span in spans])
     return Batch(
         tensors={
-            "ids": right_pad(sides, pad),
-            "lengths": torch.tensor(lengths),
+            **packed,
+            "compared": torch.arange(int(counts.max())) < counts[:, None],
             "margins": torch.tensor([row.margin for row in rows], dtype=torch.float32),
         },
         weights={"pairs": float(len(rows))},
-        tokens=sum(lengths),
+        tokens=packed["ids"].numel(),
         samples=[row.name for row in rows],
     )
 
 
+def compared_tokens(row: Pair, loss: Compared) -> range:
+    """Numbers of the answers' tokens whose scores are compared; the shorter answer ends on the way."""
+    longest = max(len(row.chosen), len(row.rejected))
+    if loss == "last_token":
+        return range(longest - 1, longest)
+    return range(min(common_length(row.chosen, row.rejected), longest - 1), longest)
+
+
 def step_loss(settings: RewardConfig) -> Loss:
-    """Mean loss of the step's pairs, and how many are in the right order."""
+    """Mean loss of the step's pairs, their scores at the end, and how many are in the right order."""
 
     def loss(model: Transformer, batch: Batch, totals: Mapping[str, float]) -> dict[str, Tensor]:
-        chosen, rejected = last_token_scores(model, batch["ids"], batch["lengths"]).chunk(2)
-        margins = settings.margin_weight * batch["margins"]
+        compared, pairs = batch["compared"], totals["pairs"]
+        counts = compared.sum(1)
+        chosen, rejected = wanted_scores(model, batch.tensors).chunk(2)  # (tokens compared,)
+        margins = settings.margin_weight * batch["margins"].repeat_interleave(counts)
         each = reward_loss(chosen, rejected, margins, centring=settings.centring)
+        by_pair = torch.zeros(compared.shape, device=each.device).masked_scatter(compared, each)
+        ends = counts.cumsum(0) - 1
+        chosen, rejected = chosen[ends], rejected[ends]  # (B,)
         return {
-            "loss": each.sum() / totals["pairs"],
-            "accuracy": (chosen > rejected).sum() / totals["pairs"],
-            "margin": (chosen - rejected).sum() / totals["pairs"],
+            "loss": (by_pair.sum(1) / counts).sum() / pairs,
+            "accuracy": (chosen > rejected).sum() / pairs,
+            "margin": (chosen - rejected).sum() / pairs,
+            "chosen_reward": chosen.sum() / pairs,
+            "rejected_reward": rejected.sum() / pairs,
         }
 
     return loss
 
 
-def last_token_scores(model: Transformer, ids: Tensor, lengths: Tensor) -> Tensor:
-    """(B,) float32: the score of each row, read at its last real token; ids (B, T) right padded."""
-    hidden = model.hidden(ids)
-    rows = torch.arange(len(ids), device=ids.device)
-    return model.score(hidden[rows, lengths - 1])
+def wanted_scores(model: Transformer, tensors: Mapping[str, Tensor]) -> Tensor:
+    """(W,) float32: the score of each wanted place of a packing."""
+    states = model.hidden(tensors["ids"], packing=Packing.of(tensors))[0]
+    return model.score(states)
+
+
+def last_token_scores(model: Transformer, rows: Sequence[Sequence[int]]) -> Tensor:
+    """(B,) float32: the score of each row of tokens, read at its last one."""
+    packed = pack([Sequenced(row, [len(row) - 1]) for row in rows])
+    device = model.embedding.weight.device
+    return wanted_scores(model, {name: x.to(device) for name, x in packed.items()})
 
 
 def reward_loss(chosen: Tensor, rejected: Tensor, margin: Tensor, *, centring: float) -> Tensor:
-    """(B,) loss of each pair from the scores of its answers, (B,) each.
+    """(B,) loss of each comparison from the scores of both answers, (B,) each.
 
     -log sigmoid(chosen - rejected - margin), and `centring` times (chosen + rejected) squared, which
     keeps the scores near zero without changing their order.
-    Source: Touvron et al. 2023 (Llama 2), equation 2; Eisenstein et al. 2023, section 2 (centring).
+    Source: Touvron et al. 2023 (Llama 2), equation 2; Eisenstein et al. 2023, section 2 (centring). Its
+    mean over the tokens from where two answers part: DeepSpeed-Chat (Yao et al. 2023), which goes on into
+    the padding of the shorter one.
     """
     if not chosen.shape == rejected.shape == margin.shape:
         raise ValueError(
@@ -201,16 +240,16 @@ def reward_loss(chosen: Tensor, rejected: Tensor, margin: Tensor, *, centring: f
 
 @torch.no_grad()
 def held_scores(
-    model: Transformer, held: Sequence[Pair], pad: int, settings: RewardConfig, ranks: Ranks
+    model: Transformer, held: Sequence[Pair], settings: RewardConfig, ranks: Ranks
 ) -> list[tuple[float, float]]:
     """Scores of the chosen and the rejected answer of every pair, in order."""
     own = sorted(range(len(held)), key=lambda row: held[row].length)[ranks.rank :: ranks.world]
     found: dict[int, tuple[float, float]] = {}
     for start in range(0, len(own), EVALUATED_ROWS):
         part = own[start : start + EVALUATED_ROWS]
-        batch = reward_batch([held[row] for row in part], pad).to(ranks.device)
+        batch = reward_batch([held[row] for row in part]).to(ranks.device)
         with computing_in(settings.precision, ranks.device):
-            scores = last_token_scores(model, batch["ids"], batch["lengths"]).tolist()
+            scores = wanted_scores(model, batch.tensors).tolist()
         found |= dict(
             zip(part, zip(scores[: len(part)], scores[len(part) :], strict=True), strict=True)
         )
@@ -228,6 +267,8 @@ def held_accuracy(scores: Sequence[tuple[float, float]]) -> dict[str, float]:
     return {
         "held_accuracy": sum(gap > 0 for gap in gaps) / len(gaps),
         "held_margin": sum(gaps) / len(gaps),
+        "held_chosen_reward": sum(chosen for chosen, _ in scores) / len(gaps),
+        "held_rejected_reward": sum(rejected for _, rejected in scores) / len(gaps),
     }
 
 
@@ -245,34 +286,6 @@ def final_accuracy(
             f"{settings.gate_accuracy}; look at the pairs, train longer, or lower gate_accuracy"
         )
     return accuracy
-
-
-def accuracy_figures(
-    scores: Sequence[tuple[float, float]], held: Sequence[Pair]
-) -> dict[str, dict[str, Any]]:
-    """Share of held-out pairs in the right order with n and interval: of all, and by margin."""
-    is_right = [chosen > rejected for chosen, rejected in scores]
-    figures = {"held": share(sum(is_right), len(is_right), chance=0.5).model_dump()}
-    for name, members in _by_margin([row.margin for row in held]).items():
-        right = sum(is_right[row] for row in members)
-        figures[f"margin {name}"] = share(right, len(members), chance=0.5).model_dump()
-    return figures
-
-
-def _by_margin(margins: Sequence[float]) -> dict[str, list[int]]:
-    distinct = sorted(set(margins))
-    if len(distinct) < 2:
-        return {}
-    if len(distinct) <= MOST_MARGINS:
-        return {
-            f"{value:g}": [row for row, margin in enumerate(margins) if margin == value]
-            for value in distinct
-        }
-    order = sorted(range(len(margins)), key=lambda row: margins[row])
-    groups = np.array_split(np.array(order), MARGIN_GROUPS)
-    return {
-        f"{margins[group[0]]:.3g} to {margins[group[-1]]:.3g}": group.tolist() for group in groups
-    }
 
 
 @torch.no_grad()
@@ -306,13 +319,9 @@ def score_scale(
         pad=tokenizer.pad,
     )
     answers = [prompt + found.answer(row, keep_stop=True) for row, prompt in enumerate(prompts)]
-    device = model.embedding.weight.device
     scores: list[float] = []
     for start in range(0, len(answers), EVALUATED_ROWS):
-        part = answers[start : start + EVALUATED_ROWS]
-        lengths = torch.tensor([len(answer) for answer in part], device=device)
-        ids = right_pad(part, tokenizer.pad).to(device)
-        scores += last_token_scores(model, ids, lengths).tolist()
+        scores += last_token_scores(model, answers[start : start + EVALUATED_ROWS]).tolist()
     deviation = float(np.std(scores, ddof=1))
     # Equal scores everywhere leave nothing to normalise by.
     return RewardScale(mean=float(np.mean(scores)), std=deviation or 1.0), len(scores)

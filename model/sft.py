@@ -14,13 +14,13 @@ from torch import Tensor
 from conf.contract import JobFile
 from conf.sft import SftConfig
 from model.batches import Batch
-from model.dialogues import Dialogue, Renderer, dialogue_batch
-from model.engine import build_engine
+from model.dialogues import Dialogue, Renderer, dialogue_tensors, labelled_logprobs
+from model.engine import Loss, build_engine
 from model.journal import Journal
 from model.loop import train
 from model.lora import add_lora, merge_lora
 from model.ranks import Ranks
-from model.transformer import Transformer, token_logprobs
+from model.transformer import AttentionMask, Transformer
 from model.tuning import (
     batches_of,
     computing_in,
@@ -34,7 +34,7 @@ from model.tuning import (
 from model.weights import Checkpoints, load_model, save_model
 from model.worker import identity_of_job, run
 from storage.checkpoint import TOKENIZER
-from storage.conversations import read_conversations
+from storage.conversations import is_withheld, read_conversations
 from storage.tokenizer import ChatTokenizer
 
 EVALUATED_ROWS = 32
@@ -53,14 +53,19 @@ def work(job: JobFile, ranks: Ranks, journal: Journal) -> dict[str, Any]:
     model, tokenizer = load_model(source), ChatTokenizer(source / TOKENIZER)
     renderer = Renderer.within(tokenizer, settings.context, model.shape.context)
     folder = Path(job.inputs["conversations"])
-    rows = renderer.dialogues(read_conversations(folder, "train"))
+    learnt = read_conversations(folder, "train")
+    if settings.withheld_share:
+        learnt = (
+            row for row in learnt if not is_withheld(row["messages"], settings.withheld_share)
+        )
+    rows = renderer.dialogues(learnt, settings.learn_from)
     fitted = renderer.counts.take()
-    held = renderer.dialogues(read_conversations(folder, "held"))
+    held = renderer.dialogues(read_conversations(folder, "held"), settings.learn_from)
     held = [held[row] for row in spread(len(held), settings.held_rows)]
     steps = steps_of(settings, len(rows))
     batch_at = batches_of(
         order_of(settings, [len(row.ids) for row in rows], ranks),
-        lambda numbers: sft_batch([rows[row] for row in numbers], tokenizer.pad),
+        lambda numbers: sft_batch([rows[row] for row in numbers]),
         job.launch,
         ranks,
     )
@@ -69,11 +74,11 @@ def work(job: JobFile, ranks: Ranks, journal: Journal) -> dict[str, Any]:
     state = train(
         engine,
         batch_at=batch_at,
-        loss=sft_loss,
+        loss=step_loss(settings),
         plan=loop_plan(settings, steps, job.launch),
         checkpoints=Checkpoints(job.state / "checkpoints", identity_of_job(job, settings), ranks),
         journal=journal,
-        evaluate=lambda step: held_losses(engine.whole(), held, tokenizer.pad, settings, ranks),
+        evaluate=lambda step: held_losses(engine.whole(), held, settings, ranks),
     )
     tuned = engine.whole()
     merge_lora(tuned)
@@ -88,31 +93,39 @@ def work(job: JobFile, ranks: Ranks, journal: Journal) -> dict[str, Any]:
     }
 
 
-def sft_batch(rows: Sequence[Dialogue], pad: int) -> Batch:
+def sft_batch(rows: Sequence[Dialogue]) -> Batch:
     """A micro-batch of conversations."""
-    ids, labels = dialogue_batch(rows, pad)
+    tensors = dialogue_tensors(rows)
     return Batch(
-        tensors={"ids": ids, "labels": labels},
-        weights={"tokens": float((labels >= 0).sum())},
-        tokens=sum(len(row.ids) - 1 for row in rows),
+        tensors=tensors,
+        weights={"tokens": float((tensors["labels"] >= 0).sum())},
+        tokens=tensors["ids"].numel(),
         samples=[row.name for row in rows],
     )
 
 
-def sft_loss(model: Transformer, batch: Batch, totals: Mapping[str, float]) -> dict[str, Tensor]:
-    """Negative log-likelihood of the batch's labels, in nats, over all labels of the step.
+def step_loss(settings: SftConfig) -> Loss:
+    """Negative log-likelihood of the step's labels, in nats per label; those are what the assistant says.
 
-    `ids` and `labels` are (B, T); a label is negative where the assistant does not speak. A mean of
-    micro-batch means would weigh tokens of short batches more.
+    A mean of micro-batch means would weigh tokens of short batches more.
     """
-    hidden = model.hidden(batch["ids"])
-    logprobs = token_logprobs(model.head_weight, hidden, batch["labels"])
-    return {"loss": -logprobs.sum() / totals["tokens"]}
+
+    def loss(model: Transformer, batch: Batch, totals: Mapping[str, float]) -> dict[str, Tensor]:
+        logprobs = labelled_logprobs(model, batch.tensors, mask_of(batch, settings))
+        return {"loss": -logprobs.sum() / max(totals["tokens"], 1.0)}
+
+    return loss
+
+
+def mask_of(batch: Batch, settings: SftConfig) -> AttentionMask | None:
+    """What is seen beyond the tokens before: nothing, or all that stands before the first answer."""
+    is_whole = settings.prompt_attention == "both_ways"
+    return AttentionMask(prefix=batch["prefix"]) if is_whole else None
 
 
 @torch.no_grad()
 def held_losses(
-    model: Transformer, rows: Sequence[Dialogue], pad: int, settings: SftConfig, ranks: Ranks
+    model: Transformer, rows: Sequence[Dialogue], settings: SftConfig, ranks: Ranks
 ) -> dict[str, float]:
     """Nats per answer token of held-out conversations: all together, and by domain."""
     nats: Counter[str] = Counter()
@@ -122,10 +135,10 @@ def held_losses(
     by_length = sorted(rows, key=lambda row: len(row.ids))[ranks.rank :: ranks.world]
     for start in range(0, len(by_length), EVALUATED_ROWS):
         part = by_length[start : start + EVALUATED_ROWS]
-        batch = sft_batch(part, pad).to(ranks.device)
+        batch = sft_batch(part).to(ranks.device)
         with computing_in(settings.precision, ranks.device):
-            hidden = model.hidden(batch["ids"])
-            found = token_logprobs(model.head_weight, hidden, batch["labels"]).double().sum(-1)
+            logprobs = labelled_logprobs(model, batch.tensors, mask_of(batch, settings))
+        found = logprobs.double().sum(-1)
         for row, logprob in zip(part, found.tolist(), strict=True):
             nats[row.domain] -= logprob
             tokens[row.domain] += sum(row.is_answer)

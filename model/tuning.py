@@ -9,7 +9,7 @@ import torch
 
 from conf.launch import LaunchConfig
 from model.batches import Batch, micro_batch_rows
-from model.dialogues import BucketedOrder
+from model.dialogues import BucketedOrder, EasyFirst
 from model.loop import LoopPlan, LoopState
 from model.optimizer import UpdateRule, learning_rate
 from model.ranks import Ranks
@@ -103,7 +103,10 @@ def order_of(settings: Epochs, lengths: Sequence[int], ranks: Ranks) -> Bucketed
 
 
 def batches_of(
-    order: BucketedOrder, make: Callable[[list[int]], Batch], launch: LaunchConfig, ranks: Ranks
+    order: BucketedOrder | EasyFirst,
+    make: Callable[[list[int]], Batch],
+    launch: LaunchConfig,
+    ranks: Ranks,
 ) -> Callable[[int], list[Batch]]:
     """Step -> this rank's micro-batches, each made from the numbers of its rows."""
 

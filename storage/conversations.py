@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import ClassVar, Literal, TypeAlias, TypedDict, cast
 
 from storage.artifact import Artifact
-from storage.jsonl import Split, read_jsonl
+from storage.jsonl import Split, read_jsonl, split_by_hash
 
 Role = Literal["system", "user", "assistant"]
 
@@ -44,3 +44,9 @@ def read_conversations(files: Path, split: Split) -> Iterator[Conversation]:
 def first_user_turn(messages: list[Message]) -> str:
     """What decides the side of a conversation, and of every pair with the same question."""
     return next(message["content"] for message in messages if message["role"] == "user")
+
+
+def is_withheld(messages: list[Message], share: float) -> bool:
+    """Whether a conversation belongs to the share of questions that sft leaves to pairs; a hash of the
+    first user turn decides, another one than that of the held-out side."""
+    return split_by_hash(f"withheld {first_user_turn(messages)}", share) == "held"

@@ -8,7 +8,7 @@ from tasks.stage import Job, stage
 
 
 @stage(
-    version=1,
+    version=2,
     uses_torch=True,
     headlines={
         "accuracy": "held-out pairs preferred rightly",

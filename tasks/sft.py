@@ -7,7 +7,7 @@ from tasks.launch import run_worker
 from tasks.stage import Job, stage
 
 
-@stage(version=1, uses_torch=True)
+@stage(version=2, uses_torch=True)
 def sft(job: Job, policy: Policy, conversations: Conversations, settings: SftConfig) -> Policy:
     """Fine-tune a policy on conversations; only what the assistant says is learnt.
 

@@ -5,13 +5,16 @@ from pathlib import Path
 
 import pytest
 import tokenizers
+import torch
 
 from model.dialogues import (
     NO_LABEL,
     BucketedOrder,
+    EasyFirst,
+    LearnFrom,
     Renderer,
-    dialogue_batch,
-    pair_batch,
+    dialogue_tensors,
+    pair_tensors,
 )
 from storage.conversations import Conversation
 from storage.preferences import Preference
@@ -51,26 +54,57 @@ def pair(question: str, chosen: str, rejected: str) -> Preference:
     )
 
 
+def sequences(tensors: dict[str, torch.Tensor]) -> list[list[int]]:
+    """The tokens of each sequence of a packing; those behind its end are any."""
+    return tensors["ids"][0][tensors["places"]].tolist()
+
+
 def test_labels_are_the_answers_and_their_ends(tokenizer: ChatTokenizer) -> None:
-    renderer = Renderer(tokenizer, 96)
-    rows = renderer.dialogues(
+    rows = Renderer(tokenizer, 96).dialogues(
         [
             conversation("猫吃什么？", "猫吃鱼。"),
             conversation("Hi", "Hello", "cat?", "It eats fish."),
         ]
     )
-    ids, labels = dialogue_batch(rows, tokenizer.pad)
+    tensors = dialogue_tensors(rows)
+    wanted = iter(tensors["wanted"].tolist())
+    ids = tensors["ids"][0].tolist()
+    assert ids == [*rows[0].ids[:-1], *rows[1].ids[:-1]]  # no padding
     for row, answers in enumerate((["猫吃鱼。"], ["Hello", "It eats fish."])):
         expected = [t for text in answers for t in [*tokenizer.encode(text), tokenizer.im_end]]
-        learnt = labels[row] >= 0
-        assert labels[row][learnt].tolist() == expected
-        # The label of a place is the token that follows it.
-        assert ids[row, : len(rows[row].ids) - 1].tolist() == rows[row].ids[:-1]
-        following = [*rows[row].ids[1:], *[NO_LABEL] * ids.shape[1]]
-        assert [following[place] for place in learnt.nonzero()[:, 0].tolist()] == expected
-    assert labels[0, len(rows[0].ids) - 1 :].tolist() == [NO_LABEL] * (
-        ids.shape[1] - len(rows[0].ids) + 1
-    )
+        labels = tensors["labels"][row]
+        assert labels[labels >= 0].tolist() == expected
+        assert labels[len(expected) :].tolist() == [NO_LABEL] * (len(labels) - len(expected))
+        assert sequences(tensors)[row][: len(rows[row].ids) - 1] == rows[row].ids[:-1]
+        # The label of a wanted place is the token that follows it.
+        places = [next(wanted) for _ in expected]
+        start = 0 if row == 0 else len(rows[0].ids) - 1
+        assert [rows[row].ids[place - start + 1] for place in places] == expected
+
+
+def test_the_last_answer_alone_or_each_alone(tokenizer: ChatTokenizer) -> None:
+    renderer = Renderer(tokenizer, 96)
+    row = conversation("Hi", "Hello", "cat?", "It eats fish.", "dog?", "Bones.", system="Be kind.")
+
+    def answers(learn_from: LearnFrom) -> list[str]:
+        return [
+            tokenizer.decode([t for t, a in zip(d.ids, d.is_answer, strict=True) if a])
+            for d in renderer.dialogues([row], learn_from)
+        ]
+
+    assert answers("every_answer") == ["HelloIt eats fish.Bones."]
+    assert answers("last_answer") == ["Bones."]
+    assert answers("each_answer_alone") == ["Hello", "It eats fish.", "Bones."]
+    whole = renderer.dialogues([row])[0]
+    for part in renderer.dialogues([row], "each_answer_alone"):
+        assert part.ids == whole.ids[: len(part.ids)]
+        assert part.ids[-1] == tokenizer.im_end
+
+
+def test_what_stands_before_the_first_answer_is_the_prefix(tokenizer: ChatTokenizer) -> None:
+    [row] = Renderer(tokenizer, 96).dialogues([conversation("cat?", "fish", "dog?", "bones")])
+    asked = tokenizer.render([{"role": "user", "content": "cat?"}], for_generation=True).ids
+    assert dialogue_tensors([row])["prefix"].tolist() == [len(asked)]
 
 
 def test_special_tokens_spelt_in_text_stay_text(tokenizer: ChatTokenizer) -> None:
@@ -132,14 +166,32 @@ def test_both_answers_follow_the_same_tokens(tokenizer: ChatTokenizer) -> None:
     renderer = Renderer(tokenizer, 48)
     rows = renderer.pairs([pair(LONG, "fish", "The cat eats fish."), pair("猫？", "鱼", "草草草")])
     assert rows[0].length == 48
-    ids, labels = pair_batch(rows, tokenizer.pad)
-    assert ids.shape[0] == labels.shape[0] == 4
-    for place, (prompt, answer) in enumerate(
-        [(r.prompt, r.chosen) for r in rows] + [(r.prompt, r.rejected) for r in rows]
-    ):
-        assert labels[place][labels[place] >= 0].tolist() == answer
-        assert ids[place, : len(prompt)].tolist() == prompt
-        assert int((labels[place] >= 0).int().argmax()) == len(prompt) - 1
+    tensors = pair_tensors(rows)
+    sides = [(r.prompt, r.chosen) for r in rows] + [(r.prompt, r.rejected) for r in rows]
+    wanted = iter(tensors["wanted"].tolist())
+    for place, (prompt, answer) in enumerate(sides):
+        labels = tensors["labels"][place]
+        assert labels[labels >= 0].tolist() == answer
+        whole = [*prompt, *answer][:-1]
+        assert sequences(tensors)[place][: len(whole)] == whole
+        where = tensors["places"][place].tolist()
+        asked = [where.index(next(wanted)) for _ in answer]
+        assert asked == list(range(len(prompt) - 1, len(whole)))
+    # What both answers of a pair follow is there once.
+    for row in range(2):
+        shared = len(rows[row].prompt)
+        assert torch.equal(tensors["places"][row, :shared], tensors["places"][row + 2, :shared])
+    assert tensors["ids"].numel() == sum(
+        len(r.prompt) + len(r.chosen) + len(r.rejected) - 2 for r in rows
+    )
+
+
+def test_easy_pairs_come_first_and_every_pair_in_the_next_epoch() -> None:
+    easiness = [float((7 * row) % 12) for row in range(12)]
+    order = EasyFirst(easiness, BucketedOrder([1] * 12, batch_rows=5, seed=0))
+    first = [row for step in range(2) for row in order.rows_at(step)]
+    assert [easiness[row] for row in first] == [float(n) for n in range(11, 1, -1)]
+    assert order.rows_at(2) == order.later.rows_at(2)
 
 
 def test_a_prompt_ends_with_the_header_of_the_answer(tokenizer: ChatTokenizer) -> None:

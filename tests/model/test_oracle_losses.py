@@ -1,16 +1,21 @@
 """Losses and gradients of SFT, reward and DPO equal TRL's on TRL's own batches."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from model.batches import Batch
-from model.dpo import answer_logprobs, dpo_loss
+from conf.dpo import DpoConfig
+from conf.reward import RewardConfig
+from conf.sft import SftConfig
+from model import reward, sft
+from model.dialogues import Dialogue, Pair, labelled_logprobs, pair_tensors
+from model.dpo import dpo_batch, dpo_loss, step_loss
 from model.reward import last_token_scores, reward_loss
-from model.sft import sft_loss
 from model.transformer import AttentionMask, Transformer, token_logprobs
 from tests.model.oracle import gradient_norms, oracle_arrays, oracle_model, oracle_numbers
 
@@ -33,30 +38,43 @@ def expected(shared_oracle: Path) -> dict[str, Any]:
     return oracle_numbers(shared_oracle / "expected.json")
 
 
+def dialogues(folder: Path, name: str) -> list[Dialogue]:
+    arrays = oracle_arrays(folder / "batches.npz", name)
+    fields = (arrays[field].tolist() for field in ("input_ids", "labels", "attention_mask"))
+    return [
+        Dialogue(ids[: sum(mask)], [label >= 0 for label in labels[: sum(mask)]], str(row), "")
+        for row, (ids, labels, mask) in enumerate(zip(*fields, strict=True))
+    ]
+
+
+def sft_loss(model: Transformer, rows: list[Dialogue], totals: dict[str, float]) -> Tensor:
+    return sft.step_loss(SftConfig())(model, sft.sft_batch(rows), totals)["loss"]
+
+
 @pytest.mark.parametrize("name", ["sft_assistant_only", "sft_all_tokens"])
 def test_sft(name: str, shared_oracle: Path, expected: dict[str, Any]) -> None:
     model = oracle_model(shared_oracle, "policy")
-    arrays = oracle_arrays(shared_oracle / "batches.npz", name)
-    labels = arrays["labels"][:, 1:]
-    tokens = float((labels >= 0).sum())
-    batch = Batch({"ids": arrays["input_ids"][:, :-1], "labels": labels}, {"tokens": tokens}, 0)
-    expect(sft_loss(model, batch, {"tokens": tokens})["loss"], model, expected[name])
+    rows = dialogues(shared_oracle, name)
+    loss = sft_loss(model, rows, dict(sft.sft_batch(rows).weights))
+    expect(loss, model, expected[name])
 
 
 def test_sft_in_micro_batches_has_the_gradient_of_the_whole_step(
     shared_oracle: Path, expected: dict[str, Any]
 ) -> None:
     model = oracle_model(shared_oracle, "policy")
-    arrays = oracle_arrays(shared_oracle / "batches.npz", "sft_assistant_only")
-    labels = arrays["labels"][:, 1:]
-    totals = {"tokens": float((labels >= 0).sum())}
-    loss = torch.zeros(())
-    for row in range(3):
-        batch = Batch(
-            {"ids": arrays["input_ids"][row : row + 1, :-1], "labels": labels[row : row + 1]}, {}, 0
-        )
-        loss = loss + sft_loss(model, batch, totals)["loss"]
-    expect(loss, model, expected["sft_assistant_only"])
+    rows = dialogues(shared_oracle, "sft_assistant_only")
+    totals = dict(sft.sft_batch(rows).weights)
+    losses = [sft_loss(model, [row], totals) for row in rows]
+    expect(torch.stack(losses).sum(), model, expected["sft_assistant_only"])
+
+
+def test_sft_weighed_by_probability(shared_oracle: Path, expected: dict[str, Any]) -> None:
+    model = oracle_model(shared_oracle, "policy")
+    batch = sft.sft_batch(dialogues(shared_oracle, "sft_dft"))
+    logprobs = labelled_logprobs(model, batch.tensors)
+    loss = -(logprobs.exp().detach() * logprobs).sum() / batch.weights["tokens"]
+    expect(loss, model, expected["sft_dft"])
 
 
 def test_packed_dialogues_do_not_see_one_another(
@@ -74,64 +92,166 @@ def test_packed_dialogues_do_not_see_one_another(
     expect(loss, model, expected["sft_packed_bfd"])
 
 
+def pairs(folder: Path, name: str) -> list[Pair]:
+    """The oracle's pairs; all that both answers begin with counts as prompt, without a completion mask."""
+    arrays = oracle_arrays(folder / "batches.npz", name)
+    sides = [
+        ids[: sum(mask)]
+        for ids, mask in zip(
+            arrays["input_ids"].tolist(), arrays["attention_mask"].tolist(), strict=True
+        )
+    ]
+    margins = arrays.get("margin", torch.zeros(3)).tolist()
+    found: list[Pair] = []
+    for row, (chosen, rejected) in enumerate(zip(sides[:3], sides[3:], strict=True)):
+        length = 1
+        if "completion_mask" in arrays:
+            length = int(arrays["completion_mask"][row].int().argmax())
+        found.append(
+            Pair(chosen[:length], chosen[length:], rejected[length:], margins[row], str(row))
+        )
+    return found
+
+
 @pytest.mark.parametrize(("name", "centring"), [("rm", 0.0), ("rm_center", 0.01), ("rm_margin", 0)])
 def test_reward(name: str, centring: float, shared_oracle: Path, expected: dict[str, Any]) -> None:
     model = oracle_model(shared_oracle, "reward")
+    batch = reward.reward_batch(pairs(shared_oracle, name))
     arrays = oracle_arrays(shared_oracle / "batches.npz", name)
-    scores = last_token_scores(model, arrays["input_ids"], arrays["attention_mask"].sum(1))
-    torch.testing.assert_close(scores, arrays["scores"], rtol=TOLERANCE, atol=1e-6)
-    chosen, rejected = scores.chunk(2)
-    margin = arrays.get("margin", torch.zeros(3))
-    loss = reward_loss(chosen, rejected, margin, centring=centring).mean()
-    expect(loss, model, expected[name])
+    assert batch["ids"].numel() < arrays["attention_mask"].sum() - 30  # prompts are there once
+    alone = [
+        ids[:length]
+        for ids, length in zip(
+            arrays["input_ids"].tolist(), arrays["attention_mask"].sum(1).tolist(), strict=True
+        )
+    ]
+    for scores in (reward.wanted_scores(model, batch.tensors), last_token_scores(model, alone)):
+        torch.testing.assert_close(scores, arrays["scores"], rtol=TOLERANCE, atol=1e-6)
+    settings = RewardConfig(centring=centring, margin_weight=1.0)
+    figures = reward.step_loss(settings)(model, batch, batch.weights)
+    expect(figures["loss"], model, expected[name])
 
 
-def dpo_inputs(folder: Path, model: Transformer) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Chosen and rejected log-probabilities of policy and reference, (3,) each, the answers' lengths
-    and the policy's log-probabilities per token."""
+def test_reward_per_token_is_deepspeed_chats_where_it_counts_the_same_tokens(
+    shared_oracle: Path,
+) -> None:
+    arrays = oracle_arrays(shared_oracle / "batches.npz", "rm")
+    peers = oracle_arrays(shared_oracle / "peers.npz", "dschat")
+    chosen, rejected = peers["rm_token_rewards"].chunk(2)
+    ids, lengths = arrays["input_ids"], arrays["attention_mask"].sum(1)
+    losses: list[Tensor] = []
+    for row in range(3):
+        start = int((ids[row] != ids[row + 3]).int().argmax())
+        end = int(max(lengths[row], lengths[row + 3]))  # padding of the shorter one counts there
+        scores = chosen[row, start:end], rejected[row, start:end]
+        losses.append(reward_loss(*scores, torch.zeros(end - start), centring=0.0).mean())
+    wanted = oracle_numbers(shared_oracle / "peers_expected.json")["dschat/rm_loss"]
+    assert torch.stack(losses).mean().item() == pytest.approx(wanted, rel=TOLERANCE)
+
+
+def dpo_figures(
+    folder: Path, model: Transformer, **settings: Any
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Figures of a step on the oracle's pairs, prompts shared, and the policy's log-probabilities."""
     arrays = oracle_arrays(folder / "batches.npz", "dpo")
-    ids, mask = arrays["input_ids"], arrays["completion_mask"].bool()[:, 1:]
-    labels = torch.where(mask, ids[:, 1:], -1)
-    per_token = token_logprobs(model.head_weight, model.hidden(ids[:, :-1]), labels)
-    torch.testing.assert_close(
-        per_token[mask], arrays["policy_per_token_logps"][mask], rtol=TOLERANCE, atol=1e-5
-    )
-    policy = answer_logprobs(model, ids[:, :-1], labels)
+    rows = pairs(folder, "dpo")
     with torch.no_grad():
-        reference = answer_logprobs(oracle_model(folder, "ref"), ids[:, :-1], labels)
-    torch.testing.assert_close(reference[:3], arrays["ref_chosen_logps"], rtol=TOLERANCE, atol=0)
-    torch.testing.assert_close(reference[3:], arrays["ref_rejected_logps"], rtol=TOLERANCE, atol=0)
-    return [*policy.chunk(2), *reference.chunk(2)], mask.sum(1), per_token
+        reference = labelled_logprobs(oracle_model(folder, "ref"), pair_tensors(rows)).sum(-1)
+    chosen, rejected = reference.chunk(2)
+    torch.testing.assert_close(chosen, arrays["ref_chosen_logps"], rtol=TOLERANCE, atol=0)
+    torch.testing.assert_close(rejected, arrays["ref_rejected_logps"], rtol=TOLERANCE, atol=0)
+    batch = dpo_batch(rows, torch.stack([chosen, rejected], 1))
+    per_token = labelled_logprobs(model, batch.tensors)
+    torch.testing.assert_close(
+        per_token[batch["labels"] >= 0],
+        arrays["policy_per_token_logps"][arrays["completion_mask"].bool()[:, 1:]],
+        rtol=TOLERANCE,
+        atol=1e-5,
+    )
+    config = DpoConfig.model_validate({"beta": BETA, "rpo_alpha": 0.0, **settings})
+    return step_loss(config)(model, batch, batch.weights), per_token
 
 
-@pytest.mark.parametrize("loss", ["sigmoid", "hinge", "robust", "ipo"])
+@pytest.mark.parametrize("loss", ["sigmoid", "hinge", "robust", "ipo", "apo_zero", "rpo"])
 def test_dpo(loss: Any, shared_oracle: Path, expected: dict[str, Any]) -> None:
     model = oracle_model(shared_oracle, "policy")
-    logprobs, lengths, _ = dpo_inputs(shared_oracle, model)
-    if loss == "ipo":  # TRL's way: means over the tokens of an answer
-        chosen, rejected = lengths.chunk(2)
-        divisors = (chosen, rejected, chosen, rejected)
-        logprobs = [x / n for x, n in zip(logprobs, divisors, strict=True)]
-    smoothing = 0.1 if loss == "robust" else 0.0
-    each = dpo_loss(*logprobs, beta=BETA, loss=loss, label_smoothing=smoothing)
-    expect(each.mean(), model, expected[f"dpo_{loss}"])
-
-
-def test_dpo_with_the_likelihood_of_the_chosen(
-    shared_oracle: Path, expected: dict[str, Any]
-) -> None:
-    model = oracle_model(shared_oracle, "policy")
-    logprobs, lengths, per_token = dpo_inputs(shared_oracle, model)
-    likelihood = -per_token[:3].sum() / lengths[:3].sum()
-    loss = dpo_loss(*logprobs, beta=BETA).mean() + 0.5 * likelihood
-    expect(loss, model, expected["dpo_rpo"])
+    settings: dict[str, Any] = {
+        "robust": {"loss": "robust", "label_smoothing": 0.1},
+        "rpo": {"rpo_alpha": 0.5},
+    }.get(loss, {"loss": loss})
+    figures, _ = dpo_figures(shared_oracle, model, **settings)
+    expect(figures["loss"], model, expected[f"dpo_{loss}"])
 
 
 def test_dpo_rewards_are_those_that_are_logged(
     shared_oracle: Path, expected: dict[str, Any]
 ) -> None:
-    model = oracle_model(shared_oracle, "policy")
-    (policy_chosen, _, reference_chosen, _), _, _ = dpo_inputs(shared_oracle, model)
-    reward = BETA * (policy_chosen - reference_chosen).mean().item()
+    figures, _ = dpo_figures(shared_oracle, oracle_model(shared_oracle, "policy"))
     metrics = expected["dpo_sigmoid"]["metrics"]
-    assert reward == pytest.approx(metrics["rewards/chosen"], rel=1e-4)
+    for ours, theirs in (
+        ("chosen_reward", "chosen"), ("rejected_reward", "rejected"), ("margin", "margins"),
+        ("accuracy", "accuracies"),
+    ):  # fmt: skip
+        assert figures[ours].item() == pytest.approx(metrics[f"rewards/{theirs}"], rel=1e-4)
+
+
+def log_ratios(policy: Tensor, reference: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    chosen, rejected = (policy - reference).chunk(2)
+    return chosen, rejected, chosen - rejected
+
+
+def discopop(gain: Tensor) -> Tensor:
+    """Lu et al. 2024, equation 6, at temperature 0.05."""
+    gate = (BETA * gain / 0.05).sigmoid()
+    return -F.logsigmoid(BETA * gain) * (1 - gate) + (-BETA * gain).exp() * gate
+
+
+OTHERS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "exo_pair": lambda c, r, g: (
+        (BETA * g).sigmoid() * (F.logsigmoid(BETA * g) - torch.tensor(0.9).log())
+        + (-BETA * g).sigmoid() * (F.logsigmoid(-BETA * g) - torch.tensor(0.1).log())
+    ),
+    "nca_pair": lambda c, r, g: (
+        -F.logsigmoid(BETA * c) - (F.logsigmoid(-BETA * c) + F.logsigmoid(-BETA * r)) / 2
+    ),
+    "sppo_hard": lambda c, r, g: (c - 0.5 / BETA) ** 2 + (r + 0.5 / BETA) ** 2,
+    "apo_down": lambda c, r, g: (BETA * c).sigmoid() + 1 - (BETA * g).sigmoid(),
+    "discopop": lambda c, r, g: discopop(g),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_losses_that_are_no_setting_come_out_of_the_same_log_probabilities(
+    name: str, shared_oracle: Path, expected: dict[str, Any]
+) -> None:
+    model = oracle_model(shared_oracle, "policy")
+    _, per_token = dpo_figures(shared_oracle, model)
+    arrays = oracle_arrays(shared_oracle / "batches.npz", "dpo")
+    reference = torch.cat([arrays["ref_chosen_logps"], arrays["ref_rejected_logps"]])
+    loss = OTHERS[name](*log_ratios(per_token.sum(-1), reference)).mean()
+    expect(loss, model, expected[f"dpo_{name}"])
+
+
+@pytest.mark.parametrize("name", ["simpo", "orpo"])
+def test_losses_without_a_reference(
+    name: Any, shared_oracle: Path, expected: dict[str, Any]
+) -> None:
+    model = oracle_model(shared_oracle, "policy")
+    arrays = oracle_arrays(shared_oracle / "batches.npz", name)
+    means: list[Tensor] = []
+    for side in ("chosen", "rejected"):
+        ids, labels = arrays[f"{side}_input_ids"], arrays[f"{side}_labels"][:, 1:]
+        labels = labels.where(labels >= 0, -1)
+        found = token_logprobs(model.head_weight, model.hidden(ids[:, :-1]), labels)
+        means.append(found.sum(1) / (labels >= 0).sum(1))
+    zeros = torch.zeros(3)
+    beta = {"simpo": 2.0, "orpo": 0.1}[name]
+    loss = dpo_loss(means[0], means[1], zeros, zeros, beta=beta, gamma=0.5, loss=name).mean()
+    if (
+        name == "orpo"
+    ):  # TRL's likelihood term takes the prompt in, the paper's and ours the answer alone
+        ids, is_real = arrays["chosen_input_ids"], arrays["chosen_attention_mask"].bool()
+        labels = ids[:, 1:].where(is_real[:, 1:], -1)
+        found = token_logprobs(model.head_weight, model.hidden(ids[:, :-1]), labels)
+        loss = loss - found.sum() / (labels >= 0).sum()
+    expect(loss, model, expected[name])

@@ -12,12 +12,15 @@ from conf.reward import RewardConfig
 from model.dialogues import Pair
 from model.reward import (
     GateClosed,
-    accuracy_figures,
     last_token_scores,
+    reward_batch,
     reward_loss,
     shuffled_labels,
+    step_loss,
+    wanted_scores,
     work,
 )
+from model.reward_figures import accuracy_figures, calibration, length_correlation
 from model.transformer import Transformer
 from model.weights import load_model
 from storage.checkpoint import ModelCard, RewardScale
@@ -68,12 +71,76 @@ def test_scores_of_different_shapes_are_refused() -> None:
         reward_loss(torch.zeros(2), torch.zeros(2), torch.zeros(1), centring=0)
 
 
-def test_the_score_is_read_at_the_last_token_and_not_in_the_padding() -> None:
+def test_the_score_is_read_at_the_last_token_whatever_stands_beside_it() -> None:
     model = Transformer(SHAPE, 40, is_scalar=True, seed=2).requires_grad_(False)
-    rows = torch.tensor([[5, 6, 7, 8], [9, 10, 0, 0]])
-    scores = last_token_scores(model, rows, torch.tensor([4, 2]))
-    alone = last_token_scores(model, torch.tensor([[9, 10]]), torch.tensor([2]))
+    scores = last_token_scores(model, [[5, 6, 7, 8], [9, 10]])
+    alone = model.score(model.hidden(torch.tensor([[9, 10]])))[0, -1]
     assert scores[1].item() == pytest.approx(alone.item(), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("loss", "places"),
+    [
+        ("last_token", [[3], [4]]),
+        # Token 0 of the answers is the same; the chosen one ends first and keeps its last score.
+        ("from_divergence", [[3, 3], [3, 4]]),
+    ],
+)
+def test_which_scores_meet(loss: Any, places: list[list[int]]) -> None:
+    pair = Pair([5, 6], [7, 8], [7, 9, 10], 0.0, "")
+    model = Transformer(SHAPE, 40, is_scalar=True, seed=2).requires_grad_(False)
+    batch = reward_batch([pair], loss)
+    assert batch["compared"].tolist() == [[True] * len(places[0])]
+    found = wanted_scores(model, batch.tensors)
+    wanted = [
+        model.score(model.hidden(torch.tensor([side])))[0, place].item()
+        for side, some in zip(([5, 6, 7, 8], [5, 6, 7, 9, 10]), places, strict=True)
+        for place in some
+    ]
+    assert found.tolist() == pytest.approx(wanted, abs=1e-5)
+
+
+def test_the_loss_per_token_is_a_mean_of_each_pair_first() -> None:
+    model = Transformer(SHAPE, 40, is_scalar=True, seed=2).requires_grad_(False)
+    rows = [Pair([5], [7, 8], [9, 10, 11], 0.0, ""), Pair([5], [7], [8], 0.0, "")]
+    settings = changed(loss="from_divergence", centring=0.0)
+    batch = reward_batch(rows, settings.loss)
+    found = step_loss(settings)(model, batch, batch.weights)
+    c, r = wanted_scores(model, batch.tensors).chunk(2)
+    gaps = (c - r).tolist()  # three of the first pair, one of the second
+    each = [log(1 + exp(-gap)) for gap in gaps]
+    assert found["loss"].item() == pytest.approx((sum(each[:3]) / 3 + each[3]) / 2, rel=1e-5)
+    assert found["margin"].item() == pytest.approx((gaps[2] + gaps[3]) / 2, rel=1e-5)
+
+
+def test_calibration_by_hand() -> None:
+    # Confidences 1 / (1 + 1/3) = 0.75 (twice, once wrong) and 0.9 (right): bins 2 and 4 of five.
+    scores = [(log(3), 0.0), (0.0, log(3)), (log(9), 0.0)]
+    found = calibration(scores)
+    assert found["confidence"] == pytest.approx(0.8)
+    assert [b["n"] for b in found["bins"]] == [2, 1]
+    assert found["error"] == pytest.approx((2 * abs(0.75 - 0.5) + abs(0.9 - 1.0)) / 3)
+    assert calibration([]) == {}
+
+
+def test_length_is_told_apart_from_quality() -> None:
+    held = [Pair([1], [2] * n, [2] * 2, 0.0, "") for n in (1, 2, 3)]
+    scores = [(float(n), 2.0) for n in (1, 2, 3)]
+    assert length_correlation(scores, held) == pytest.approx(1.0)
+    figures = accuracy_figures(scores, held)
+    assert {name: figures[name]["value"] for name in figures if name != "held"} == {
+        "chosen longer": 1.0, "chosen shorter": 0.0, "same length": 0.0,
+    }  # fmt: skip
+    assert length_correlation([(1.0, 2.0)], held[:1]) == 0.0
+
+
+@pytest.mark.parametrize("changes", [{"start": "random"}, {"loss": "from_divergence"}])
+def test_other_starts_and_losses_learn_too(
+    changes: dict[str, Any], world: Path, tmp_path: Path
+) -> None:
+    job = make_job(tmp_path, "reward", changed(epochs=4, **changes), inputs(world))
+    figures = run_here(work, job)
+    assert figures["accuracy"]["held"]["value"] >= 0.8
 
 
 def test_it_learns_to_rank_and_says_how_well(world: Path, tmp_path: Path) -> None:
@@ -83,8 +150,10 @@ def test_it_learns_to_rank_and_says_how_well(world: Path, tmp_path: Path) -> Non
     assert held["n"] == 20
     assert held["value"] >= 0.9
     assert held["low"] < held["value"] <= held["high"]
-    assert {name for name in figures["accuracy"] if name != "held"} == {"margin 0.5", "margin 1.5"}
-    assert sum(f["n"] for name, f in figures["accuracy"].items() if name != "held") == 20
+    groups = {"margin 0.5", "margin 1.5", "chosen longer", "chosen shorter"}
+    assert set(figures["accuracy"]) == {"held", *groups}
+    by_margin = [f["n"] for name, f in figures["accuracy"].items() if name.startswith("margin")]
+    assert sum(by_margin) == 20
     scale = RewardScale.read(job.files)
     assert (scale.mean, scale.std) == (figures["scale"]["mean"], figures["scale"]["std"])
     assert figures["scale"]["n"] == 16
@@ -153,5 +222,5 @@ def test_margins_of_many_values_are_told_in_quarters() -> None:
     scores = [(1.0, 0.0 if pair.margin >= 10 else 2.0) for pair in held]
     figures = accuracy_figures(scores, held)
     assert figures["held"]["value"] == 0.75
-    assert [figures[name]["value"] for name in figures if name != "held"] == [0.0, 1.0, 1.0, 1.0]
+    assert [figures[name]["value"] for name in list(figures)[1:5]] == [0.0, 1.0, 1.0, 1.0]
     assert list(figures)[1] == "margin 0 to 9"

