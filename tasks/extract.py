@@ -14,7 +14,7 @@ from storage.corpus import SHARD, Corpus, ShardEntry, ShardWriter, document_of
 from storage.source import Source, SourceFile
 from tasks.fanout import Part, PartItem, fan_out
 from tasks.han import traditional_share
-from tasks.language import HAN_SHARE, ScriptShares, language_of, script_shares
+from tasks.language import HAN_SHARE, ScriptShares, languages_of, script_shares
 from tasks.main_text import PageReader, page_reader
 from tasks.normalise import normalise
 from tasks.pieces import cut
@@ -28,6 +28,8 @@ from tasks.url_rules import UrlRules, one_expression, write_blocked
 REFUSED = "refused.parquet"
 """Beside a shard: `url` and `reason` of every record that became no document."""
 EXAMPLES = 20
+BATCH_PIECES = 256
+BATCH_CHARS = 4_000_000
 SHARD_VERSION = 4
 
 UrlRulesOf = tuple[Path | None, tuple[str, ...], str | None]
@@ -167,29 +169,45 @@ def build_shard(
     rules = UrlRules.open(*url_rules)
     counts = Counts()
     refused: list[Refusal] = []
+    found = (
+        piece
+        for file in plan.files
+        for record in _records(file, settings, rules)
+        for piece in _pieces(record, file, settings, reader, counts)
+    )
     with ShardWriter(files / SHARD) as writer:
-        for file in plan.files:
-            for record in _records(file, settings, rules):
-                counts.records += 1
-                text = (
-                    record
-                    if isinstance(record, Refusal)
-                    else _text_of(record, settings, reader, counts)
-                )
-                pieces = [text] if isinstance(text, Refusal) else pieces_of(text, settings)
-                for number, piece in enumerate(pieces):
-                    document = (
-                        piece
-                        if isinstance(piece, Refusal)
-                        else _document(piece, number, record.url, file, plan.source, settings)
-                    )
-                    if isinstance(document, Refusal):
-                        refused.append(document)
-                    else:
-                        writer.append(document)
-                        counts.add(document)
+        for batch in _batches(found):
+            for document in _documents(batch, plan.source, settings):
+                if isinstance(document, Refusal):
+                    refused.append(document)
+                else:
+                    writer.append(document)
+                    counts.add(document)
     _write_refused(files / REFUSED, refused)
     return counts.figures(refused, sum(file.size for file in plan.files))
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A text that may become a document, with the address that it gets."""
+
+    text: str
+    url: str
+    file: SourceFile
+
+
+def _batches(pieces: Iterator[Piece | Refusal]) -> Iterator[list[Piece | Refusal]]:
+    """Neighbours, so many that telling their languages together pays and their memory does not matter."""
+    batch: list[Piece | Refusal] = []
+    chars = 0
+    for piece in pieces:
+        batch.append(piece)
+        chars += len(piece.text) if isinstance(piece, Piece) else 0
+        if len(batch) == BATCH_PIECES or chars > BATCH_CHARS:
+            yield batch
+            batch, chars = [], 0
+    if batch:
+        yield batch
 
 
 class Counts:
@@ -239,6 +257,24 @@ def _records(
     )
 
 
+def _pieces(
+    record: RawRecord | Refusal,
+    file: SourceFile,
+    settings: ExtractConfig,
+    reader: PageReader,
+    counts: Counts,
+) -> Iterator[Piece | Refusal]:
+    """The pieces of a record's text; those after the first carry their number in the address."""
+    counts.records += 1
+    text = record if isinstance(record, Refusal) else _text_of(record, settings, reader, counts)
+    if isinstance(text, Refusal):
+        yield text
+        return
+    for number, piece in enumerate(pieces_of(text, settings)):
+        url = f"{record.url}#piece-{number + 1}" if number else record.url
+        yield Piece(piece, url, file) if piece else Refusal(url, "empty")
+
+
 def _text_of(
     record: RawRecord, settings: ExtractConfig, reader: PageReader, counts: Counts
 ) -> str | Refusal:
@@ -275,41 +311,57 @@ def pieces_of(text: str, settings: ExtractConfig) -> Iterator[str]:
     yield text[start:].strip()
 
 
-def _document(
-    text: str,
-    number: int,
-    url: str,
-    file: SourceFile,
-    source: str,
-    settings: ExtractConfig,
-) -> dict[str, Any] | Refusal:
-    """Row of one piece of a record; pieces after the first carry their number in the address."""
-    url = f"{url}#piece-{number + 1}" if number else url
-    if not text:
-        return Refusal(url, "empty")
-    shares = script_shares(text)
-    language = file.spec.language or _language(text, shares, file.format)
-    if settings.languages and language not in settings.languages:
-        return Refusal(url, f"language:{language}")
-    return document_of(
-        text,
-        source=source,
-        domain=file.spec.domain,
-        url=normalise(url, settings.normalise),
-        language=language,
-        han_share=shares.han,
-        latin_share=shares.latin,
-        traditional_share=traditional_share(text) if shares.han else 0.0,
-        split=file.spec.split,
-        held_share=settings.held_share,
-    )
+def _documents(
+    batch: Sequence[Piece | Refusal], source: str, settings: ExtractConfig
+) -> Iterator[dict[str, Any] | Refusal]:
+    """Rows of the pieces, in order; a piece in another language than those asked for is refused."""
+    shares = {
+        place: script_shares(piece.text)
+        for place, piece in enumerate(batch)
+        if isinstance(piece, Piece)
+    }
+    languages = _languages(batch, shares)
+    for place, piece in enumerate(batch):
+        if isinstance(piece, Refusal):
+            yield piece
+            continue
+        language = languages[place]
+        if settings.languages and language not in settings.languages:
+            yield Refusal(piece.url, f"language:{language}")
+            continue
+        of_text, spec = shares[place], piece.file.spec
+        yield document_of(
+            piece.text,
+            source=source,
+            domain=spec.domain,
+            url=normalise(piece.url, settings.normalise),
+            language=language,
+            han_share=of_text.han,
+            latin_share=of_text.latin,
+            traditional_share=traditional_share(piece.text) if of_text.han else 0.0,
+            split=spec.split,
+            held_share=settings.held_share,
+        )
 
 
-def _language(text: str, shares: ScriptShares, format_: str) -> str:
-    # Words of a programming language are near English ones; a classifier says anything.
-    if format_ == "code" and shares.han < HAN_SHARE:
-        return "en"
-    return language_of(text, shares)
+def _languages(
+    batch: Sequence[Piece | Refusal], shares: Mapping[int, ScriptShares]
+) -> dict[int, str]:
+    """Languages by place: what the source says, else what the text looks like."""
+    told: dict[int, str] = {}
+    unsure: dict[int, str] = {}
+    for place, piece in enumerate(batch):
+        if isinstance(piece, Refusal):
+            continue
+        if piece.file.spec.language:
+            told[place] = piece.file.spec.language
+        # Words of a programming language are near English ones; a classifier says anything.
+        elif piece.file.format == "code" and shares[place].han < HAN_SHARE:
+            told[place] = "en"
+        else:
+            unsure[place] = piece.text
+    found = languages_of([*unsure.values()], [shares[place] for place in unsure])
+    return told | dict(zip(unsure, found, strict=True))
 
 
 def _write_refused(path: Path, refused: Sequence[Refusal]) -> None:

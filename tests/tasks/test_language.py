@@ -8,7 +8,10 @@ from hypothesis import strategies as st
 from py3langid import langid
 
 from tasks.han import traditional_share
-from tasks.language import identifier, language_of, script_shares
+from tasks.language import identifier, language_of, languages_of, script_shares
+
+
+library = langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE, norm_probs=True)
 
 
 def language(text: str) -> str:
@@ -57,7 +60,6 @@ def test_traditional_characters_are_told_from_simplified_ones() -> None:
 
 
 def test_the_compiled_walk_gives_the_library_s_probabilities() -> None:
-    library = langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE, norm_probs=True)
     texts = [
         "a",
         "Le renard",
@@ -69,6 +71,15 @@ def test_the_compiled_walk_gives_the_library_s_probabilities() -> None:
     ]
     for text in texts:
         assert identifier().rank(text) == library.rank(text), text
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.text(max_size=60), max_size=20))
+def test_many_texts_are_told_as_one_by_one(generated: list[str]) -> None:
+    texts = [*generated, "Le renard vit dans la grotte.", "", "Лиса живёт в лесу. " * 40]
+    assert identifier().tell(texts) == [library.classify(text)[0] for text in texts]
+    shares = [script_shares(text) for text in texts]
+    assert languages_of(texts, shares) == [language(text) for text in texts]
 
 
 @settings(max_examples=300, deadline=None)
