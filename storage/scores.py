@@ -185,8 +185,9 @@ def _ends(values: "npt.NDArray[np.float64]") -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Scores(Artifact):
-    """Figures in `files/scores.json`; in `files/answers.jsonl` what the model wrote, and in
-    `files/curve.jsonl` some of the figures after so many steps of its training, where they were measured."""
+    """Figures in `files/scores.json`; where there are such, in `answers.jsonl` what the model wrote, in
+    `curve.jsonl` some of the figures after so many steps of its training, and in `judgements.jsonl` what
+    a judge, machine or human, said of answers."""
 
     kind: ClassVar[str] = "scores"
 
@@ -203,12 +204,18 @@ class Scores(Artifact):
         """`step` and the figures then, in order of the steps."""
         return _rows(self.files / "curve.jsonl")
 
+    def judgements(self) -> list[dict[str, Any]]:
+        """One row a score (`name`, `score`) or pair (`one`, `other`, `verdict`), with `question`, the id of
+        what was answered."""
+        return _rows(self.files / "judgements.jsonl")
+
     @staticmethod
     def write(
         files: Path,
         figures: Mapping[str, Figure],
         answers: Sequence[dict[str, Any]] = (),
         curve: Sequence[dict[str, Any]] = (),
+        judgements: Sequence[dict[str, Any]] = (),
     ) -> None:
         """Write the files; the interval of a figure without a trial is written as its value."""
         content = {
@@ -220,10 +227,11 @@ class Scores(Artifact):
         (files / "scores.json").write_text(
             json.dumps(content, ensure_ascii=False, indent=1) + "\n", "utf-8"
         )
-        for name, rows in (("answers.jsonl", answers), ("curve.jsonl", curve)):
+        tables = {"answers": answers, "curve": curve, "judgements": judgements}
+        for name, rows in tables.items():
             if rows:
                 lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-                (files / name).write_text("".join(lines), "utf-8")
+                (files / f"{name}.jsonl").write_text("".join(lines), "utf-8")
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:

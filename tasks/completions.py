@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from conf.synthesize import SynthesizeConfig
+from conf.endpoint import EndpointConfig
 from storage.errors import BessemerError
 from storage.jsonl import content_id
 
@@ -71,7 +71,7 @@ class _Budget:
 class Endpoint:
     """One model at one address; remembers in a folder what it was told, so that nothing is asked twice."""
 
-    def __init__(self, settings: SynthesizeConfig, folder: Path) -> None:
+    def __init__(self, settings: EndpointConfig, folder: Path) -> None:
         """Raises ValueError where the key's environment variable is not set."""
         self._settings, self._path = settings, folder / ANSWERS
         self._lock = threading.Lock()
@@ -85,15 +85,17 @@ class Endpoint:
                 )
             self._headers = {"Authorization": f"Bearer {key}"}
 
-    def ask(self, prompts: Sequence[str]) -> tuple[list[Answer | None], bool]:
+    def ask(
+        self, prompts: Sequence[str], keys: Sequence[str] | None = None
+    ) -> tuple[list[Answer | None], bool]:
         """The answers in order (None: the budget was spent before), and whether it was spent.
 
-        Raises EndpointFailed for a request that the endpoint refuses, or that failed too often.
+        `keys` name the questions for a later try, by default what is asked and its place. Raises EndpointFailed for a request that the endpoint refuses, or that failed too often.
         """
         import httpx
 
         known = self._known()
-        keys = [content_id([place, prompt]) for place, prompt in enumerate(prompts)]
+        keys = keys or [content_id([place, prompt]) for place, prompt in enumerate(prompts)]
         spent = [answer for key in keys if (answer := known.get(key))]
         budget = _Budget(
             self._settings.max_requests - sum(answer.requests for answer in spent),

@@ -5,9 +5,6 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +25,11 @@ from tasks.synthesize_chats import pairs_of, synthesize_chats
 from tasks.topics import topics
 from tests.storage.corpora import corpus_of
 from tests.tasks.corpus_runs import texts
+from tests.tasks.endpoint_stand_in import Reply, completion, endpoint
 from tests.tasks.text_jobs import digest_of, job_at
 
 ENGLISH = ["boat", "harbour", "anchor", "captain", "deck", "mast", "tide", "storm", "sail", "crew"]
 CHINESE = ["医生", "病人", "手术", "药物", "护士", "诊断", "治疗", "医院", "健康", "检查"]
-
-Reply = tuple[int, Any]
-Script = Callable[[str, int], Reply]
-"""Prompt and how often it came -> status and body."""
 
 
 def essay(language: str, seed: str) -> str:
@@ -45,57 +39,12 @@ def essay(language: str, seed: str) -> str:
     return "The " + " and the ".join(rng.choices(ENGLISH, k=80)) + "."
 
 
-def completion(text: Any, reason: str = "stop") -> Reply:
-    choice = {"message": {"role": "assistant", "content": text}, "finish_reason": reason}
-    return 200, {"choices": [choice], "usage": {"total_tokens": 100}}
-
-
 def language_of_prompt(prompt: str) -> str:
     return "zh" if any("\u4e00" <= c <= "\u9fff" for c in prompt[:10]) else "en"
 
 
 def good(prompt: str, times: int) -> Reply:
     return completion(essay(language_of_prompt(prompt), prompt))
-
-
-@contextmanager
-def endpoint(script: Script) -> Iterator[tuple[str, Counter[str]]]:
-    """Address of a server that follows the script, and how often each prompt came."""
-    asked: Counter[str] = Counter()
-    lock = threading.Lock()
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            content = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            assert content["model"] == "m"
-            assert self.path == "/v1/chat/completions"
-            prompt = content["messages"][0]["content"]
-            with lock:
-                asked[prompt] += 1
-                times = asked[prompt]
-            status, body = script(prompt, times)
-            sent = body if isinstance(body, bytes) else json.dumps(body).encode()
-            try:
-                self.send_response(status)
-                self.send_header("Retry-After", "0")
-                self.send_header("Content-Length", str(len(sent)))
-                self.end_headers()
-                self.wfile.write(sent)
-            except OSError:
-                assert body == b"late"  # the client did not wait
-
-        def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the library's word
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}/v1", asked
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
 @pytest.fixture(scope="module")
