@@ -95,8 +95,17 @@ def _make(root: Path, data: Path, megabytes: float) -> None:
 def _side(root: Path, limit_mb: int) -> list[dict[str, Any]]:
     command = [sys.executable, "-m", "benchmarks.bounded_memory", "--data", str(root)]
     command += ["--inside", str(root), "--limit-mb", str(limit_mb)]
-    told = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-    return [json.loads(line) for line in told.splitlines()]
+    rows: list[dict[str, Any]] = []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            rows.append(json.loads(line))
+    if process.returncode:
+        raise SystemExit(
+            f"limit {limit_mb} MiB: ended with {process.returncode} after {len(rows)} stages"
+        )
+    return rows
 
 
 def _run(root: Path, limit_mb: int) -> None:
