@@ -16,7 +16,10 @@ from multiprocessing.connection import Connection
 from tasks.fanout_part import POLL_SECONDS, Task, build_part
 from tasks.processes import die_with_writer
 
-THREAD_LIMITS = ("POLARS_MAX_THREADS", "NUMBA_NUM_THREADS", "OMP_NUM_THREADS", "RAYON_NUM_THREADS")
+THREAD_LIMITS = (
+    "POLARS_MAX_THREADS", "NUMBA_NUM_THREADS", "OMP_NUM_THREADS", "RAYON_NUM_THREADS",
+    "FASTOKENS_BPE_THREADS",
+)  # fmt: skip
 LOADED = ("__main__", "tasks.fanout", "pyarrow.parquet", "tasks.kernels")
 """Modules that the server of workers loads once. Threads that they begin (of an allocator and of OpenBLAS,
 which both know of forks) sleep by the time when the last is loaded. Not polars: it takes the number of

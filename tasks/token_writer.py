@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     """Ids of all texts after one another, and where each text's end."""
 
 CHECKED_DOCUMENTS = 64
-CHECKED_CHARS = 500
+CHECKED_CHARS = 250
 
 DOMAIN_NAME = re.compile(r"\w[\w.-]*")
 
