@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from conf.settings import Settings
+from conf.shape import ShapeConfig
 
 DEEPSPEED_ENGINES = ("zero1", "zero2", "zero3")
 """Engines that need DeepSpeed."""
@@ -12,6 +13,12 @@ DEEPSPEED_ENGINES = ("zero1", "zero2", "zero3")
 DEEPSPEED_SECTIONS = ("zero_optimization", "comms_logger", "flops_profiler", "wall_clock_breakdown")
 """Sections of DeepSpeed's JSON that pass through; what the others choose is told by our settings."""
 ZERO_KEYS_OF_OURS = ("stage", "offload_optimizer", "offload_param", "zero_hpz_partition_size")
+OFFLOADING_ENGINES = {
+    "none": ("plain", "ddp", "fsdp", *DEEPSPEED_ENGINES),
+    "optimizer": DEEPSPEED_ENGINES,
+    "parameters": ("fsdp", "zero3"),
+}
+"""Engines that keep it in the host's memory."""
 
 VARIABLES = ("NCCL_", "GLOO_", "TORCH_", "PYTORCH_", "CUDA_", "CUBLAS_", "OMP_", "KMP_")
 """How the names of variables begin that may be set for the ranks."""
@@ -53,9 +60,12 @@ class LaunchConfig(Settings):
     pipeline_stages: Annotated[int, Field(ge=1)] = 1
     """Processes that have some blocks of the model each, through which the micro-batches of a step pass,
     with engine ddp; `processes` is a multiple, and micro_batch should leave several micro-batches."""
-    offload: Literal["none", "optimizer"] = "none"
-    """`optimizer` keeps its state in the host's memory, where the update is made too (engine zero2); for
-    models that the device cannot hold."""
+    offload: Literal["none", "optimizer", "parameters"] = "none"
+    """What stays in the host's memory, where the update is made then, for models that the device cannot
+    hold: `optimizer` its state (zero1, zero2, zero3), `parameters` also the weights (zero3, fsdp)."""
+    adamw: Literal["torch", "deepspeed"] = "torch"
+    """Whose AdamW makes the update; `deepspeed`'s, for its engines, is FusedAdam, or CPUAdam where
+    optimizer state is offloaded, which a compiler makes at the first start (minutes)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes CUDA where a device is found."""
     deepspeed: dict[str, Any] = Field(default_factory=dict[str, Any])
@@ -116,9 +126,15 @@ class LaunchConfig(Settings):
                 f"pipeline_stages={self.pipeline_stages} does not run on engine={self.engine}; use "
                 f"engine=ddp"
             )
-        if self.offload != "none" and self.engine != "zero2":
+        if self.engine not in (able := OFFLOADING_ENGINES[self.offload]):
             raise ValueError(
-                f"offload={self.offload} does not run on engine={self.engine}; use engine=zero2"
+                f"offload={self.offload} does not run on engine={self.engine}; use engine="
+                f"{' or '.join(able)}"
+            )
+        if self.adamw == "deepspeed" and self.engine not in DEEPSPEED_ENGINES:
+            raise ValueError(
+                f"adamw=deepspeed does not run on engine={self.engine}; use adamw=torch, or engine="
+                f"{' or '.join(DEEPSPEED_ENGINES)}"
             )
         if self.ranks % self.model_processes:
             raise ValueError(
@@ -135,6 +151,22 @@ class LaunchConfig(Settings):
                 f"nodes={self.nodes} need a place to meet; set rendezvous to HOST:PORT of the first node"
             )
         return self
+
+    def refuse_shape(self, shape: ShapeConfig) -> None:
+        """Raises ValueError for a model that cannot be shared among that many processes."""
+        for name, count in (
+            ("heads", shape.heads), ("kv_heads", shape.kv_heads), ("ffn_width", shape.ffn_width)
+        ):  # fmt: skip
+            if count % self.tensor_parallel:
+                raise ValueError(
+                    f"tensor_parallel={self.tensor_parallel} does not divide shape.{name}={count}; use a "
+                    f"divisor of all of heads, kv_heads and ffn_width"
+                )
+        if self.pipeline_stages > shape.layers:
+            raise ValueError(
+                f"pipeline_stages={self.pipeline_stages} is more than shape.layers={shape.layers}; use no "
+                f"more stages than layers"
+            )
 
     @field_validator("environment")
     @classmethod

@@ -7,8 +7,6 @@ from pydantic import Field
 from conf.launch import LaunchConfig
 from conf.settings import Settings
 
-LORA_ENGINES = ("plain", "ddp")
-
 
 class LoraConfig(Settings):
     """Whether a small correction of each matrix is learnt in place of the matrix itself."""
@@ -19,10 +17,9 @@ class LoraConfig(Settings):
     """The correction counts alpha / rank times; corrections want about ten times the learning rate."""
 
     def refuse_engine(self, launch: LaunchConfig) -> None:
-        """Raises ValueError for an engine that spreads what the corrections are added to."""
-        if self.rank and (launch.engine not in LORA_ENGINES or launch.pipeline_stages > 1):
+        """Raises ValueError for an engine that cuts matrices into pieces."""
+        if self.rank and launch.tensor_parallel > 1:
             raise ValueError(
-                f"lora.rank={self.rank} does not run on launch.engine={launch.engine} with "
-                f"launch.pipeline_stages={launch.pipeline_stages}; use launch.engine=ddp without "
-                f"stages, or lora.rank=0"
+                f"lora.rank={self.rank} does not run with launch.tensor_parallel={launch.tensor_parallel}; "
+                f"use launch.tensor_parallel=1, or lora.rank=0"
             )

@@ -273,7 +273,7 @@ def _memory(settings: Trained, shape: ShapeConfig, vocabulary: int) -> Memory:
         engine=launch.engine,
         processes=launch.ranks,
         stages=launch.pipeline_stages,
-        is_offloaded=launch.offload == "optimizer",
+        offload=launch.offload,
         is_accumulated=rows < own,
         learning_share=_learning_share(settings, shape, vocabulary),
         trained=trained,

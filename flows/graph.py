@@ -157,7 +157,7 @@ def _build(recipe: str, composed: Mapping[str, Any], base: Path) -> tuple[Graph,
     order = _in_order(nodes, mistakes)
     if not any("cycle" in mistake.found for mistake in mistakes):
         mistakes += _tokenizer_mistakes(order)
-        mistakes += _context_mistakes(order)
+        mistakes += _shape_mistakes(order)
         mistakes += _vocabulary_mistakes(order)
     return Graph(recipe, order, composed, fanout), mistakes
 
@@ -463,18 +463,37 @@ def _vocabulary_mistakes(order: Mapping[str, Node]) -> Iterator[Mistake]:
         yield Mistake(f"stages.{node.name}.vocabulary", found, mend)
 
 
-def _context_mistakes(order: Mapping[str, Node]) -> Iterator[Mistake]:
-    """Sequences longer than the model was made for."""
-    longest: dict[str, int] = {}
+def _shape_mistakes(order: Mapping[str, Node]) -> Iterator[Mistake]:
+    """Sequences longer than the model was made for, and launches that cannot share it out."""
+    shapes: dict[str, list[ShapeConfig]] = {}
     for node in order.values():
-        shape = getattr(node.settings, "shape", None)
-        above = [longest[t] for _, t in node.links if t in longest]
-        if isinstance(shape, ShapeConfig) and not above:
-            above = [shape.context]
+        own = getattr(node.settings, "shape", None)
+        above = [shape for _, target in node.links for shape in shapes.get(target, [])]
+        if isinstance(own, ShapeConfig) and not above:
+            above = [own]
+        shapes[node.name] = above
         if above:
-            longest[node.name] = min(above)
-        asked = getattr(node.settings, "context", 0)
-        if above and isinstance(asked, int) and asked > min(above):
-            found = f"{asked} tokens are more than the model's context of {min(above)}"
-            mend = f"give {node.name}.context={min(above)} or less, or shape.context={asked}"
-            yield Mistake(f"stages.{node.name}.context", found, mend)
+            yield from _context_mistakes(node, min(shape.context for shape in above))
+        launch = getattr(node.settings, "launch", None)
+        if isinstance(launch, LaunchConfig):
+            yield from _sharing_mistakes(node, launch, above)
+
+
+def _sharing_mistakes(
+    node: Node, launch: LaunchConfig, shapes: Iterable[ShapeConfig]
+) -> Iterator[Mistake]:
+    for shape in shapes:
+        try:
+            launch.refuse_shape(shape)
+        except ValueError as error:
+            found, _, mend = str(error).partition("; ")
+            yield Mistake(f"stages.{node.name}.launch", found, mend)
+            return
+
+
+def _context_mistakes(node: Node, longest: int) -> Iterator[Mistake]:
+    asked = getattr(node.settings, "context", 0)
+    if isinstance(asked, int) and asked > longest:
+        found = f"{asked} tokens are more than the model's context of {longest}"
+        mend = f"give {node.name}.context={longest} or less, or shape.context={asked}"
+        yield Mistake(f"stages.{node.name}.context", found, mend)

@@ -24,6 +24,7 @@ five shapes, 9 to 17 % of the activations."""
 Engine = Literal["plain", "ddp", "fsdp", "zero1", "zero2", "zero3"]
 Precision = Literal["fp32", "bf16", "fp16"]
 
+Offload = Literal["none", "optimizer", "parameters"]
 
 @dataclass(frozen=True)
 class Pass:
@@ -82,7 +83,7 @@ def training_memory(
     engine: Engine = "plain",
     processes: int = 1,
     stages: int = 1,
-    is_offloaded: bool = False,
+    offload: Offload = "none",
     is_accumulated: bool = False,
     learning_share: float = 1.0,
     trained: int = 1,
@@ -96,7 +97,7 @@ def training_memory(
     part over the ranks (Rajbhandari et al. 2020, section 3). `is_accumulated` says that a step has
     several micro-batches, so that gradients are there when the next one starts; `learning_share` is
     that of the parameters that learn at all. Each of the `stages` of a pipeline holds its blocks, and as many
-    micro-batches of them; `is_offloaded` optimizer state is the host's.
+    micro-batches of them. What `offload` names is the host's; gradients leave with the parameters.
     """
     is_gathered = engine in ("fsdp", "zero3") or stages > 1
     copy = 4.0 * shape.parameters(vocabulary)
@@ -112,10 +113,11 @@ def training_memory(
             engine in ("fsdp", "zero1", "zero2", "zero3"),
         )
     )
-    weights = weights * trained
-    gradients, moments = (
-        learning_share * gradients * trained,
-        0.0 if is_offloaded else 2 * learning_share * moments * trained,
+    is_host_held = offload == "parameters"
+    weights, gradients, moments = (
+        0.0 if is_host_held else weights * trained,
+        0.0 if is_host_held else learning_share * gradients * trained,
+        0.0 if offload != "none" else 2 * learning_share * moments * trained,
     )
     table = 4.0 * vocabulary * shape.dim if learning_share == 1 else 0.0
     kept = kept_bytes(shape, vocabulary, work)

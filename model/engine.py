@@ -97,7 +97,7 @@ def build_engine(
         case "fsdp":
             from model.fsdp import FsdpEngine
 
-            return FsdpEngine(model, ranks, rule)
+            return FsdpEngine(model, ranks, rule, launch)
         case "zero1" | "zero2" | "zero3":
             # Late: deepspeed is needed for its own engine alone, and takes seconds to import.
             from model.zero import ZeroEngine
@@ -114,25 +114,11 @@ def refuse_impossible(
             f"engine plain runs in one process, {ranks.processes} are there; set "
             f"launch.engine=ddp or launch.processes=1"
         )
-    parts = launch.tensor_parallel
-    for name, count in (
-        ("heads", shape.heads), ("kv_heads", shape.kv_heads), ("ffn_width", shape.ffn_width)
-    ):  # fmt: skip
-        if count % parts:
-            raise ValueError(
-                f"launch.tensor_parallel={parts} does not divide shape.{name}={count}; use a divisor "
-                f"of all of heads, kv_heads and ffn_width"
-            )
-    if launch.pipeline_stages > shape.layers:
+    launch.refuse_shape(shape)
+    if launch.engine.startswith("zero") and rule.optimizer == "muon":
         raise ValueError(
-            f"launch.pipeline_stages={launch.pipeline_stages} is more than shape.layers={shape.layers}; "
-            f"use no more stages than layers"
-        )
-    is_spread = launch.engine not in ("plain", "ddp") or launch.pipeline_stages > 1
-    if is_spread and rule.optimizer == "muon":
-        raise ValueError(
-            f"engine {launch.engine} with launch.pipeline_stages={launch.pipeline_stages} spreads what Muon "
-            f"needs whole; use launch.engine=ddp without stages, or optimizer=adamw"
+            f"engine {launch.engine} cuts what Muon needs whole into pieces; use launch.engine=fsdp, or "
+            f"optimizer=adamw"
         )
     if launch.engine.startswith("zero") and rule.precision == "fp16":
         raise ValueError(
@@ -201,16 +187,23 @@ class TorchEngine:
     def __init__(self, model: Transformer, ranks: Ranks, rule: UpdateRule) -> None:
         self.model, self.ranks, self.rule = model, ranks, rule
         self.scale = LossScale() if rule.precision == "fp16" else None
-        self._optimizers = build_optimizers(model, rule)
+        self._optimizers = build_optimizers(model.named_parameters(), rule)
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         objective = Objective(model, rule, ranks.device)
         self._objective: nn.Module = objective
+        self._is_settled = ranks.world == 1
         if ranks.world > 1:
             self._objective = DistributedDataParallel(objective, gradient_as_bucket_view=True)
 
     def backward(
         self, loss: Loss, batch: Batch, totals: Mapping[str, float], *, is_last: bool
     ) -> dict[str, Tensor]:
+        if not self._is_settled:
+            # DDP orders its buckets anew after the first exchange, and with them the sums over more than
+            # two ranks: the last bit of a step would tell whether the job was started just before it.
+            self._is_settled = True
+            self.backward(loss, batch, totals, is_last=True)
+            self.discard()
         with self._exchange(is_last):
             figures = self._objective(loss, batch, totals)
             # DDP averages over the ranks; the loss is already this rank's share of the sum.
@@ -300,15 +293,19 @@ def load_states(
     model: nn.Module,
     optimizers: Sequence[torch.optim.Optimizer],
     by_name: Mapping[str, Mapping[str, Tensor]],
+    like: Callable[[Tensor, nn.Parameter], Tensor] = lambda whole, example: whole.to(
+        example.device
+    ),
 ) -> None:
-    """Give optimizers the state of a checkpoint, as far as they hold the parameter."""
+    """Give optimizers the state of a checkpoint, as far as they hold the parameter; `like` lays a tensor
+    out as the parameter is."""
     for optimizer in optimizers:
         own = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for name, parameter in model.named_parameters():
             if name in by_name and id(parameter) in own:
-                # The step count stays on the host, as AdamW itself keeps it.
+                # The fused update reads the count of steps where it runs.
                 optimizer.state[parameter] = {
-                    key: value if key == "step" else value.to(parameter.device)
+                    key: like(value, parameter) if value.dim() else value.to(parameter.device)
                     for key, value in by_name[name].items()
                 }
 

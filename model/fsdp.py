@@ -9,7 +9,12 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -19,17 +24,25 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
+from conf.launch import LaunchConfig
 from model.batches import Batch
 from model.engine import (
     MODEL_FILE,
     Hollow,
     Loss,
     Objective,
+    load_states,
     optimizer_states,
     states_of,
     write_checkpoint,
 )
-from model.optimizer import LossScale, UpdateRule, adamw, apply_gradients, gradient_norm
+from model.optimizer import (
+    LossScale,
+    UpdateRule,
+    apply_gradients,
+    build_optimizers,
+    gradient_norm,
+)
 from model.ranks import Ranks
 from model.transformer import Block, Transformer
 from model.weights import load_tensors
@@ -41,13 +54,16 @@ class FsdpEngine:
     Source: Zhao et al. 2023 (PyTorch FSDP); per-parameter sharding as in torchtitan.
     """
 
-    def __init__(self, model: Transformer, ranks: Ranks, rule: UpdateRule) -> None:
+    def __init__(
+        self, model: Transformer, ranks: Ranks, rule: UpdateRule, launch: LaunchConfig
+    ) -> None:
         self.model, self.ranks, self.rule = model, ranks, rule
         self.scale = LossScale() if rule.precision == "fp16" else None
         self._hollow = Hollow(model)
-        self._objective = _spread(model, rule, ranks)
-        self._meshes = _by_mesh(p for p in model.parameters() if p.requires_grad)
-        self._optimizers = [adamw(parameters, rule) for parameters in self._meshes]
+        self._objective = _spread(model, rule, ranks, launch)
+        meshes = _by_mesh((name, p) for name, p in model.named_parameters() if p.requires_grad)
+        self._meshes = [[p for _, p in named] for named in meshes]
+        self._optimizers = [o for named in meshes for o in build_optimizers(named, rule)]
 
     def backward(
         self, loss: Loss, batch: Batch, totals: Mapping[str, float], *, is_last: bool
@@ -78,7 +94,9 @@ class FsdpEngine:
             optimizer.zero_grad(set_to_none=True)
 
     def whole(self) -> Transformer:
-        return self._hollow.filled(self._weights())
+        return self._hollow.filled(
+            {name: value.to(self.ranks.device) for name, value in self._weights().items()}
+        )
 
     def _weights(self) -> dict[str, Tensor]:
         return {name: _whole(value) for name, value in self.model.state_dict().items()}
@@ -99,14 +117,7 @@ class FsdpEngine:
                 cast("DTensor", parameter).to_local().copy_(
                     _like(weights[name], parameter).to_local()
                 )
-        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
-        for parameters, optimizer in zip(self._meshes, self._optimizers, strict=True):
-            for parameter in parameters:
-                # The step count stays on the host, as AdamW itself keeps it.
-                optimizer.state[parameter] = {
-                    key: value if key == "step" else _like(value, parameter)
-                    for key, value in by_name.get(names[id(parameter)], {}).items()
-                }
+        load_states(self.model, self._optimizers, by_name, _like)
         if self.scale:
             self.scale.load(folder)
 
@@ -115,16 +126,20 @@ class FsdpEngine:
         return cast("FSDPModule", self._objective)
 
 
-def _spread(model: Transformer, rule: UpdateRule, ranks: Ranks) -> Objective:
+def _spread(model: Transformer, rule: UpdateRule, ranks: Ranks, launch: LaunchConfig) -> Objective:
     objective = Objective(model, rule, ranks.device)
+    is_cuda = ranks.device.type == "cuda"
+    offload = (
+        CPUOffloadPolicy(pin_memory=is_cuda) if launch.offload == "parameters" else OffloadPolicy()
+    )
     mesh = init_device_mesh(
         ranks.device.type, (ranks.world, ranks.peers), mesh_dim_names=("data", "tensor")
     )
     for block in cast("Iterable[Block]", model.blocks):
         if ranks.peers > 1:
             parallelize_module(block, mesh["tensor"], _parts_of(block))
-        fully_shard(block, mesh=mesh["data"])
-    fully_shard(objective, mesh=mesh["data"])
+        fully_shard(block, mesh=mesh["data"], offload_policy=offload)
+    fully_shard(objective, mesh=mesh["data"], offload_policy=offload)
     return objective
 
 
@@ -144,11 +159,14 @@ def _parts_of(block: Block) -> dict[str, ParallelStyle]:
     return plan
 
 
-def _by_mesh(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
+Named = tuple[str, nn.Parameter]
+
+
+def _by_mesh(parameters: Iterable[Named]) -> list[list[Named]]:
     """Parameters that are spread alike: what torch does to many tensors at once wants one mesh."""
-    found: dict[DeviceMesh, list[nn.Parameter]] = {}
-    for parameter in parameters:
-        found.setdefault(cast("DTensor", parameter).device_mesh, []).append(parameter)
+    found: dict[DeviceMesh, list[Named]] = {}
+    for name, parameter in parameters:
+        found.setdefault(cast("DTensor", parameter).device_mesh, []).append((name, parameter))
     return list(found.values())
 
 
@@ -157,8 +175,10 @@ def _whole(value: Tensor) -> Tensor:
 
 
 def _like(whole: Tensor, parameter: Tensor) -> DTensor:
-    """Spread a tensor that every rank holds as a parameter is."""
-    example = cast("DTensor", parameter)
-    return distribute_tensor(
-        whole.to(example.device), example.device_mesh, example.placements, src_data_rank=None
-    )
+    """Spread a tensor that every rank holds as a parameter is, and where its part lies."""
+    example = cast("DTensor", parameter.detach())
+    spread = distribute_tensor(whole, example.device_mesh, example.placements, src_data_rank=None)
+    # Of a parameter that is offloaded the part lies elsewhere than the mesh is.
+    found = cast("DTensor", torch.empty_like(example))
+    found.to_local().copy_(spread.to_local())
+    return found

@@ -105,28 +105,27 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
 
-def build_optimizers(model: nn.Module, rule: UpdateRule) -> list[torch.optim.Optimizer]:
-    """One or two optimizers that together hold every parameter; the rate is set at every step.
+def build_optimizers(
+    named: Iterable[tuple[str, nn.Parameter]], rule: UpdateRule
+) -> list[torch.optim.Optimizer]:
+    """One or two optimizers that together hold those that learn; the rate is set at every step.
 
     Muon takes the matrices of the blocks, with the factor that lets it share AdamW's learning rate and
     decay. Source: Jordan et al. 2024; factor: Liu et al. 2025 (Moonlight), equation 4.
     """
-    if rule.optimizer == "adamw":
-        return [adamw(model.parameters(), rule)]
-    hidden = [
-        p
-        for name, p in model.named_parameters()
-        if p.requires_grad and p.dim() == 2 and ".blocks." in f".{name}"
-    ]
+    learning = [(name, p) for name, p in named if p.requires_grad]
+    is_muon = rule.optimizer == "muon"
+    hidden = [p for name, p in learning if is_muon and p.dim() == 2 and ".blocks." in f".{name}"]
     taken = {id(p) for p in hidden}
-    muon = torch.optim.Muon(
-        hidden, lr=0.0, weight_decay=rule.weight_decay, adjust_lr_fn="match_rms_adamw"
-    )
-    groups = parameter_groups(model.parameters(), rule.weight_decay)
-    for group in groups:
-        group["params"] = [p for p in group["params"] if id(p) not in taken]
-    rest = torch.optim.AdamW(groups, lr=0.0, betas=rule.betas, eps=rule.eps, fused=True)
-    return [muon, rest]
+    found: list[torch.optim.Optimizer] = []
+    if hidden:
+        decay = rule.weight_decay
+        found += [
+            torch.optim.Muon(hidden, lr=0.0, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+        ]
+    if rest := [p for _, p in learning if id(p) not in taken]:
+        found += [adamw(rest, rule)]
+    return found
 
 
 def parameter_groups(
@@ -134,10 +133,11 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Weights of two and more dimensions decay; norms and biases do not."""
     learning = [p for p in parameters if p.requires_grad]
-    return [
+    groups: list[dict[str, Any]] = [
         {"params": [p for p in learning if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in learning if p.dim() < 2], "weight_decay": 0.0},
     ]
+    return [group for group in groups if group["params"]]
 
 
 def adamw(parameters: Iterable[nn.Parameter], rule: UpdateRule) -> torch.optim.AdamW:

@@ -50,7 +50,7 @@ class PipelineEngine:
         self._ends = _group_of_ends(ranks) if self._is_tied else None
         entry = _keep_part(model, ranks)
         self._parameters = [p for p in model.parameters() if p.requires_grad]
-        self._optimizers = build_optimizers(model, rule)
+        self._optimizers = build_optimizers(model.named_parameters(), rule)
         objective = Objective(model, rule, ranks.device)
         self._line = _Line(_Part(model, entry, objective, ranks), self._stages)
         self._waiting: list[_Work] = []

@@ -103,7 +103,8 @@ def join_ranks(launch: LaunchConfig) -> Ranks:
         _be_deterministic()
     # Engines that spread weights or states exchange them even where one rank has them all.
     if world > 1 or launch.engine not in ("plain", "ddp"):
-        backend = "nccl" if device.type == "cuda" else "gloo"
+        # What is offloaded is put together on the host.
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
     rank, peer = divmod(place, launch.model_processes)
     return Ranks(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from conf.launch import LaunchConfig
 from model.batches import Batch
@@ -30,7 +30,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class ZeroEngine:
-    """DeepSpeed with torch's AdamW, weights in fp32. Source: Rajbhandari et al. 2020, section 5."""
+    """DeepSpeed with weights in fp32. Source: Rajbhandari et al. 2020, section 5."""
 
     def __init__(
         self, model: Transformer, ranks: Ranks, rule: UpdateRule, launch: LaunchConfig
@@ -38,9 +38,10 @@ class ZeroEngine:
         stage = int(launch.engine.removeprefix("zero"))
         self.model, self.ranks, self.rule, self.stage = model, ranks, rule, stage
         self.scale: LossScale | None = None
+        self._is_torch = launch.adamw == "torch"
         self._hollow = Hollow(model) if stage == 3 else None
         self._objective = Objective(model, rule, ranks.device)
-        self._engine = _initialise(self._objective, model, ranks, rule, zero_options(launch, rule))
+        self._engine = _initialise(self._objective, launch, ranks, rule)
         self._zero = self._engine.optimizer
 
     def backward(
@@ -104,7 +105,7 @@ class ZeroEngine:
         by_name = optimizer_states(folder)
         if by_name:
             self._allocate_states(next(iter(by_name.values()))["step"])
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in self._learning():
             for key in MOMENTS if name in by_name else ():
                 safe_set_full_optimizer_state(parameter, by_name[name][key], key)
         self._check_groups()
@@ -129,10 +130,10 @@ class ZeroEngine:
         if not base:
             return {}
         self._link_states()
-        step = next(iter(base.values()))["step"]
+        step = float(next(iter(base.values()))["step"])
         states: dict[str, Tensor] = {}
-        for name, parameter in self.model.named_parameters():
-            states[f"{name}|step"] = step.clone()
+        for name, parameter in self._learning():
+            states[f"{name}|step"] = torch.tensor(step)
             for key in MOMENTS:
                 whole = safe_get_full_optimizer_state(parameter, key)
                 states[f"{name}|{key}"] = cast("Tensor", whole)
@@ -146,10 +147,14 @@ class ZeroEngine:
         )
         for part in parts:
             self._zero.optimizer.state[part] = {
-                "step": step.clone(),
+                # DeepSpeed's own optimizers count in plain numbers; torch's where the update runs.
+                "step": step.to(part.device, copy=True) if self._is_torch else int(step),
                 **{key: torch.zeros_like(part) for key in MOMENTS},
             }
         self._link_states()
+
+    def _learning(self) -> list[tuple[str, nn.Parameter]]:
+        return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
 
     def _link_states(self) -> None:
         if self.stage == 3:
@@ -169,13 +174,7 @@ class ZeroEngine:
         assert found == wanted, f"DeepSpeed's groups decay {found}, wanted {wanted}"
 
 
-def _initialise(
-    objective: Objective,
-    model: Transformer,
-    ranks: Ranks,
-    rule: UpdateRule,
-    options: dict[str, Any],
-) -> Any:
+def _initialise(objective: Objective, launch: LaunchConfig, ranks: Ranks, rule: UpdateRule) -> Any:
     if ranks.device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
@@ -186,11 +185,21 @@ def _initialise(
     cast("dict[str, bool]", deepspeed.ops.__compatible_ops__)["deepspeed_shm_comm"] = False
     engine, *_ = deepspeed.initialize(
         model=objective,
-        optimizer=adamw(model.parameters(), rule),
+        optimizer=_optimizer(objective.model, launch, rule),
         dist_init_required=False,
-        config=options,
+        config=zero_options(launch, rule),
     )
     return engine
+
+
+def _optimizer(model: Transformer, launch: LaunchConfig, rule: UpdateRule) -> torch.optim.Optimizer:
+    if launch.adamw == "torch":
+        return adamw(model.parameters(), rule)
+    from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
+
+    kind = FusedAdam if launch.offload == "none" else DeepSpeedCPUAdam
+    groups = parameter_groups(model.parameters(), rule.weight_decay)
+    return kind(groups, lr=0.0, betas=rule.betas, eps=rule.eps)
 
 
 def zero_options(launch: LaunchConfig, rule: UpdateRule) -> dict[str, Any]:
@@ -198,7 +207,9 @@ def zero_options(launch: LaunchConfig, rule: UpdateRule) -> dict[str, Any]:
     own = launch.deepspeed
     stage = int(launch.engine.removeprefix("zero"))
     host = {"device": "cpu", "pin_memory": False}
-    offloaded = {"offload_optimizer": host} if launch.offload == "optimizer" else {}
+    offloaded: dict[str, Any] = {} if launch.offload == "none" else {"offload_optimizer": host}
+    if launch.offload == "parameters":
+        offloaded["offload_param"] = host
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,

@@ -50,10 +50,35 @@ def test_what_would_contradict_our_settings_is_refused(
         LaunchConfig(deepspeed=options)
 
 
+def test_what_is_offloaded_is_told_to_deepspeed() -> None:
+    found = zero_options(LaunchConfig(engine="zero3", offload="parameters"), UpdateRule())
+    devices = {
+        name: found["zero_optimization"][name]["device"]
+        for name in ("offload_optimizer", "offload_param")
+    }
+    assert devices == {"offload_optimizer": "cpu", "offload_param": "cpu"}
+
+
+@pytest.mark.parametrize(
+    ("launch", "words"),
+    [
+        ({"engine": "ddp", "offload": "optimizer"}, "use engine=zero1 or zero2 or zero3"),
+        ({"engine": "zero2", "offload": "parameters"}, "use engine=fsdp or zero3"),
+        ({"engine": "fsdp", "adamw": "deepspeed"}, "use adamw=torch, or engine=zero1"),
+    ],
+)
+def test_what_an_engine_does_not_offer_is_refused(launch: dict[str, object], words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        LaunchConfig.model_validate(launch)
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"optimizer": "muon", "launch": {"engine": "zero2"}}, "use launch.engine=ddp or"),
+        (
+            {"optimizer": "muon", "launch": {"engine": "zero2"}},
+            "use launch.engine=fsdp or optimizer=adamw",
+        ),
         ({"precision": "fp16", "launch": {"engine": "zero1"}}, "use precision=bf16 or"),
         ({"exclude": ["web"]}, "should match pattern"),
         ({"cycle": 1.5}, "less than or equal to 1.25"),

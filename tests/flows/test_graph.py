@@ -252,6 +252,23 @@ REAL: list[tuple[str, dict[str, Any], dict[str, Any], str, str]] = [
         "512 tokens are more than the model's context of 128",
     ),
     (
+        "heads that processes cannot share",
+        {"sft": {"from": {"policy": "pretrain", "conversations": "chats"}}},
+        {
+            "shape": {"kv_heads": 1},
+            "launch": {"engine": "fsdp", "processes": 2, "tensor_parallel": 2},
+        },
+        "stages.sft.launch",
+        "tensor_parallel=2 does not divide shape.kv_heads=1; use a divisor of all",
+    ),
+    (
+        "more pipeline stages than layers",
+        {},
+        {"launch": {"engine": "ddp", "processes": 4, "pipeline_stages": 4}},
+        "stages.pretrain.launch",
+        "pipeline_stages=4 is more than shape.layers=3",
+    ),
+    (
         "vocabulary beyond 16 bits",
         {"tokenizer": {"from": {"corpus": "extract"}, "vocabulary": 100_000}},
         {},

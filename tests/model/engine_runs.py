@@ -1,13 +1,15 @@
 """Every engine over the same small pretraining in one pair of ranks: `python -m tests.model.engine_runs
-TOKENS FOLDER NAME=STEP ... OLD-to-NEW ...`.
+TOKENS FOLDER NAME=STEP ... OLD-to-NEW ... NAME!STEP`.
 
-For each of LAUNCHES: an unbroken run in FOLDER/NAME; a run in FOLDER/NAME-broken that dies while it
-writes down that step, and is run again by a new engine. For OLD-to-NEW the engine NEW ends what OLD has begun, in FOLDER/OLD-to-NEW. Starting
-processes costs more than the runs.
+For NAME=STEP, of LAUNCHES: an unbroken run in FOLDER/NAME; a run in FOLDER/NAME-broken that dies while it
+writes down that step, and is run again by a new engine; a run with a strict guard. For OLD-to-NEW the engine
+NEW ends what OLD has begun, in FOLDER/OLD-to-NEW. Starting processes costs more than the runs. For NAME!STEP
+a run in FOLDER/NAME whose processes get kill -9 at that step, or at none.
 """
 
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
@@ -63,7 +65,11 @@ LAUNCHES: dict[str, dict[str, Any]] = {
     "zero1": {"engine": "zero1", "deepspeed": BUCKETS},
     "zero2": {"engine": "zero2", "deepspeed": BUCKETS},
     "zero3": {"engine": "zero3", "deepspeed": BUCKETS},
+    "zero1_offload": {"engine": "zero1", "deepspeed": BUCKETS, "offload": "optimizer"},
     "zero2_offload": {"engine": "zero2", "deepspeed": BUCKETS, "offload": "optimizer"},
+    "zero3_offload": {"engine": "zero3", "deepspeed": BUCKETS, "offload": "optimizer"},
+    "zero3_parameters": {"engine": "zero3", "deepspeed": BUCKETS, "offload": "parameters"},
+    "fsdp_parameters": {"engine": "fsdp", "offload": "parameters"},
 }
 
 
@@ -72,13 +78,15 @@ class Killed(BaseException):
 
 
 class BreakingJournal(Journal):
-    """Dies when it is to write down a step."""
+    """Dies when it is to write down a step, or has its process killed."""
 
-    def __init__(self, logs: Path, *, is_writer: bool, last: int) -> None:
+    def __init__(self, logs: Path, *, is_writer: bool, last: int, is_killed: bool) -> None:
         super().__init__(logs, is_writer=is_writer)
-        self._last = last
+        self._last, self._is_killed = last, is_killed
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
+        if step == self._last and self._is_killed:
+            os.kill(os.getpid(), signal.SIGKILL)
         if step == self._last:
             raise Killed
         super().write(step, figures)
@@ -95,7 +103,14 @@ def placed(name: str, ranks: Ranks) -> tuple[LaunchConfig, Ranks]:
 
 
 def run(
-    attempt: Path, tokens: Path, name: str, ranks: Ranks, *, last: int = 0, **settings: object
+    attempt: Path,
+    tokens: Path,
+    name: str,
+    ranks: Ranks,
+    *,
+    last: int = 0,
+    is_killed: bool = False,
+    **settings: object,
 ) -> None:
     """The whole job, or up to the step at which it dies."""
     launch, ranks = placed(name, ranks)
@@ -104,7 +119,9 @@ def run(
         write_job(attempt, "pretrain", chosen, {"tokens": tokens}, launch)
     ranks.wait()
     job = JobFile.model_validate_json((attempt / "state" / "job.json").read_text("utf-8"))
-    journal = BreakingJournal(attempt / "logs", is_writer=ranks.is_first, last=last or -1)
+    journal = BreakingJournal(
+        attempt / "logs", is_writer=ranks.is_first, last=last or -1, is_killed=is_killed
+    )
     try:
         work(job, ranks, journal)
     except Killed:
@@ -134,6 +151,10 @@ def main() -> None:
     processes = int(os.environ["WORLD_SIZE"])
     ranks = join_ranks(LaunchConfig(engine="ddp", processes=processes, threads=1, device="cpu"))
     for wish in sys.argv[3:]:
+        name, is_killed, last = wish.partition("!")
+        if is_killed:
+            run(folder / name, tokens, name, ranks, last=int(last), is_killed=True)
+            continue
         name, _, last = wish.partition("=")
         if not last:
             old, _, new = name.partition("-to-")

@@ -8,6 +8,7 @@ from typing import Any
 
 from conf.dpo import DpoConfig
 from conf.launch import LaunchConfig
+from conf.lora import LoraConfig
 from conf.ppo import PpoConfig
 from conf.reward import RewardConfig
 from conf.settings import Settings
@@ -20,6 +21,7 @@ from tests.model.small_world import make_job
 
 WORKS: dict[str, Callable[..., dict[str, Any]]] = {
     "sft": sft.work,
+    "lora": sft.work,
     "reward": reward.work,
     "dpo": dpo.work,
     "ppo": ppo.work,
@@ -35,6 +37,7 @@ PPO = PpoConfig(
 )
 SETTINGS: dict[str, Settings] = {
     "sft": SftConfig(max_steps=4, batch_rows=8, learning_rate=3e-3, evaluate_every_steps=2),
+    "lora": SftConfig(max_steps=4, batch_rows=8, learning_rate=1e-2, lora=LoraConfig(rank=3)),
     "reward": RewardConfig(
         max_steps=4,
         batch_rows=8,
@@ -53,6 +56,7 @@ SETTINGS: dict[str, Settings] = {
 }
 INPUTS = {
     "sft": ("policy", "conversations"),
+    "lora": ("policy", "conversations"),
     "reward": ("policy", "preferences"),
     "dpo": ("policy", "preferences"),
     "ppo": ("policy", "reward", "conversations"),

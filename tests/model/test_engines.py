@@ -2,6 +2,7 @@
 
 import json
 import random
+import signal
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,6 +15,12 @@ from tests.model.small_tokens import write_small_tokens
 
 ENGINES = tuple(name for name in LAUNCHES if name != "plain")
 MOVES = ("ddp-to-fsdp", "fsdp-to-zero3", "zero2-to-tensor", "tensor-to-pipeline", "pipeline-to-ddp")
+ENDS = (
+    "files/model.safetensors",
+    f"state/checkpoints/step_{STEPS:09d}/model.safetensors",
+    f"state/checkpoints/step_{STEPS:09d}/optimizer.safetensors",
+)
+"""All weights and all optimizer state at the end of a run."""
 pytestmark = pytest.mark.slow
 
 
@@ -70,12 +77,7 @@ def test_the_guard_leaves_out_the_steps_that_it_does_in_one_process(
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_dead_at_a_random_step_and_run_again_gives_the_same_bits(runs: Runs, engine: str) -> None:
-    last = f"state/checkpoints/step_{STEPS:09d}"
-    for name in (
-        "files/model.safetensors",
-        f"{last}/model.safetensors",
-        f"{last}/optimizer.safetensors",
-    ):
+    for name in ENDS:
         whole, broken = (runs.folder / e / name for e in (engine, f"{engine}-broken"))
         assert whole.read_bytes() == broken.read_bytes(), (name, runs.deaths[engine])
     assert runs.figures(engine, "loss") == runs.figures(f"{engine}-broken", "loss")
@@ -106,14 +108,42 @@ def test_weights_are_whole_in_the_artifact(runs: Runs) -> None:
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("name", ["tensor", "pipeline", "ddp", "fsdp"])
-def test_four_processes_do_what_two_do(runs: Runs, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["tensor", "pipeline", "ddp", "fsdp", "zero1", "zero2", "zero3"])
+def test_four_processes_do_what_two_do_and_go_on_from_them(
+    runs: Runs, tmp_path: Path, name: str
+) -> None:
     wishes = [f"{name}={random.randint(2, STEPS - 1)}"]
-    finish(
-        start_pair("tests.model.engine_runs", str(runs.tokens), str(tmp_path), *wishes, processes=4)
-    )
+    on(4, runs.tokens, tmp_path, *wishes)
     four = replace(runs, folder=tmp_path)
     for figure in ("loss", "held_loss/zh"):
         wanted = runs.figures("plain", figure)
         assert four.figures(name, figure) == pytest.approx(wanted, rel=0, abs=1e-6), figure
     assert four.figures(name, "loss") == four.figures(f"{name}-broken", "loss")
+    move = f"{name}-to-{name}"
+    on(2, runs.tokens, tmp_path, move)
+    on(4, runs.tokens, runs.folder, move)
+    for moved, begun in ((four, four), (runs, runs)):
+        losses = moved.figures(move, "loss")
+        assert losses == pytest.approx(runs.figures("plain", "loss"), rel=0, abs=1e-6)
+        assert losses[:16] == begun.figures(name, "loss")[:16]
+
+
+def on(processes: int, tokens: Path, folder: Path, *wishes: str, code: int = 0) -> None:
+    """Run the module of runs on so many processes."""
+    arguments = (str(tokens), str(folder), *wishes)
+    finish(start_pair("tests.model.engine_runs", *arguments, processes=processes), code=code)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", ["plain", "ddp", "fsdp", "zero1", "zero2", "zero3"])
+def test_five_kills_leave_the_bits_of_an_unbroken_run(tmp_path: Path, name: str) -> None:
+    tokens = write_small_tokens(tmp_path / "tokens")
+    processes = 1 if name == "plain" else 2
+    deaths = sorted(random.sample(range(2, STEPS), 5))
+    on(processes, tokens, tmp_path / "whole", f"{name}!0")
+    for death in deaths:
+        on(processes, tokens, tmp_path / "killed", f"{name}!{death}", code=-signal.SIGKILL)
+    on(processes, tokens, tmp_path / "killed", f"{name}!0")
+    for file in ENDS:
+        whole, killed = (tmp_path / folder / name / file for folder in ("whole", "killed"))
+        assert whole.read_bytes() == killed.read_bytes(), (file, deaths)

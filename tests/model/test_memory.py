@@ -14,7 +14,7 @@ from conf.pretrain import PretrainConfig
 from conf.shape import ShapeConfig
 from flows import memory
 from flows.memory import Pass, kept_bytes, training_memory
-from model import held_out, transformer
+from model import head, held_out, transformer
 from model.transformer import AttentionMask, Noise, Transformer, token_logprobs
 from storage.tokens import SplitCount, TokensMeta, bytes_path, end_path, token_path, write_meta
 from tests.model.small_jobs import start, write_job
@@ -101,7 +101,9 @@ def test_stages_hold_their_blocks_and_a_table_and_offloaded_state_is_the_hosts()
     halved = training_memory(shape, 500, work, engine="ddp", processes=2, stages=2)
     assert halved.weights == 4 * (2 * block + 500 * shape.dim)
     assert halved.optimizer == 2 * halved.weights
-    assert training_memory(shape, 500, work, engine="zero2", is_offloaded=True).optimizer == 0
+    assert training_memory(shape, 500, work, engine="zero2", offload="optimizer").optimizer == 0
+    away = training_memory(shape, 500, work, engine="fsdp", offload="parameters")
+    assert (away.weights, away.gradients, away.optimizer) == (0, 0, 0)
 
 
 def test_recomputing_activations_keeps_one_block() -> None:

@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from conf.shape import ShapeConfig
+from model.engine import load_states
 from model.optimizer import LossScale, UpdateRule, adamw, build_optimizers, learning_rate
 from model.transformer import Transformer
 
@@ -122,7 +124,9 @@ def test_a_loss_scale_survives_on_disk(tmp_path: Path) -> None:
 def test_muon_takes_the_matrices_of_the_blocks_alone() -> None:
     shape = ShapeConfig(dim=16, layers=2, heads=2, kv_heads=1, context=8, is_tied=False)
     model = Transformer(shape, 20)
-    muon, rest = build_optimizers(model, UpdateRule(optimizer="muon", weight_decay=0.3))
+    muon, rest = build_optimizers(
+        model.named_parameters(), UpdateRule(optimizer="muon", weight_decay=0.3)
+    )
     names = {id(p): name for name, p in model.named_parameters()}
     taken = [{names[id(p)] for g in o.param_groups for p in g["params"]} for o in (muon, rest)]
     assert taken[0] | taken[1] == set(names.values())
@@ -134,7 +138,9 @@ def test_muon_takes_the_matrices_of_the_blocks_alone() -> None:
 def test_one_muon_update_by_hand() -> None:
     shape = ShapeConfig(dim=16, layers=1, heads=2, kv_heads=2, context=8)
     model = Transformer(shape, 20)
-    muon, _ = build_optimizers(model, UpdateRule(optimizer="muon", weight_decay=0.5))
+    muon, _ = build_optimizers(
+        model.named_parameters(), UpdateRule(optimizer="muon", weight_decay=0.5)
+    )
     block: Any = model.blocks[0]
     weight, before = block.query.weight, block.query.weight.detach().clone()
     # A diagonal gradient stays diagonal through the iteration: each entry goes through the polynomial.
@@ -151,3 +157,13 @@ def test_one_muon_update_by_hand() -> None:
     # The iteration runs in bfloat16, and its polynomial is steep: 8 % of the largest entry.
     torch.testing.assert_close(weight.detach(), wanted, rtol=0, atol=0.1 * 0.2 * 4 * 0.08)
     assert (weight.detach() - before).diag().abs().min() > 0.04
+
+
+def test_a_loaded_state_lies_where_the_update_runs() -> None:
+    # Also the count of steps: the fused update on an accelerator reads it there.
+    with torch.device("meta"):
+        model = nn.Linear(2, 1, bias=False)
+    optimizer = adamw(model.parameters(), UpdateRule())
+    saved = {"step": torch.tensor(3.0), "exp_avg": torch.zeros(1, 2)}
+    load_states(model, [optimizer], {"weight": saved})
+    assert [value.device.type for value in optimizer.state[model.weight].values()] == ["meta"] * 2

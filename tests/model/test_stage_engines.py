@@ -13,6 +13,8 @@ from tests.model.small_world import SHAPE, write_world
 from tests.model.stage_runs import SETTINGS, run
 
 ENGINES = ("ddp", "fsdp", "tensor", "pipeline", "zero2", "zero3")
+# Low-rank corrections want matrices that nobody cuts into pieces.
+RUNS = [wish for wish in itertools.product(SETTINGS, ENGINES) if wish != ("lora", "tensor")]
 pytestmark = pytest.mark.slow
 
 
@@ -27,13 +29,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         run(stage, "plain", world, folder, Ranks())
         if stage == "reward":
             shutil.copytree(folder / "reward-plain" / "files", world / "reward")
-    wishes = ["/".join(wish) for wish in itertools.product(SETTINGS, ENGINES)]
+    wishes = ["/".join(wish) for wish in RUNS]
     finish(start_pair("tests.model.stage_runs", str(world), str(folder), *wishes), timeout=400)
     return folder
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("stage", SETTINGS)
+@pytest.mark.parametrize(("stage", "engine"), RUNS)
 def test_every_figure_is_that_of_one_process(runs: Path, stage: str, engine: str) -> None:
     wanted, found = (lines(runs / f"{stage}-{name}") for name in ("plain", engine))
     assert len(found) == len(wanted)
