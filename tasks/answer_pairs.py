@@ -72,7 +72,8 @@ def contest_figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, Figure]:
     """Win rates of judged pairs: rows with `one`, `other`, `verdict` (one, other, tie; None for none), and
     `lengths`, the characters of both answers.
 
-    A tie is half a win. What could not be judged counts in `unjudged` alone.
+    A tie is half a win. What could not be judged counts in `unjudged` alone. Several ratings of a question
+    are one cluster.
     """
     figures: dict[str, Figure] = {}
     for (one, other), group in _by_contest(rows).items():
@@ -81,8 +82,10 @@ def contest_figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, Figure]:
         figures[f"unjudged/{title}"] = mean([float(not row["verdict"]) for row in group])
         if judged:
             worth = [WORTH[row["verdict"]] for row in judged]
-            figures[f"wins/{title}"] = mean(worth, chance=0.5)
-            figures[f"ties/{title}"] = mean([float(row["verdict"] == "tie") for row in judged])
+            ties = [float(row["verdict"] == "tie") for row in judged]
+            questions = [row["question"] for row in judged]
+            figures[f"wins/{title}"] = mean(worth, clusters=questions, chance=0.5)
+            figures[f"ties/{title}"] = mean(ties, clusters=questions)
             figures[f"wins_at_equal_length/{title}"] = _at_equal_length(worth, judged)
     return figures
 
@@ -150,9 +153,16 @@ def _at_equal_length(worth: Sequence[float], rows: Sequence[Mapping[str, Any]]) 
     spread = float(gaps.std()) or 1.0
     features = np.stack([np.ones(len(gaps)), np.tanh(gaps / spread)], 1)  # (pairs, 2)
     wins = np.asarray(worth)
-    return resampled(
-        len(wins), lambda places: _logistic_share(features[places], wins[places])
-    ).model_copy(update={"chance": 0.5})
+    rows_of: dict[str, list[int]] = {}
+    for place, row in enumerate(rows):
+        rows_of.setdefault(row["question"], []).append(place)
+    clusters = list(rows_of.values())
+
+    def share(drawn: "npt.NDArray[np.int64]") -> float:
+        places = list(itertools.chain.from_iterable(clusters[place] for place in drawn))
+        return _logistic_share(features[places], wins[places])
+
+    return resampled(len(clusters), share).model_copy(update={"chance": 0.5, "n": len(rows)})
 
 
 def _logistic_share(features: "npt.NDArray[np.float64]", wins: "npt.NDArray[np.float64]") -> float:

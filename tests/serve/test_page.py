@@ -2,33 +2,22 @@
 
 import json
 import os
-import shutil
 from collections.abc import Iterator
 
 import httpx
 import pytest
-from playwright.sync_api import Browser, ConsoleMessage, Page, expect, sync_playwright
+from playwright.sync_api import Browser, ConsoleMessage, Page, expect
 
+from tests.browser import chromium
 from tests.serve.conftest import Running
 
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 LONG = "4000"
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """A Chromium. Where there is none the tests are skipped, but they fail where `CI` is set."""
-    program = next(filter(None, map(shutil.which, NAMES)), None)
-    if program is None:
-        told = f"no browser is here to try the chat page with: install one of {', '.join(NAMES)}"
-        if os.environ.get("CI"):
-            pytest.fail(told)
-        pytest.skip(told)
-    flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=program, args=flags)
-        yield browser
-        browser.close()
+    with chromium() as found:
+        yield found
 
 
 @pytest.fixture
