@@ -19,6 +19,14 @@ class PairsConfig(Settings):
     """`skip` counts a row that cannot be read and goes on; `fail` ends the stage at the first."""
     keep_duplicates: bool = False
     """Whether a pair may stand in the files more than once."""
+    several_answers: Literal["best_worst", "all_pairs"] = "best_worst"
+    """Which pairs are made of a row with several ranked or scored answers."""
+    margins: Literal["as_given", "scaled"] = "as_given"
+    """`scaled` divides the margins of a file by the range of all scores in it, so that files with different
+    scales agree: 1 is the whole range."""
+    max_similarity: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Pairs whose answers share more than this of their character trigrams (Jaccard) are dropped; 1 keeps
+    all that differ."""
     answers: Annotated[int, Field(ge=1)] = 1
     """Answers that the policy gives to each prompt, each a rejected one of its own pair."""
     max_prompts: Annotated[int, Field(ge=0)] = 0

@@ -20,6 +20,8 @@ ROLES: Mapping[str, Role] = {
 }
 PROMPT_KEYS = ("prompt", "question", "query")
 ANSWER_KEYS = ("answer", "response", "output", "completion", "chosen_answer")
+EXCHANGE_KEYS = (("human", "assistant"), ("user", "assistant"), ("input", "output"))
+"""Names that an item gives to a question and its answer, where it holds both."""
 MOSS_MARK = re.compile(r"^<\|\w[\w ]*\|>:\s*|\s*<eo\w>\s*$")
 MOSS_EMPTY = ("", "None")
 
@@ -57,7 +59,8 @@ def parse_chat(row: Any) -> ChatRow:
 
 
 def turns_of_list(items: Sequence[Any]) -> list[tuple[Any, Any]]:
-    """Role and content of each message, in either spelling."""
+    """Role and content of each message, in either spelling; an item may also hold a question and its
+    answer, the first one a system message as well."""
     turns: list[tuple[Any, Any]] = []
     for item in items:
         if not isinstance(item, dict):
@@ -67,8 +70,16 @@ def turns_of_list(items: Sequence[Any]) -> list[tuple[Any, Any]]:
         elif "from" in item:
             turns.append((item["from"], item.get("value")))
         else:
-            raise RowRefused("a message has neither `role` nor `from`")
+            turns += _exchange(item)
     return turns
+
+
+def _exchange(item: dict[str, Any]) -> list[tuple[Any, Any]]:
+    for asked, answered in EXCHANGE_KEYS:
+        if asked in item and answered in item:
+            opening = [("system", item["system"])] if item.get("system") else []
+            return [*opening, ("user", item[asked]), ("assistant", item[answered])]
+    raise RowRefused("a message has neither `role` nor `from`")
 
 
 def turns_of_history(history: Any) -> list[tuple[str, Any]]:
@@ -120,11 +131,15 @@ def _turns_of(row: Any) -> tuple[str, list[tuple[Any, Any]]]:
         case {"conversations": list() as items}:
             return "sharegpt", turns_of_list(items)
         case {"conversation": list() as items}:
-            return "firefly", _firefly(items)
+            return "firefly", turns_of_list(items)
         case {"chat": dict() as turns}:
             return "moss", _moss(row.get("meta_instruction"), turns)
-        case {"instruction": instruction, "output": output}:
-            return "alpaca", _alpaca(row, instruction, row.get("input"), output)
+        case {"instruction": instruction, "output": output} | {
+            "instruction": instruction,
+            "response": output,
+        }:
+            given = row.get("input", row.get("context"))
+            return "alpaca", _alpaca(row, instruction, given, output)
         case {"instruction": instruction, "instances": [{"input": given, "output": output}]}:
             return "seed_task", _alpaca(row, instruction, given, output)
         case {"kind": str(), "input": question, "target": answer}:
@@ -133,16 +148,6 @@ def _turns_of(row: Any) -> tuple[str, list[tuple[Any, Any]]]:
             return "prompt_answer", _prompt_answer(row)
         case _:
             raise RowRefused("is neither an object nor a list of messages")
-
-
-def _firefly(items: list[Any]) -> list[tuple[Any, Any]]:
-    turns: list[tuple[Any, Any]] = []
-    for item in items:
-        if isinstance(item, dict) and {"human", "assistant"} <= item.keys():
-            turns += [("user", item["human"]), ("assistant", item["assistant"])]
-        else:
-            turns += turns_of_list([item])
-    return turns
 
 
 def _moss(instruction: Any, turns: dict[str, Any]) -> list[tuple[Any, Any]]:

@@ -3,7 +3,8 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from itertools import combinations
+from typing import Any, Literal
 
 from storage.conversations import Message
 from tasks.chat_formats import (
@@ -18,6 +19,14 @@ CHOSEN_KEYS = ("chosen", "selected", "response_chosen")
 REJECTED_KEYS = ("rejected", "response_rejected")
 PROMPT_KEYS = ("prompt", "query", "question")
 SCORE_KEYS = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"))
+SEVERAL_KEYS = ("responses", "answers", "completions", "candidates", "outputs")
+TEXT_KEYS = ("text", "content", "response", "answer", "value", "output")
+SCORES_KEYS = ("scores", "ratings", "rewards")
+RANKS_KEYS = ("ranks", "ranking", "rankings")
+ONE_SCORE_KEYS = ("score", "rating", "reward", "overall_score")
+RANKED_KEYS = ("ranked", "ranked_responses", "ranked_answers")
+"""Lists whose name says that the best answer stands first."""
+Several = Literal["best_worst", "all_pairs"]
 HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
@@ -32,15 +41,20 @@ class PairRow:
     margin: float | None
 
 
-def parse_pair(row: Any) -> PairRow:
-    """The pair of one row. Raises RowRefused with the reason."""
+def parse_pairs(row: Any, several: Several = "best_worst") -> list[PairRow]:
+    """The pairs of one row: one, or as many as its ranked or scored answers give. Raises RowRefused with
+    the reason."""
     if not isinstance(row, dict):
-        raise RowRefused("is not an object")
+        raise RowRefused("is no object: ranked answers need their prompt" if row else "is empty")
     if row.get("tools"):
         raise RowRefused("uses tools")
+    if (answers := _rated_answers(row)) is not None:
+        return _pairs_among(row, answers, several)
     chosen = next((row[key] for key in CHOSEN_KEYS if key in row), None)
     rejected = next((row[key] for key in REJECTED_KEYS if key in row), None)
     if chosen is None or rejected is None:
+        if isinstance(row.get("label"), bool):
+            raise RowRefused("has one answer with a label where two are compared")
         raise RowRefused("is in no known layout")
     layout, prompt, better, worse = _pair_of(row, chosen, rejected)
     refuse_disorder(prompt, last="user")
@@ -48,7 +62,92 @@ def parse_pair(row: Any) -> PairRow:
         raise RowRefused("has an empty answer")
     if better.strip() == worse.strip():
         raise RowRefused("has two equal answers")
-    return PairRow(layout, prompt, better, worse, _margin(row))
+    return [PairRow(layout, prompt, better, worse, _margin(row))]
+
+
+def rated_scores(row: Any) -> list[float]:
+    """The scores of a row's answers, or of both answers of its pair; none where it has none."""
+    if not isinstance(row, dict):
+        return []
+    if (answers := _rated_answers(row)) is not None:
+        return [score for _, score in answers]
+    found = next((keys for keys in SCORE_KEYS if all(_is_number(row.get(k)) for k in keys)), ())
+    return [float(row[key]) for key in found]
+
+
+def _rated_answers(row: dict[str, Any]) -> list[tuple[str, float]] | None:
+    """Several answers and how good each is, the larger the better; None for a row of another layout.
+
+    Raises RowRefused where nothing says which is better.
+    """
+    ranked = next((row[key] for key in RANKED_KEYS if isinstance(row.get(key), list)), None)
+    if ranked is not None:
+        return [(_text(item), -float(place)) for place, item in enumerate(ranked)]
+    items = next((row[key] for key in SEVERAL_KEYS if isinstance(row.get(key), list)), None)
+    if items is None:
+        return None
+    scores = _listed(row, SCORES_KEYS, items, ONE_SCORE_KEYS)
+    if scores is None and (ranks := _listed(row, RANKS_KEYS, items, ("rank",))):
+        scores = [-rank for rank in ranks]
+    if scores is None:
+        raise RowRefused("has several answers and nothing that says which is better")
+    return [(_text(item), score) for item, score in zip(items, scores, strict=True)]
+
+
+def _listed(
+    row: dict[str, Any], lists: tuple[str, ...], items: list[Any], fields: tuple[str, ...]
+) -> list[float] | None:
+    """A number of each item, from a list beside them or from a field of each."""
+    beside = next((row[key] for key in lists if isinstance(row.get(key), list)), None)
+    if beside is None and all(isinstance(item, dict) for item in items):
+        name = next((key for key in fields if all(key in item for item in items)), None)
+        beside = None if name is None else [item[name] for item in items]
+    if beside is None or len(beside) != len(items) or not all(map(_is_number, beside)):
+        return None
+    return [float(value) for value in beside]
+
+
+def _pairs_among(
+    row: dict[str, Any], answers: list[tuple[str, float]], several: Several
+) -> list[PairRow]:
+    prompt = _prompt_of(row)
+    refuse_disorder(prompt, last="user")
+    told = [(text, score) for text, score in answers if text.strip()]
+    told.sort(key=lambda answer: -answer[1])
+    chosen = (
+        combinations(told, 2) if several == "all_pairs" else [(told[0], told[-1])] if told else []
+    )
+    pairs = [
+        PairRow("several_answers", prompt, better, worse, above - below)
+        for (better, above), (worse, below) in chosen
+        if above > below and better.strip() != worse.strip()
+    ]
+    if not pairs:
+        raise RowRefused("has no two answers of which one is better")
+    return pairs
+
+
+def _prompt_of(row: dict[str, Any]) -> list[Message]:
+    items = row.get("conversations") or row.get("messages")
+    question = next((row[key] for key in (*PROMPT_KEYS, "instruction") if key in row), items)
+    if isinstance(question, list):
+        return _messages(turns_of_list(question))
+    if isinstance(question, str):
+        return _asked(row, question)
+    raise RowRefused("has answers without a prompt")
+
+
+def _text(item: Any) -> str:
+    value = item
+    if isinstance(item, dict):
+        value = next((item[key] for key in TEXT_KEYS if key in item), None)
+    if not isinstance(value, str):
+        raise RowRefused("has an answer that is not text")
+    return value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _pair_of(

@@ -6,6 +6,7 @@ row group, and every row of a lost group is told of.
 
 import bz2
 import codecs
+import csv
 import gzip
 import io
 import json
@@ -15,6 +16,7 @@ import string
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
@@ -26,6 +28,7 @@ WHOLE_BYTES = 1 << 24
 """A larger JSON array is read item by item."""
 PARQUET_BATCH_ROWS = 256
 """Few: some bytes of a column may unfold into a row of a megabyte."""
+NAME = re.compile(r"[A-Za-z_]\w*")
 MESSAGE_KEYS = (("role", "content"), ("from", "value"))
 
 
@@ -47,13 +50,30 @@ def read_rows(file: SourceFile) -> Iterator[tuple[int, Any] | BadRow]:
 
     Raises ValueError for a file that is damaged as a whole or in a format that has no rows.
     """
-    if file.format not in ("parquet", "json", "jsonl"):
+    readers = {"parquet": _parquet_rows, "json": _json_rows, "jsonl": _json_rows, "csv": _cell_rows}
+    if file.format not in readers:
         raise ValueError(
-            f"{file.path}: {file.format} holds no conversations or pairs; expected JSON, "
-            "JSON lines or Parquet; convert the file or set `format` of the source"
+            f"{file.path}: {file.format} holds no conversations or pairs; expected JSON, JSON lines, "
+            "Parquet or CSV; convert the file or set `format` of the source"
         )
     with file.fetched():
-        yield from _parquet_rows(file) if file.format == "parquet" else _json_rows(file)
+        yield from readers[file.format](file)
+
+
+def _cell_rows(file: SourceFile) -> Iterator[tuple[int, Any] | BadRow]:
+    """Rows of CSV or TSV: objects where the first row has nothing but names, else lists of text."""
+    csv.field_size_limit(MAX_ROW_BYTES)
+    with open_text(file.path) as stream:
+        lines = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="replace", newline="")
+        first = lines.readline()
+        delimiter = "\t" if first.count("\t") > first.count(",") else ","
+        rows = csv.reader(chain([first], lines), delimiter=delimiter)
+        header = next(rows, [])
+        has_names = all(NAME.fullmatch(cell) for cell in header)
+        if header and not has_names:
+            yield 1, header
+        for row in rows:
+            yield rows.line_num, dict(zip(header, row, strict=False)) if has_names else row
 
 
 def open_text(path: Path) -> IO[bytes]:

@@ -61,6 +61,13 @@ def alpaca(question: str, answer: str) -> dict[str, str]:
             },
         ),
         ("firefly", {"conversation": [{"human": "你好", "assistant": "你好！"}]}),
+        ("firefly", {"conversation": [{"user": "你好", "assistant": "你好！"}]}),
+        ("list", [{"input": "你好", "output": "你好！"}]),
+        (
+            "messages",
+            {"messages": [{"from": "user", "value": "你好"}, {"from": "gpt", "value": "你好！"}]},
+        ),
+        ("alpaca", {"instruction": "你好", "context": "", "response": "你好！"}),
         ("firefly_pair", {"kind": "Chat", "input": "你好", "target": "你好！"}),
         (
             "moss",
@@ -313,3 +320,27 @@ def test_real_sets_are_read_row_for_row(tmp_path: Path, shared_data: Path) -> No
     moss = next(row for row in everything if row["domain"] == "moss")
     assert moss["messages"][0]["role"] == "system"
     assert not any("<eo" in m["content"] for m in moss["messages"])
+
+
+ALL_ROWS = {
+    "alpaca_en.jsonl.zst": 52_002, "alpaca_zh.jsonl.zst": 17_476, "zh_extra.jsonl.zst": 10_282,
+    "zh_seed_tasks.jsonl.zst": 175, "dummy_data.jsonl.zst": 33, "alpaca_en_demo.json.zst": 999,
+    "alpaca_zh_demo.json.zst": 1000, "identity.json.zst": 91, "glaive_toolcall_en_demo.json.zst": 300,
+    "glaive_toolcall_zh_demo.json.zst": 300, "Belle_open_source_1k.jsonl.zst": 1000,
+    "glaive_toolcall_zh_demo.jsonl.zst": 300, "medical_sft_1K_format.jsonl.zst": 1000,
+    "sharegpt_zh_1K_format.jsonl.zst": 1000, "conversation_without_plugins.jsonl.zst": 620,
+    "first5000.jsonl.zst": 5000,
+}  # fmt: skip
+
+
+@pytest.mark.soak
+def test_every_file_of_conversations_has_every_row_accounted_for(
+    tmp_path: Path, shared_data: Path
+) -> None:
+    settings = ChatsConfig(sources=(SourceSpec(path="*/*.zst"),))
+    _, job = run(tmp_path, settings, shared_data / "sft")
+    found = {row["file"]: row for row in job.tables["files"]}
+    assert {name: counts["rows"] for name, counts in found.items()} == ALL_ROWS
+    for name, counts in found.items():
+        assert counts["kept"] + counts["refused"] + counts["duplicates"] == counts["rows"], name
+    assert sum(job.metrics["reasons"].values()) == job.metrics["refused"]

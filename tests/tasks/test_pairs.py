@@ -13,8 +13,8 @@ from storage.preferences import Preferences
 from storage.source import HashCache, resolve
 from storage.store import Store
 from tasks.chat_formats import RowRefused
-from tasks.pairs import pairs
-from tasks.preference_formats import parse_pair
+from tasks.pairs import pairs, similarity
+from tasks.preference_formats import parse_pairs
 from tasks.stage import Job
 
 ASKED = [{"role": "user", "content": "猫吃什么？"}]
@@ -96,7 +96,7 @@ def turn(role: str, content: str) -> dict[str, str]:
     ],
 )
 def test_every_layout_gives_the_same_pair(layout: str, row: Any) -> None:
-    pair = parse_pair(row)
+    [pair] = parse_pairs(row)
     assert pair.layout == layout
     assert (pair.prompt, pair.chosen, pair.rejected) == (ASKED, "鱼。", "不知道。")
     assert pair.margin is None
@@ -110,7 +110,7 @@ def test_system_and_history_come_before_the_question() -> None:
         "response_chosen": "yes",
         "response_rejected": "no",
     }
-    assert parse_pair(row).prompt == [
+    assert parse_pairs(row)[0].prompt == [
         turn("system", "Be brief."),
         turn("user", "Hi"),
         turn("assistant", "Hello."),
@@ -120,13 +120,96 @@ def test_system_and_history_come_before_the_question() -> None:
 
 def test_the_margin_is_the_difference_of_the_scores() -> None:
     row = {"prompt": "Q", "chosen": "a", "rejected": "b", "score_chosen": 8.5, "score_rejected": 6}
-    assert parse_pair(row).margin == 2.5
+    assert parse_pairs(row)[0].margin == 2.5
+
+
+SEVERAL: dict[str, dict[str, Any]] = {
+    "scores beside": {"responses": ["差", "好", "中"], "scores": [1, 4.5, 3]},
+    "ranks beside": {"answers": ["差", "好", "中"], "ranks": [3, 1, 2]},
+    "scores inside": {
+        "completions": [
+            {"response": "差", "overall_score": 1},
+            {"response": "好", "overall_score": 4.5},
+            {"response": "中", "overall_score": 3},
+        ]
+    },
+    "ranks inside": {
+        "candidates": [{"text": t, "rank": r} for t, r in (("差", 3), ("好", 1), ("中", 2))]
+    },
+    "in order": {"ranked": ["好", "中", "差"]},
+}
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_several_rated_answers_make_pairs(name: str) -> None:
+    row = {"prompt": "猫吃什么？", **SEVERAL[name]}
+    is_scored = "scores" in name
+    [pair] = parse_pairs(row)
+    assert (pair.prompt, pair.chosen, pair.rejected) == (ASKED, "好", "差")
+    assert pair.margin == (3.5 if is_scored else 2.0)
+    pairs = parse_pairs(row, "all_pairs")
+    assert [(p.chosen, p.rejected) for p in pairs] == [("好", "中"), ("好", "差"), ("中", "差")]
+    assert [p.margin for p in pairs] == ([1.5, 3.5, 2.0] if is_scored else [1.0, 2.0, 1.0])
+
+
+def test_answers_of_equal_score_are_no_pair() -> None:
+    row = {"prompt": "Q", "responses": ["a", "b", "c"], "scores": [2, 2, 1]}
+    pairs = [(p.chosen, p.rejected) for p in parse_pairs(row, "all_pairs")]
+    assert pairs == [("a", "c"), ("b", "c")]
+    with pytest.raises(RowRefused, match="no two answers of which one is better"):
+        parse_pairs({**row, "scores": [2, 2, 2]})
+
+
+def test_scaled_margins_are_shares_of_the_files_range(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "Q1", "responses": ["a", "b"], "scores": [10, 5]},
+        {"prompt": "Q2", "chosen": "a", "rejected": "b", "score_chosen": 4, "score_rejected": 2},
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)), "utf-8")
+    specs = (SourceSpec(path="a.jsonl"),)
+    found, _ = run(tmp_path, PairsConfig(sources=specs, held_share=0.0, margins="scaled"), tmp_path)
+    # The scores go from 2 to 10.
+    assert [row["margin"] for row in found.rows("train")] == [5 / 8, 2 / 8]
+
+
+def test_answers_that_say_almost_the_same_are_dropped_and_length_bias_is_told(
+    tmp_path: Path,
+) -> None:
+    rows = [
+        {"prompt": "Q1", "chosen": "猫吃鱼和米饭。", "rejected": "猫吃鱼和米饭"},
+        {"prompt": "Q2", "chosen": "A long and patient answer.", "rejected": "No!"},
+        {"prompt": "Q3", "chosen": "Yes.", "rejected": "Maybe."},
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)), "utf-8")
+    specs = (SourceSpec(path="a.jsonl"),)
+    settings = PairsConfig(sources=specs, held_share=0.0, max_similarity=0.7)
+    found, job = run(tmp_path, settings, tmp_path)
+    assert [row["prompt"][0]["content"] for row in found.rows("train")] == ["Q2", "Q3"]
+    assert {k: job.metrics[k] for k in ("near_equal", "chosen_longer_share", "chosen_chars")} == {
+        "near_equal": 1, "chosen_longer_share": 0.5, "chosen_chars": 15.0,
+    }  # fmt: skip
+    # 猫吃鱼 吃鱼和 鱼和米 和米饭, and 米饭。 of the first alone.
+    assert similarity("猫吃鱼和米饭。", "猫吃鱼 和米饭") == 4 / 5
+
+
+def test_tables_with_and_without_names_are_read(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('prompt,chosen,rejected\nQ,"yes,\nsure",no\n', "utf-8")
+    (tmp_path / "b.tsv").write_text("很好的苹果\t不好\n也好\t差\n", "utf-8")
+    specs = (SourceSpec(path="a.csv"), SourceSpec(path="b.tsv"))
+    found, job = run(tmp_path, PairsConfig(sources=specs, held_share=0.0), tmp_path)
+    assert [row["chosen"] for row in found.rows("train")] == ["yes,\nsure"]
+    assert job.metrics["reasons"] == {"is no object": 2}
 
 
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ([1], "not an object"),
+        ({"responses": ["a", "b"], "scores": [1, 2]}, "without a prompt"),
+        ({"prompt": "Q", "responses": ["a", "b"]}, "nothing that says which is better"),
+        ({"prompt": "Q", "responses": ["a", "b"], "scores": [1]}, "nothing that says which"),
+        ({"prompt": "Q", "responses": ["a", 3], "scores": [1, 2]}, "not text"),
+        ({"messages": ASKED, "label": True}, "one answer with a label"),
+        ([1], "no object"),
         ({"prompt": "Q", "chosen": "a"}, "no known layout"),
         ({"chosen": "a", "rejected": "b"}, "no known layout"),
         ({"prompt": "Q", "chosen": "same", "rejected": " same\n"}, "equal answers"),
@@ -145,7 +228,7 @@ def test_the_margin_is_the_difference_of_the_scores() -> None:
 )
 def test_what_is_no_pair_is_refused_with_its_reason(row: Any, reason: str) -> None:
     with pytest.raises(RowRefused, match=reason):
-        parse_pair(row)
+        parse_pairs(row)
 
 
 def test_bad_rows_are_counted_and_equal_bytes_come_out_twice(tmp_path: Path) -> None:
@@ -180,26 +263,35 @@ def test_pairs_without_anything_to_read_say_what_to_name(tmp_path: Path) -> None
         pairs(job, settings=PairsConfig())
 
 
-REAL = {
-    "medicalgpt/dpo_zh_500.jsonl.zst": 500,
-    "medicalgpt/reward_test.jsonl.zst": 100,
-    "llamafactory/dpo_zh_demo.json.zst": 300,
-    "llamafactory/dpo_en_demo.json.zst": 300,
-    "firefly/dummy_dpo.jsonl.zst": 16,
-    "zh_sentiment_rank/sentiment_comments.jsonl.zst": 1000,
+REAL: dict[str, tuple[int, float]] = {
+    "medicalgpt/dpo_zh_500.jsonl.zst": (500, 0.85),
+    "medicalgpt/reward_test.jsonl.zst": (100, 0.85),
+    "llamafactory/dpo_zh_demo.json.zst": (300, 0.85),
+    "llamafactory/dpo_en_demo.json.zst": (300, 0.85),
+    "firefly/dummy_dpo.jsonl.zst": (16, 0.85),
+    "zh_sentiment_rank/sentiment_comments.jsonl.zst": (1000, 0.85),
+    # Tool calls, single answers with a label, and ranked answers without a prompt are no pairs.
+    "medicalgpt/toolcall_dpo_zh_demo.jsonl.zst": (11, 0.0),
+    "llamafactory/kto_en_demo.json.zst": (300, 0.0),
+    "zh_sentiment_rank/dev.tsv.zst": (3082, 0.0),
 }
 
 
 def test_real_sets_are_read_row_for_row(tmp_path: Path, shared_data: Path) -> None:
-    """Row counts as the data folder's README states them; each row is kept or counted."""
+    """Row counts as the data folder's README states them; each row is kept or counted, with its reason."""
+    there = {
+        str(p.relative_to(shared_data / "preference")) for p in shared_data.glob("preference/*/*")
+    }
+    assert there == set(REAL)
     settings = PairsConfig(sources=tuple(SourceSpec(path=name) for name in REAL), held_share=0.1)
     found, job = run(tmp_path, settings, shared_data / "preference")
     by_file = {row["file"]: row for row in job.tables["files"]}
-    for name, rows in REAL.items():
+    for name, (rows, least_kept) in REAL.items():
         counts = by_file[Path(name).name]
         assert counts["rows"] == rows
         assert counts["kept"] + counts["refused"] + counts["duplicates"] == rows
-        assert counts["kept"] >= 0.85 * rows, name
+        assert counts["kept"] >= least_kept * rows, name
+    assert sum(job.metrics["reasons"].values()) == job.metrics["refused"]
     for split in ("train", "held"):
         for row in found.rows(split):
             assert row["prompt"][-1]["role"] == "user"
