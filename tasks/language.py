@@ -127,8 +127,10 @@ def identifier() -> Any:
         def __init__(self, *given: Any, **options: Any) -> None:
             super().__init__(*given, **options)
             self.rows = np.array(self.tk_row).astype(np.int64) << 8
-            self.moves, self.features = np.array(self.tk_nextmove), np.array(self.tk_output, "i4")
-            self.weights = self.nb_ptc.astype(np.float32)  # once, not for every text
+            self.moves, self.features = np.asarray(self.tk_nextmove), np.array(self.tk_output, "i4")
+            # Widened once, not for every text; the narrow ones are not kept beside them.
+            self.nb_ptc = self.nb_ptc.astype(np.float32)
+            self._full_model = self.nb_ptc, self.nb_pc, self.nb_classes
             self.met: dict[bytes, Any] = {}
 
         def tell(self, texts: Sequence[str]) -> list[str]:
@@ -152,7 +154,7 @@ def identifier() -> Any:
             visited, counts = self.met.get(text) or next(self._visit([text]))
             if len(visited) == 0:
                 return np.zeros(len(self.nb_classes), np.float32)
-            return np.log1p(counts) @ self.weights[visited] + self.nb_pc
+            return np.log1p(counts) @ self.nb_ptc[visited] + self.nb_pc
 
     model = Compiled.from_model_file(langid.MODEL_FILE, norm_probs=True)
     with alone():
