@@ -63,15 +63,15 @@ FULL = (
 )
 TINY = (Course("tiny", 512, 2, 2),)
 VARIANTS: Mapping[str, dict[str, Any]] = {
-    "compiled, fused head": {"compile": True, "fused_head": "on"},
+    "compiled, fused head": {"compile": True, "fused_head": True},
     "the same, kernels not deterministic": {
-        "compile": True, "fused_head": "on", "is_deterministic": False,
+        "compile": True, "fused_head": True, "is_deterministic": False,
     },
     "compiled, fused head, activations recomputed": {
-        "compile": True, "fused_head": "on", "checkpoint_activations": True,
+        "compile": True, "fused_head": True, "checkpoint_activations": True,
     },
-    "fused head alone": {"compile": False, "fused_head": "on"},
-    "neither": {"compile": False, "fused_head": "off"},
+    "fused head alone": {"compile": False, "fused_head": True},
+    "neither": {"compile": False, "fused_head": False},
 }  # fmt: skip
 
 

@@ -88,8 +88,7 @@ def main() -> None:
 class _Steps:
     def __init__(self, settings: dict[str, Any]) -> None:
         is_compiled = settings["is_compiled"]
-        head = "on" if is_compiled else "off"
-        launch = LaunchConfig(compile=is_compiled, fused_head=head, threads=1)
+        launch = LaunchConfig(compile=is_compiled, threads=1)
         shape = ShapeConfig(**settings["shape"], is_tied=False)
         rule = UpdateRule(precision="bf16" if is_compiled else "fp32")
         model = Transformer(shape, settings["vocabulary"])

@@ -47,8 +47,13 @@ class LaunchConfig(Settings):
     nodes: Annotated[int, Field(ge=1)] = 1
     """Machines. Under torchrun the run's own is the first; on each other one somebody starts the command
     that its log names, `python -m tasks.node ...`, with the store's folder under the same path."""
+    hostfile: str = ""
+    """DeepSpeed's list of machines, a line `HOST slots=N` each, of which the first `nodes` are taken under its
+    launcher: the run's own first, the others by ssh without a password, with the store's folder and this
+    program under the same paths."""
     rendezvous: Annotated[str, Field(pattern=r"^([\w.:-]+:\d+)?$")] = ""
-    """HOST:PORT at which the first node can be reached; needed for several nodes under torchrun."""
+    """HOST:PORT at which the first node can be reached; needed for several nodes under torchrun, and where
+    the first line of `hostfile` is not what the others call it."""
     slurm: dict[str, str | int] = Field(default_factory=dict[str, str | int])
     """Options of sbatch without their dashes, e.g. `{partition: gpu, gres: "gpu:8", time: "24:00:00"}`."""
     environment: dict[str, str] = Field(default_factory=dict[str, str])
@@ -84,9 +89,9 @@ class LaunchConfig(Settings):
     checkpoint_activations: bool = False
     """Whether a block's activations are computed again for the backward pass instead of being kept: a
     third more computing for a fraction of the memory."""
-    fused_head: Literal["auto", "on", "off"] = "auto"
+    fused_head: bool = True
     """Whether pretraining takes loss and gradient of the output head together, piece by piece, so that
-    the logits of a batch never exist at once; `auto` does so on CUDA."""
+    the logits of a batch never exist at once; not in fp16, where small gradients would be lost."""
     is_deterministic: bool = True
     """Whether CUDA takes kernels that give the same bits every time, so that a resumed job ends like an
     unbroken one; a few are slower. On CPU all are."""
@@ -141,10 +146,10 @@ class LaunchConfig(Settings):
                 f"{self.ranks} processes are no multiple of the {self.model_processes} that compute one "
                 f"model; use processes={self.model_processes} or a multiple"
             )
-        if self.nodes > 1 and self.launcher == "deepspeed":
+        if bool(self.hostfile) != (self.launcher == "deepspeed" and self.nodes > 1):
             raise ValueError(
-                f"nodes={self.nodes} does not run under launcher=deepspeed; use launcher=torchrun, which "
-                f"starts ZeRO as well"
+                f"hostfile={self.hostfile!r} with launcher={self.launcher} and nodes={self.nodes}: a host file "
+                f"and nodes=2 or more go together under launcher=deepspeed, and nowhere else"
             )
         if self.nodes > 1 and self.launcher == "torchrun" and not self.rendezvous:
             raise ValueError(

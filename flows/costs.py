@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 import subprocess
+import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,14 +22,15 @@ from flows.graph import Node
 from flows.lookup import Lookup
 from flows.memory import EVALUATION_TOKENS, Memory, Pass, training_memory
 from storage.record import Record
+from tasks.command import ROOT
 from tasks.memory import host_memory
 from tasks.processes import cores, cuda_devices
 
 TOKENS_PER_PARAMETER = 20
 """Of a model that is trained best for its compute (Hoffmann et al. 2022, table 3)."""
-USUAL_SHARE_OF_PEAK = {"cpu": 0.85, "cuda": 0.4}
+USUAL_SHARE_OF_PEAK = {"cpu": 0.85, "cpu, 16 bits": 0.45, "cuda": 0.4}
 """Of the peak that a training reaches where no run has told yet: 83 to 91 % of the matrix product on a
-CPU in fp32 (measured), 40 % on an accelerator (PaLM: 46 %)."""
+CPU in fp32 and 42 to 51 % in bf16 (measured), 40 % on an accelerator (PaLM: 46 %)."""
 PROBE_WIDTH, PROBE_SECONDS = 768, 0.2
 
 Trained = PretrainConfig | SftConfig | RewardConfig | DpoConfig | PpoConfig
@@ -97,6 +99,7 @@ def costs_of(
         return None
     steps, warmup = _steps(lookup, node, settings)
     tokens, forward_tokens = _tokens(settings, shape, steps)
+    forward_tokens += _looked_at(lookup, node, steps)
     flops = shape.training_flops(vocabulary, _row_tokens(settings, shape)) * (
         tokens + forward_tokens / 3
     )
@@ -182,7 +185,7 @@ def steps_of(samples: float, batch: int, accumulation: int = 1, ranks: int = 1) 
 
 def _pretrain_plan(lookup: Lookup, node: Node, settings: PretrainConfig) -> PretrainPlan | None:
     """What the settings come to on the tokens, where these are there already."""
-    domains = _train_tokens(lookup, node)
+    domains = _domain_tokens(lookup, node, "train")
     try:
         return settings.plan(domains) if domains else None
     except ValueError:
@@ -190,13 +193,23 @@ def _pretrain_plan(lookup: Lookup, node: Node, settings: PretrainConfig) -> Pret
         return None
 
 
-def _train_tokens(lookup: Lookup, node: Node) -> dict[str, int]:
-    """Training tokens per domain, where they are there already."""
+def _looked_at(lookup: Lookup, node: Node, steps: int) -> float:
+    """Held-out tokens that a pretraining reads: before its first step, every so many, behind its last."""
+    settings = node.settings
+    if not isinstance(settings, PretrainConfig) or not settings.evaluate_every_steps:
+        return 0.0
+    there = _domain_tokens(lookup, node, "held").values()
+    looks = 1 + math.ceil(steps / settings.evaluate_every_steps)
+    return float(looks * sum(min(tokens, settings.held_tokens) for tokens in there))
+
+
+def _domain_tokens(lookup: Lookup, node: Node, split: str) -> dict[str, int]:
+    """Tokens per domain, where they are there already."""
     target = next((target for name, target in node.links if name == "tokens"), None)
     if target is None or target not in lookup.artifacts:
         return {}
     domains = _json(lookup.artifacts[target].path, "meta.json")["domains"]
-    return {name: int(splits["train"]["tokens"]) for name, splits in domains.items()}
+    return {name: int(splits[split]["tokens"]) for name, splits in domains.items()}
 
 
 def _train_rows(lookup: Lookup, node: Node) -> int:
@@ -258,8 +271,7 @@ def _memory(settings: Trained, shape: ShapeConfig, vocabulary: int) -> Memory:
         has_head=not isinstance(settings, RewardConfig),
         is_masked=isinstance(settings, PretrainConfig) and settings.is_document_masked,
         is_recomputed=launch.checkpoint_activations,
-        is_fused=is_pretraining
-        and (launch.fused_head == "on" or (launch.fused_head == "auto" and is_cuda)),
+        is_fused=is_pretraining and launch.fused_head and settings.precision != "fp16",
         has_noise=is_pretraining and shape.dropout > 0,
     )
     trained, frozen = 1, 0
@@ -300,7 +312,8 @@ def _runs_on_cuda(launch: LaunchConfig) -> bool:
 def _rate(settings: Trained, earlier: list[Record], stated_flops: float) -> Rate:
     launch = settings.launch
     is_cuda = _runs_on_cuda(launch)
-    share = USUAL_SHARE_OF_PEAK["cuda" if is_cuda else "cpu"]
+    on_cpu = "cpu" if settings.precision == "fp32" else "cpu, 16 bits"
+    share = USUAL_SHARE_OF_PEAK["cuda" if is_cuda else on_cpu]
     stated = stated_flops or launch.peak_tflops * 1e12
     if stated:
         flops = stated * share * launch.ranks
@@ -310,7 +323,8 @@ def _rate(settings: Trained, earlier: list[Record], stated_flops: float) -> Rate
             return Rate(found, f"what {record.node} reached on {record.created[:10]}")
     if is_cuda:
         return Rate(0.0, "no peak: state one with --peak, or launch.peak_tflops")
-    return Rate(measured_peak() * share, f"{share:.0%} of a matrix product measured now")
+    peak = measured_peak(settings.precision)
+    return Rate(peak * share, f"{share:.0%} of a {settings.precision} matrix product measured now")
 
 
 def _reached(record: Record, settings: Trained) -> float:
@@ -337,8 +351,15 @@ def _reached(record: Record, settings: Trained) -> float:
 
 
 @functools.cache
-def measured_peak() -> float:
-    """FLOP/s of a float32 matrix product on this machine's cores, the best of many."""
+def measured_peak(precision: str) -> float:
+    """FLOP/s of a matrix product on this machine's cores, the best of many.
+
+    numpy has none in 16 bits; torch, which has, stays out of this process.
+    """
+    if precision != "fp32":
+        probe = [sys.executable, "-m", "model.speed", precision]
+        told = subprocess.run(probe, capture_output=True, text=True, cwd=ROOT, check=True).stdout
+        return float(told)
     import numpy as np
 
     matrix = np.full((PROBE_WIDTH, PROBE_WIDTH), 0.5, np.float32)

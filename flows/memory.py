@@ -11,6 +11,8 @@ from conf.shape import ShapeConfig
 
 LOGITS_AT_ONCE = 1 << 26
 """As in model/transformer.py: above it the head runs in chunks."""
+LOGITS_IN_CACHE, LEAST_ROWS = 1 << 22, 512
+"""As in model/head.py: so many, or so many rows, make a piece of the fused head on a CPU."""
 EVALUATION_TOKENS = 16_384
 """Held-out tokens in one forward pass of pretraining, as in model/pretrain.py."""
 CPU_PROCESS_BYTES = 340e6
@@ -22,9 +24,9 @@ ALLOCATOR_SLACK = 0.12
 five shapes, 9 to 17 % of the activations."""
 
 Engine = Literal["plain", "ddp", "fsdp", "zero1", "zero2", "zero3"]
+Offload = Literal["none", "optimizer", "parameters"]
 Precision = Literal["fp32", "bf16", "fp16"]
 
-Offload = Literal["none", "optimizer", "parameters"]
 
 @dataclass(frozen=True)
 class Pass:
@@ -123,7 +125,8 @@ def training_memory(
     kept = kept_bytes(shape, vocabulary, work)
     # A step is fullest when its backward pass starts, or when it has come down to the embedding, whose
     # gradient is dense; looking at held-out text holds no activations, and more tokens at once.
-    at_start = kept + _head_bytes(vocabulary, work) + (gradients if is_accumulated else 0)
+    at_start = kept + _head_bytes(shape, vocabulary, work, is_cuda=is_cuda)
+    at_start += gradients if is_accumulated else 0.0
     at_end = gradients + table
     looking = _forward_bytes(shape, vocabulary, evaluated_tokens) if evaluated_tokens else 0.0
     # Spread weights are put together for a look at held-out text, and to be saved.
@@ -183,12 +186,16 @@ def _block_bytes(shape: ShapeConfig, work: Pass) -> float:
     return work.tokens * (norms + others + 4 * shape.heads + noise)
 
 
-def _head_bytes(vocabulary: int, work: Pass) -> float:
+def _head_bytes(shape: ShapeConfig, vocabulary: int, work: Pass, *, is_cuda: bool) -> float:
     """Of the head when its gradient is made: log-softmax, and two gradients of the same size."""
     if not work.has_head:
         return 0.0
-    at_once = 4.0 * min(work.tokens * vocabulary, LOGITS_AT_ONCE // vocabulary * vocabulary)
-    return 2.5 * at_once if work.is_fused else 3 * at_once
+    rows = min(work.tokens, LOGITS_AT_ONCE // vocabulary)
+    if work.is_fused and not is_cuda:
+        # The gradient takes the place of the logits; that of the weight is there and added to.
+        rows = min(rows, max(LEAST_ROWS, LOGITS_IN_CACHE // vocabulary))
+        return 4.0 * vocabulary * (rows + 2 * shape.dim)
+    return (2.5 if work.is_fused else 3.0) * 4.0 * rows * vocabulary
 
 
 def _forward_bytes(shape: ShapeConfig, vocabulary: int, tokens: int) -> float:

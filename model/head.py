@@ -5,11 +5,18 @@ from functools import cache
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from model.linear import product, weight_gradient
 
 LOGITS_AT_ONCE = 1 << 26
 """Logits (rows x vocabulary) that exist at a time."""
+LOGITS_IN_CACHE = 1 << 22
+"""So many are enough on a CPU, which has them from its cache then..."""
+LEAST_ROWS = 512
+"""... unless they are of fewer rows, whose sum of gradients would take longer than the products."""
+SOFTMAX_ROWS = 128
+"""Rows whose softmax a CPU takes together."""
 
 
 def label_loss(
@@ -65,18 +72,46 @@ def _pieces(
     """The loss, and its gradients by states (N, D) and weight (V, D) where they are needed."""
     total = torch.zeros((), device=states.device)
     by_state = torch.empty_like(states) if needs[0] else None
-    by_weight = torch.zeros_like(weight, dtype=torch.float32) if needs[1] else None
-    rows = max(1, LOGITS_AT_ONCE // weight.shape[0])
-    softmax_loss = _compiled_softmax_loss() if is_compiled else _softmax_loss
-    for start in range(0, len(states), rows):
+    by_weight: Tensor | None = None
+    rows = _rows_at_once(weight)
+    for start in range(0, max(1, len(states)), rows):
         here = slice(start, start + rows)
-        loss, by_logits = softmax_loss(F.linear(states[here], weight), labels[here])
+        logits, label = product(states[here], weight), labels[here]
+        if logits.is_cuda:
+            softmax_loss = _compiled_softmax_loss() if is_compiled else _softmax_loss
+            loss, by_logits = softmax_loss(logits, label)
+        else:
+            loss, by_logits = softmax_loss_in_place(logits, label), logits
         total += loss
         if by_state is not None:
-            torch.mm(by_logits, weight, out=by_state[here])
-        if by_weight is not None:
-            by_weight += by_logits.t() @ states[here]
+            by_state[here] = product(by_logits, weight.t())
+        if needs[1]:
+            added = weight_gradient(by_logits, states[here]).float()
+            by_weight = added if by_weight is None else by_weight.add_(added)
     return total, by_state, by_weight
+
+
+def _rows_at_once(weight: Tensor) -> int:
+    """Rows whose logits exist at a time. A CPU has them from its cache when they are few; so few that
+    adding up the gradient of the weight is the most of it would not pay."""
+    if weight.is_cuda:
+        return max(1, LOGITS_AT_ONCE // len(weight))
+    return min(
+        max(1, LOGITS_AT_ONCE // len(weight)), max(LEAST_ROWS, LOGITS_IN_CACHE // len(weight))
+    )
+
+
+def softmax_loss_in_place(logits: Tensor, labels: Tensor) -> Tensor:
+    """Summed loss of logits (N, V), whose place their gradient takes; on a CPU, from its cache."""
+    total = torch.zeros((), device=logits.device)
+    for part, label in zip(logits.split(SOFTMAX_ROWS), labels.split(SOFTMAX_ROWS), strict=True):
+        is_label, chosen = label >= 0, label.clamp(min=0)[:, None]
+        logprobs = part.log_softmax(-1, dtype=torch.float32)
+        total -= logprobs.gather(-1, chosen)[is_label].sum()
+        by_logits = logprobs.exp_().scatter_add_(-1, chosen, logprobs.new_full(chosen.shape, -1.0))
+        by_logits[~is_label] = 0.0
+        part.copy_(by_logits)
+    return total
 
 
 def _softmax_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

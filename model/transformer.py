@@ -16,6 +16,7 @@ from torch.nn.utils import skip_init
 from torch.utils.checkpoint import checkpoint
 
 from conf.shape import RopeScalingConfig, ShapeConfig
+from model.linear import Linear, linear
 from model.packing import Packing
 
 Attention = Literal["sdpa", "eager"]
@@ -320,7 +321,7 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., V) of hidden states (..., D)."""
-        return F.linear(hidden, self.head_weight)
+        return linear(hidden, self.head_weight)
 
     def score(self, hidden: Tensor) -> Tensor:
         """(...) float32: the scalar of each hidden state (..., D)."""
@@ -386,7 +387,7 @@ def token_logprobs(
 def _chunk_logprobs(
     head_weight: Tensor, states: Tensor, labels: Tensor, temperature: float
 ) -> Tensor:
-    logits = F.linear(states, head_weight).float()
+    logits = linear(states, head_weight).float()
     if temperature != 1.0:
         logits = logits / temperature
     # In parts that fit a CPU's cache; an accelerator has more of a few large kernels.
@@ -395,8 +396,8 @@ def _chunk_logprobs(
     return -torch.cat([F.cross_entropy(part, label, reduction="none") for part, label in parts])
 
 
-def _linear(width_in: int, width_out: int, *, has_bias: bool = False) -> nn.Linear:
-    return cast("nn.Linear", skip_init(nn.Linear, width_in, width_out, bias=has_bias))
+def _linear(width_in: int, width_out: int, *, has_bias: bool = False) -> Linear:
+    return cast("Linear", skip_init(Linear, width_in, width_out, bias=has_bias))
 
 
 def rope_frequencies(shape: ShapeConfig) -> Tensor:

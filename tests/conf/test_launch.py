@@ -22,7 +22,7 @@ def test_every_preset_is_valid_and_has_a_launcher_for_its_engine(path: Path) -> 
 
 
 def test_nothing_of_the_launch_is_identity() -> None:
-    compiled = LaunchConfig(compile=True, engine="fsdp", processes=2, fused_head="on")
+    compiled = LaunchConfig(compile=True, engine="fsdp", processes=2, fused_head=False)
     assert PretrainConfig(launch=compiled).identity() == PretrainConfig().identity()
 
 
@@ -65,6 +65,8 @@ def test_what_is_offloaded_is_told_to_deepspeed() -> None:
         ({"engine": "ddp", "offload": "optimizer"}, "use engine=zero1 or zero2 or zero3"),
         ({"engine": "zero2", "offload": "parameters"}, "use engine=fsdp or zero3"),
         ({"engine": "fsdp", "adamw": "deepspeed"}, "use adamw=torch, or engine=zero1"),
+        ({"launcher": "deepspeed", "engine": "zero1", "nodes": 2}, "a host file and nodes=2"),
+        ({"hostfile": "hosts"}, "go together under launcher=deepspeed"),
     ],
 )
 def test_what_an_engine_does_not_offer_is_refused(launch: dict[str, object], words: str) -> None:

@@ -71,7 +71,9 @@ def test_kept_activations_are_those_that_autograd_keeps(kind: str, precision: st
 
 
 def test_limits_are_those_of_the_model() -> None:
-    assert memory.LOGITS_AT_ONCE == transformer.LOGITS_AT_ONCE
+    assert memory.LOGITS_AT_ONCE == transformer.LOGITS_AT_ONCE == head.LOGITS_AT_ONCE
+    assert memory.LOGITS_IN_CACHE == head.LOGITS_IN_CACHE
+    assert memory.LEAST_ROWS == head.LEAST_ROWS
     assert memory.EVALUATION_TOKENS == held_out.EVALUATION_TOKENS
 
 
@@ -158,7 +160,7 @@ def test_the_estimate_is_within_15_percent_of_a_real_process(preset: str, tmp_pa
             "held_tokens": 0,
         }
     )
-    work = Pass(micro_batch or rows, shape.context, settings.precision)
+    work = Pass(micro_batch or rows, shape.context, settings.precision, is_fused=True)
     told = training_memory(shape, vocabulary, work, is_accumulated=bool(micro_batch)).total
     found = measured_peak(tmp_path, settings, vocabulary, micro_batch)
     figures = f"{preset}: told {told / 1e6:.0f} MB, held {found / 1e6:.0f} MB"
