@@ -16,6 +16,7 @@ import typer
 
 from conf.mistakes import RecipeError
 from flows.cli_models import chat, serve
+from flows.cli_services import deploy, down, up, watch
 from flows.execution import Execution
 from flows.preparation import Request, prepare
 from flows.runs import Home, RunRecord, ServiceError, find_artifact, open_home
@@ -376,30 +377,6 @@ def init(folder: Annotated[Path, typer.Argument(help="New folder.")]) -> None:
 
 
 @app.command()
-def up() -> None:
-    """Start the local services and keep them: Prefect's server and page, MLflow's page."""
-    from flows import services
-
-    with error_console().status("starting"):
-        started = services.up(open_home())
-    for service in started:
-        console().print(f"{service.name:8} {service.url}", highlight=False)
-
-
-@app.command()
-def down(
-    waits: Annotated[
-        bool, typer.Option("--wait", help="Until no run needs them any more.")
-    ] = False,
-) -> None:
-    """End the local services; refused while a run needs them."""
-    from flows import services
-
-    ended = services.down(open_home(), waits=waits)
-    console().print(f"ended: {', '.join(service.name for service in ended) or 'nothing was up'}")
-
-
-@app.command()
 def export(
     artifact: ArtifactName,
     to: Annotated[Path, typer.Option(help="New folder for the Hugging Face files.")],
@@ -413,8 +390,8 @@ def export(
     console().print(f"wrote {to}", soft_wrap=True)
 
 
-app.command()(chat)
-app.command()(serve)
+for _command in (up, down, deploy, watch, chat, serve):
+    app.command()(_command)
 
 
 @contextmanager

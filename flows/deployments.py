@@ -146,4 +146,5 @@ _DESCRIPTIONS = {
 
 
 if __name__ == "__main__":
-    serve(*deployments(), print_starting_message=False)
+    # Prefect would pause all schedules when the worker ends, and leave them paused at the next `up`.
+    serve(*deployments(), print_starting_message=False, pause_on_shutdown=False)

@@ -1,4 +1,4 @@
-"""Local services: Prefect's server, kept for later commands, a worker for its page, MLflow's pages.
+"""Local services: Prefect's server, kept for later commands, a worker for its page, MLflow's pages, a watcher.
 
 All of a home's services live under `HOME/services`: for each a file with pid, start time and address,
 and its output. They listen on loopback, on ports chosen free, each in a session of its own. The
@@ -26,6 +26,7 @@ import psutil
 from pydantic import BaseModel, ConfigDict
 
 from flows.runs import FileLock, Home, RunRecord, ServiceError, is_alive
+from flows.watches import watches
 
 HOST = "127.0.0.1"
 START_SECONDS = 180.0
@@ -36,7 +37,7 @@ WATCH_SECONDS = 5.0
 HEALTH_SECONDS = 5.0
 IDLE_SECONDS = 900.0
 LOG_TAIL_LINES = 15
-NAMES = ("worker", "mlflow", "prefect")
+NAMES = ("watcher", "worker", "mlflow", "prefect")
 """In the order in which they are ended: the worker still has to tell the server."""
 QUIET = {
     "DO_NOT_TRACK": "1",
@@ -106,9 +107,9 @@ def up(home: Home) -> list[Service]:
     (folder / "keep").touch()
     api = ensure_prefect(home)
     with FileLock(folder / "start.lock"):
-        worker = read_service(home, "worker")
-        if worker is None or not worker.is_running:
-            _start_worker(home, api)
+        _ensure_process(home, api, "worker", "flows.deployments", "deployments")
+        if watches(home):
+            _ensure_process(home, api, "watcher", "flows.watch", "runs")
         mlflow = read_service(home, "mlflow")
         if mlflow is None or not mlflow.is_running:
             _start_mlflow(home)
@@ -204,14 +205,17 @@ def _start_prefect(home: Home) -> Service:
     raise ServiceError(f"the Prefect server did not start; {output} ends with:\n{_tail(output)}")
 
 
-def _start_worker(home: Home, api: str) -> None:
-    """The process that runs what is started from the Prefect page, in the working directory."""
+def _ensure_process(home: Home, api: str, name: str, module: str, page: str) -> None:
+    """The worker, in whose working directory runs started from the page go on, or the watcher."""
+    service = read_service(home, name)
+    if service and service.is_running:
+        return
     environment = prefect_environment(home, api)
-    command = [sys.executable, "-m", "flows.deployments"]
-    process, _ = _spawn(home, "worker", command, environment, folder=Path.cwd())
+    command = [sys.executable, "-m", module]
+    process, _ = _spawn(home, name, command, environment, folder=Path.cwd())
     started = psutil.Process(process.pid).create_time()
-    page = f"{api.removesuffix('/api')}/deployments"
-    _note(home, Service(name="worker", pid=process.pid, started=started, url=page))
+    url = f"{api.removesuffix('/api')}/{page}"
+    _note(home, Service(name=name, pid=process.pid, started=started, url=url))
 
 
 def _start_mlflow(home: Home) -> Service:

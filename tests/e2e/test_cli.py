@@ -10,81 +10,16 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-from urllib.error import HTTPError
-from urllib.request import Request, urlopen
 
-import psutil
 import pytest
 
 from flows.runs import Home, RunRecord
 from flows.services import read_service
+from tests.e2e.commands import ROOT, Command, of_home, wait_for
 from tests.flows.conftest import RECIPE
-from tests.flows.tiny_stages import LOG
 
 pytestmark = pytest.mark.e2e
-ROOT = Path(__file__).resolve().parents[2]
-
-
-@dataclass
-class Command:
-    """A working folder and the command line in it."""
-
-    folder: Path
-    home: Home
-
-    def environment(self, **extra: str) -> dict[str, str]:
-        kept = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "BESSEMER_"))}
-        return {
-            **kept,
-            "BESSEMER_HOME": str(self.home.path),
-            "BESSEMER_WORKERS": "1",
-            "BESSEMER_TRACKING": "off",  # one test has it on: it costs seconds of processor time
-            "PYTHONPATH": str(ROOT),
-            "COLUMNS": "200",
-            LOG: str(self.folder / "log.txt"),
-            **extra,
-        }
-
-    def start(self, *arguments: str, **extra: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, "-m", "tests.e2e.app", *arguments],
-            cwd=self.folder,
-            env=self.environment(**extra),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-
-    def __call__(self, *arguments: str, expect: int = 0, **extra: str) -> str:
-        process = self.start(*arguments, **extra)
-        out, err = process.communicate(timeout=180)
-        assert process.returncode == expect, out + err
-        return out if expect in (0, 1) else err
-
-    def json(self, *arguments: str, expect: int = 0) -> Any:
-        return json.loads(self(*arguments, "--json", expect=expect).splitlines()[-1])
-
-    def ran(self) -> list[str]:
-        log = self.folder / "log.txt"
-        lines = log.read_text("utf-8").split() if log.exists() else []
-        log.unlink(missing_ok=True)
-        return sorted(lines)
-
-    def ask(self, path: str, body: dict[str, Any]) -> Any:
-        """Ask the home's Prefect server."""
-        service = read_service(self.home, "prefect")
-        assert service
-        request = Request(
-            f"{service.url}/api/{path}",
-            json.dumps(body).encode(),
-            {"Content-Type": "application/json"},
-        )
-        with urlopen(request, timeout=20) as answer:
-            return json.load(answer)
 
 
 @pytest.fixture(scope="module")
@@ -95,21 +30,9 @@ def bessemer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
         text = "".join(f"{name} {line} 钢\n" for line in range(4))
         (folder / "raw" / f"{name}.txt").write_text(text, "utf-8")
     (folder / "tiny.yaml").write_text(RECIPE, "utf-8")
-    command = Command(folder, Home(folder / "home"))
+    command = Command(folder)
     yield command
     command("down", "--wait")
-
-
-def of_home(home: Home) -> list[psutil.Process]:
-    """Processes that were started for a home."""
-    found: list[psutil.Process] = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get("BESSEMER_HOME") == str(home.path):
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
 
 
 def logged_stages(home: Home) -> set[str]:
@@ -288,22 +211,6 @@ def test_ctrl_c_is_130_and_the_next_run_goes_on(bessemer: Command) -> None:
     assert done["stages"]["coarse"]["status"] == "built"
 
 
-def test_down_waits_for_a_run_that_is_being_cancelled(bessemer: Command) -> None:
-    process = bessemer.start("run", "tiny.yaml", "coarse.heat=0.8", "coarse.seconds=60")
-    wait_for(lambda: "coarse" in bessemer.ran())
-    service = read_service(bessemer.home, "prefect")
-    assert service
-    waiting = bessemer.start("down", "--wait")
-    time.sleep(1)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
-    assert "Traceback" not in err
-    out, _ = waiting.communicate(timeout=60)
-    assert "ended: prefect" in out
-    assert not service.is_running
-
-
 def test_a_killed_run_is_told_as_died_and_can_be_run_again(bessemer: Command) -> None:
     arguments = ("run", "tiny.yaml", "fine.heat=0.75", "fine.seconds=60")
     process = bessemer.start(*arguments)
@@ -343,73 +250,10 @@ def test_the_record_of_every_run_can_be_read(bessemer: Command) -> None:
     assert [r.run_id for r in records] == sorted((r.run_id for r in records), reverse=True)
 
 
-@pytest.mark.slow
-def test_up_opens_the_pages_and_down_leaves_no_process(bessemer: Command) -> None:
-    told = dict(line.split() for line in bessemer("up").splitlines())
-    assert told.keys() == {"prefect", "worker", "mlflow"}
-    for name in ("prefect", "mlflow"):
-        with urlopen(told[name], timeout=20) as page:
-            assert b"<html" in page.read().lower()
-    wait_for(lambda: bessemer.ask("deployments/filter", {}) != [])
-    found = {item["name"]: item for item in bessemer.ask("deployments/filter", {})}
-    assert found.keys() == {"full", "corpus", "pretraining", "alignment", "evaluation"}
-    assert_the_form_is_typed_and_refuses(bessemer, found["corpus"])
-    trial = start_deployment(bessemer, found["corpus"], is_trial=True)
-    wait_for(lambda: state_of(bessemer, trial) == "COMPLETED", seconds=120)
-    plan = bessemer.ask("artifacts/filter", {"artifacts": {"key": {"any_": ["plan"]}}})
-    assert '"node": "tokenize"' in str(plan[0]["data"])
-    assert '"node": "pretrain"' not in str(plan[0]["data"])  # belongs to another part
-    real = start_deployment(bessemer, found["full"], until="world")
-    wait_for(lambda: state_of(bessemer, real) == "COMPLETED", seconds=120)
-    parents = {"flow_runs": {"parent_flow_run_id": {"any_": [real]}}}
-    assert len(bessemer.ask("flow_runs/filter", parents)) == 1  # corpus, on the run's own page
-    assert "worker, mlflow, prefect" in bessemer("down", "--wait")
-    wait_for(lambda: not of_home(bessemer.home), seconds=40)
-
-
-def start_deployment(bessemer: Command, deployment: Any, **parameters: Any) -> str:
-    """Start a run as the page does; its id."""
-    body = {
-        "parameters": {
-            "overrides": ["world.chats=100", "world.pairs=100", "world.held_pairs=40"],
-            **parameters,
-        }
-    }
-    return bessemer.ask(f"deployments/{deployment['id']}/create_flow_run", body)["id"]
-
-
-def state_of(bessemer: Command, flow_run: str) -> str:
-    body = {"flow_runs": {"id": {"any_": [flow_run]}}}
-    return bessemer.ask("flow_runs/filter", body)[0]["state_type"]
-
-
-def assert_the_form_is_typed_and_refuses(bessemer: Command, deployment: Any) -> None:
-    fields = deployment["parameter_openapi_schema"]["properties"]
-    assert "demo" in fields["recipe"]["enum"]
-    assert "tiny.yaml" in fields["recipe"]["enum"]  # of the folder in which `up` was called
-    assert {"pretrain", "blend"} <= set(fields["force"]["items"]["enum"])
-    assert all(field["description"] for field in fields.values())
-    assert deployment["parameters"]["part"] == "corpus"
-    for wrong in (
-        {"recipe": "dmeo"}, {"until": "pretrian"}, {"overrides": ["seed 3"]}, {"part": "all"},
-        {"is_trial": "perhaps"},
-    ):  # fmt: skip
-        with pytest.raises(HTTPError) as refused:
-            start_deployment(bessemer, deployment, **wrong)
-        assert refused.value.code == 409
-        assert next(iter(wrong)) in refused.value.read().decode()
-
-
 def test_an_idle_server_ends_by_itself(bessemer: Command) -> None:
+    bessemer("down", "--wait")
     bessemer("run", "tiny.yaml", BESSEMER_IDLE_SECONDS="2")
     service = read_service(bessemer.home, "prefect")
     assert service
     wait_for(lambda: not service.is_running, seconds=40)
     wait_for(lambda: not of_home(bessemer.home), seconds=40)
-
-
-def wait_for(condition: Any, seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
