@@ -7,7 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,11 +98,11 @@ class Place:
         """End the services."""
         self._bessemer("down").communicate(timeout=60)
 
-    def copy(self, store: str, target: str, *, without: str) -> None:
-        """A copy of a finished store that lacks the artifact of one node and its parts."""
+    def copy(self, store: str, target: str, *, without: Sequence[str]) -> None:
+        """A copy of a finished store that lacks the artifacts of some nodes and their parts."""
         shutil.copytree(self.store(store), self.store(target), symlinks=True)
         for path in (self.store(target) / "artifacts").iterdir():
-            if json.loads((path / "record.json").read_bytes())["node"] == without:
+            if json.loads((path / "record.json").read_bytes())["node"] in without:
                 shutil.rmtree(path)
 
     def attempt(self, store: str, stage: str) -> Path | None:

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -58,29 +59,51 @@ def written(artifacts: Path) -> dict[str, int]:
     return {path.parent.name: path.stat().st_mtime_ns for path in artifacts.glob("*/record.json")}
 
 
-@pytest.mark.parametrize(("stage", "step"), [("pretrain", 25), ("ppo", 5)])
-def test_everything_killed_in_training_gives_the_weights_of_an_unbroken_run(
-    place: Place, unbroken: Told, stage: str, step: int
-) -> None:
-    store = f"killed_{stage}"
-    place.copy("unbroken", store, without=stage)
+def interrupt(flow: "subprocess.Popen[str]") -> Told:
+    """Ctrl-C: every process of the run ends, without a word of Python's; what it tells last."""
+    processes = below(flow)
+    os.killpg(flow.pid, signal.SIGINT)
+    out, err = flow.communicate(timeout=60)
+    assert flow.returncode == 130, out + err
+    assert "Traceback" not in out + err
+    wait_for(lambda: not any(is_alive(pid) for pid in processes), 20)
+    return json.loads(out.splitlines()[-1])
+
+
+def kill_at(place: Place, store: str, stage: str, step: int) -> int:
+    """kill -9 of everything, once a torch stage is that far; how far it came."""
     flow = place.start(store)
     wait_until(flow, lambda: attempt_at(place, store, stage, step))
     attempt = place.attempt(store, stage)
     assert attempt
     kill_tree(flow, attempt)
-    reached = steps_of(attempt)
-    again = place.run(store)
-    assert built(again) == {stage}
+    return steps_of(attempt)
+
+
+def test_training_interrupted_and_killed_gives_the_weights_of_an_unbroken_run(
+    place: Place, unbroken: Told
+) -> None:
+    place.copy("unbroken", "broken", without=["pretrain", "ppo"])
+    flow = place.start("broken")
+    wait_until(flow, lambda: attempt_at(place, "broken", "pretrain", 25))
+    assert interrupt(flow)["stages"]["pretrain"]["status"] == "failed"
+    interrupted = place.attempt("broken", "pretrain")
+    assert interrupted
+    killed = kill_at(place, "broken", "pretrain", steps_of(interrupted) + 20)
+    killed_later = kill_at(place, "broken", "ppo", 5)
+    again = place.run("broken")
+    assert built(again) == {"ppo"}
     assert digests(again) == digests(unbroken)
-    noted = steps_of(Path(again["stages"][stage]["path"]))
-    assert noted == steps_of(Path(unbroken["stages"][stage]["path"])) > reached > step
+    # No step twice and none left out.
+    for stage, reached in (("pretrain", killed), ("ppo", killed_later)):
+        noted = steps_of(Path(again["stages"][stage]["path"]))
+        assert noted == steps_of(Path(unbroken["stages"][stage]["path"])) > reached
 
 
 def test_a_job_whose_flow_is_killed_goes_on_and_the_next_run_joins_it(
     place: Place, unbroken: Told
 ) -> None:
-    place.copy("unbroken", "joined", without="pretrain")
+    place.copy("unbroken", "joined", without=["pretrain"])
     flow = place.start("joined")
     wait_until(flow, lambda: attempt_at(place, "joined", "pretrain", 0))
     attempt = place.attempt("joined", "pretrain")
@@ -99,7 +122,7 @@ def test_a_job_whose_flow_is_killed_goes_on_and_the_next_run_joins_it(
 def test_killed_in_the_middle_of_tokenize_costs_no_shard_twice(
     place: Place, unbroken: Told
 ) -> None:
-    place.copy("unbroken", "killed_tokenize", without="tokenize")
+    place.copy("unbroken", "killed_tokenize", without=["tokenize"])
     attempts = place.store("killed_tokenize") / "attempts"
     flow = place.start("killed_tokenize")
     wait_until(flow, lambda: any(attempts.glob(f"*/*/state/{PARTS_BUILT}")))
@@ -115,7 +138,7 @@ def test_killed_in_the_middle_of_tokenize_costs_no_shard_twice(
 def test_what_is_damaged_is_named_and_rebuilt_and_nothing_else(
     place: Place, unbroken: Told
 ) -> None:
-    place.copy("unbroken", "damaged", without="")
+    place.copy("unbroken", "damaged", without=[])
     assert not built(place.run("damaged"))
     artifacts = place.store("damaged") / "artifacts"
     corpus = artifacts / unbroken["stages"]["extract"]["fingerprint"]
@@ -124,44 +147,30 @@ def test_what_is_damaged_is_named_and_rebuilt_and_nothing_else(
     content = bytearray(text.read_bytes())
     content[len(content) // 2] ^= 1
     text.write_bytes(content)
-    policy = unbroken["stages"]["pretrain"]["fingerprint"]
-    (artifacts / policy / "files/model.safetensors").unlink()
+    tokenizer = unbroken["stages"]["tokenizer"]["fingerprint"]
+    (artifacts / tokenizer / "files/tokenizer.json").unlink()
 
     damaged = {item["fingerprint"]: item for item in place.verify()["damaged"]}
     assert {name: item["node"] for name, item in damaged.items()} == {
         shard: "extract",
-        policy: "pretrain",
+        tokenizer: "tokenizer",
     }
     assert "shard.parquet" in damaged[shard]["wrong"]
-    assert "model.safetensors" in damaged[policy]["wrong"]
+    assert "tokenizer.json" in damaged[tokenizer]["wrong"]
     before = written(artifacts)
     again = place.run("damaged")
-    assert built(again) == {"extract", "pretrain"}
+    assert built(again) == {"extract", "tokenizer"}
     after = written(artifacts)
     assert {name for name in after if after[name] != before.get(name)} == set(damaged)
     assert digests(again) == digests(unbroken)
 
 
-@pytest.mark.parametrize("stage", ["extract", "pretrain"])
-def test_ctrl_c_ends_everything_without_a_traceback_and_the_next_run_goes_on(
-    place: Place, unbroken: Told, stage: str
-) -> None:
-    store = f"cancelled_{stage}"
-    place.copy("unbroken", store, without=stage)
-    flow = place.start(store)
-    if stage == "pretrain":
-        wait_until(flow, lambda: attempt_at(place, store, stage, 25))
-    else:
-        # Its workers have just been started: they have not yet said that Ctrl-C is not for them.
-        wait_until(flow, lambda: is_fanned_out(flow))
-    processes = below(flow)
-    os.killpg(flow.pid, signal.SIGINT)
-    out, err = flow.communicate(timeout=60)
-    assert flow.returncode == 130, out + err
-    assert "Traceback" not in out + err
-    wait_for(lambda: not any(is_alive(pid) for pid in processes), 20)
-    told = json.loads(out.splitlines()[-1])
-    assert told["stages"][stage]["status"] == "failed"
-    again = finish(place.start(store))
-    assert built(again) == {stage}
+def test_ctrl_c_ends_a_fan_out_and_the_next_run_goes_on(place: Place, unbroken: Told) -> None:
+    place.copy("unbroken", "cancelled", without=["extract"])
+    flow = place.start("cancelled")
+    # Its workers have just been started: they have not yet said that Ctrl-C is not for them.
+    wait_until(flow, lambda: is_fanned_out(flow))
+    assert interrupt(flow)["stages"]["extract"]["status"] == "failed"
+    again = finish(place.start("cancelled"))
+    assert built(again) == {"extract"}
     assert digests(again) == digests(unbroken)
