@@ -41,7 +41,10 @@ class ZeroEngine:
         self._is_torch = launch.adamw == "torch"
         self._hollow = Hollow(model) if stage == 3 else None
         self._objective = Objective(model, rule, ranks.device)
-        self._engine = _initialise(self._objective, launch, ranks, rule)
+        _prepare(ranks)
+        optimizer = _optimizer(model, launch, rule)
+        self._decays = [group["weight_decay"] for group in optimizer.param_groups]
+        self._engine = _initialise(self._objective, optimizer, zero_options(launch, rule))
         self._zero = self._engine.optimizer
 
     def backward(
@@ -166,17 +169,19 @@ class ZeroEngine:
 
     def _check_groups(self) -> None:
         """Group options are known to have changed silently on a load; a wrong decay diverges."""
-        wanted = [
-            g["weight_decay"]
-            for g in parameter_groups(self.model.parameters(), self.rule.weight_decay)
-        ]
         found = [group["weight_decay"] for group in self._zero.param_groups]
-        assert found == wanted, f"DeepSpeed's groups decay {found}, wanted {wanted}"
+        assert found == self._decays, f"DeepSpeed's groups decay {found}, wanted {self._decays}"
 
 
-def _initialise(objective: Objective, launch: LaunchConfig, ranks: Ranks, rule: UpdateRule) -> Any:
+def _prepare(ranks: Ranks) -> None:
+    """What DeepSpeed reads when it is first imported."""
     if ranks.device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def _initialise(
+    objective: Objective, optimizer: torch.optim.Optimizer, options: dict[str, Any]
+) -> Any:
     import deepspeed
 
     # DeepSpeed calls torch by names that are to go; told anew at every call, that would bury the log.
@@ -184,10 +189,7 @@ def _initialise(objective: Objective, launch: LaunchConfig, ranks: Ranks, rule: 
     # Building the shared-memory all-reduce takes minutes at the first start; gloo does the same sum.
     cast("dict[str, bool]", deepspeed.ops.__compatible_ops__)["deepspeed_shm_comm"] = False
     engine, *_ = deepspeed.initialize(
-        model=objective,
-        optimizer=_optimizer(objective.model, launch, rule),
-        dist_init_required=False,
-        config=zero_options(launch, rule),
+        model=objective, optimizer=optimizer, dist_init_required=False, config=options
     )
     return engine
 
