@@ -54,7 +54,9 @@ def _prefixes(name: str) -> list[str]:
 
 
 def give_back() -> None:
-    """Return memory that this process has freed to the kernel, as far as glibc keeps it."""
+    """Return memory that this process has freed to the kernel, as far as glibc and Arrow keep it."""
+    if arrow := sys.modules.get("pyarrow"):
+        arrow.default_memory_pool().release_unused()
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
 
