@@ -6,7 +6,6 @@ import math
 import shutil
 import subprocess
 import sys
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -28,10 +27,9 @@ from tasks.processes import cores, cuda_devices
 
 TOKENS_PER_PARAMETER = 20
 """Of a model that is trained best for its compute (Hoffmann et al. 2022, table 3)."""
-USUAL_SHARE_OF_PEAK = {"cpu": 0.85, "cpu, 16 bits": 0.45, "cuda": 0.4}
-"""Of the peak that a training reaches where no run has told yet: 83 to 91 % of the matrix product on a
-CPU in fp32 and 42 to 51 % in bf16 (measured), 40 % on an accelerator (PaLM: 46 %)."""
-PROBE_WIDTH, PROBE_SECONDS = 768, 0.2
+USUAL_SHARE_OF_PEAK = {"cpu": 0.65, "cpu, 16 bits": 0.45, "cuda": 0.4}
+"""Of the peak that a training reaches where no run has told yet: 65 % of oneDNN's matrix product on a CPU
+in fp32 and 42 to 51 % in bf16 (measured), 40 % on an accelerator (PaLM: 46 %)."""
 
 Trained = PretrainConfig | SftConfig | RewardConfig | DpoConfig | PpoConfig
 
@@ -352,23 +350,10 @@ def _reached(record: Record, settings: Trained) -> float:
 
 @functools.cache
 def measured_peak(precision: str) -> float:
-    """FLOP/s of a matrix product on this machine's cores, the best of many.
-
-    numpy has none in 16 bits; torch, which has, stays out of this process.
-    """
-    if precision != "fp32":
-        probe = [sys.executable, "-m", "model.speed", precision]
-        told = subprocess.run(probe, capture_output=True, text=True, cwd=ROOT, check=True).stdout
-        return float(told)
-    import numpy as np
-
-    matrix = np.full((PROBE_WIDTH, PROBE_WIDTH), 0.5, np.float32)
-    best, end = math.inf, time.perf_counter() + PROBE_SECONDS
-    while time.perf_counter() < end:
-        started = time.perf_counter()
-        np.matmul(matrix, matrix)
-        best = min(best, time.perf_counter() - started)
-    return 2 * PROBE_WIDTH**3 / best
+    """FLOP/s of torch's matrix product on this machine's cores; torch stays out of this process."""
+    probe = [sys.executable, "-m", "model.speed", precision]
+    told = subprocess.run(probe, capture_output=True, text=True, cwd=ROOT, check=True).stdout
+    return float(told)
 
 
 def device_memory() -> int:
