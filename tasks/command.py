@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Literal
 
 from conf.launch import LaunchConfig
+from tasks.hosts import read_hosts
 from tasks.processes import HostLock, cores
 
 ROOT = Path(__file__).resolve().parents[1]
 """Folder from which the packages are imported."""
+RENDEZVOUS = "BESSEMER_RENDEZVOUS"
+"""Variable with the first node's HOST:PORT, where the job file does not have it."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,15 @@ def command(
     python = [sys.executable, "-u", "-m"]
     rank = ["tasks.rank", module, str(job_file)]
     if launch.launcher == "deepspeed":
-        return [*python, "deepspeed.launcher.runner", *_deepspeed_options(placement, launch), *rank]
+        options = _deepspeed_options(placement, launch, node)
+        return [
+            *python,
+            "deepspeed.launcher.runner",
+            *options,
+            "--no_local_rank",
+            "--module",
+            *rank,
+        ]
     if launch.ranks == 1 and launch.engine == "plain":
         return [*python, *rank]
     if launch.nodes == 1:
@@ -73,14 +84,30 @@ def command(
     return [*python, "torch.distributed.run", *options, "-m", *rank]
 
 
-def _deepspeed_options(placement: Placement, launch: LaunchConfig) -> list[str]:
+def _deepspeed_options(placement: Placement, launch: LaunchConfig, node: int) -> list[str]:
+    if launch.nodes > 1:
+        return _deepspeed_nodes(placement, launch, node)
     # The launcher numbers devices itself and refuses CUDA_VISIBLE_DEVICES beside --num_gpus.
     if placement.device == "cuda":
         ranks = ["--include", f"localhost:{','.join(placement.devices)}"]
     else:
         ranks = ["--num_gpus", str(launch.processes)]
-    address = ["--master_addr", "127.0.0.1", "--master_port", str(_free_port())]
-    return [*ranks, *address, "--no_local_rank", "--module"]
+    return [*ranks, "--master_addr", "127.0.0.1", "--master_port", str(free_port())]
+
+
+def _deepspeed_nodes(placement: Placement, launch: LaunchConfig, node: int) -> list[str]:
+    """Every node starts its own ranks, told who the others are; of their devices the number counts."""
+    any_devices = [str(number) for number in range(launch.processes)]
+    devices = [any_devices] * launch.nodes
+    if placement.device == "cuda":
+        devices[node] = list(placement.devices)
+    hosts = zip(read_hosts(launch), devices, strict=True)
+    host, _, port = launch.rendezvous.rpartition(":")
+    return [
+        *("--hostfile", str(Path(launch.hostfile).expanduser())),
+        *("--include", "@".join(f"{name}:{','.join(own)}" for name, own in hosts)),
+        *("--no_ssh", "--node_rank", str(node), "--master_addr", host, "--master_port", port),
+    ]
 
 
 def environment(launch: LaunchConfig, placement: Placement) -> dict[str, str]:
@@ -93,6 +120,8 @@ def environment(launch: LaunchConfig, placement: Placement) -> dict[str, str]:
     wanted = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(path),
+        # Ninja, which makes DeepSpeed's kernels, lies beside this interpreter.
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
         "PYTHONSAFEPATH": "1",
         "PYTHONUNBUFFERED": "1",
         "OMP_NUM_THREADS": str(placement.threads),
@@ -123,7 +152,8 @@ def environment(launch: LaunchConfig, placement: Placement) -> dict[str, str]:
     return {**wanted, **launch.environment}
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this host that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

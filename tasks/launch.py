@@ -35,6 +35,7 @@ from storage.store import Claim, Store
 from tasks.command import ROOT
 from tasks.explain import tail_of
 from tasks.follower import CANCEL, FOLLOWERS, Follower, newest_attempt
+from tasks.hosts import read_hosts
 from tasks.processes import cores, cuda_devices
 from tasks.rank import RANKS
 
@@ -124,12 +125,31 @@ def preflight(launch: LaunchConfig, module: str, inputs: Mapping[str, Artifact])
             f"launch.device=cuda with launch.processes={launch.processes}, but this host offers "
             f"{len(cuda_devices())} CUDA devices; set launch.device=cpu or fewer processes"
         )
+    if launch.hostfile:
+        read_hosts(launch)
+    if launch.adamw == "deepspeed":
+        _check_compilers(launch)
     if launch.threads and launch.processes * launch.threads > cores():
         raise ValueError(
             f"{launch.processes} processes x {launch.threads} threads are more than the "
             f"{cores()} cores of this host; set launch.threads=0 to divide them"
         )
     _check_inputs(inputs)
+
+
+def _check_compilers(launch: LaunchConfig) -> None:
+    """DeepSpeed's AdamW is made where it runs, at its first start."""
+    is_cuda = launch.device == "cuda" or (launch.device == "auto" and bool(cuda_devices()))
+    wanted = {os.environ.get("CXX", "c++"): "a C++ compiler"}
+    if is_cuda and launch.offload == "none":
+        home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+        wanted[shutil.which("nvcc") or f"{home}/bin/nvcc"] = "the CUDA toolkit"
+    for program, name in wanted.items():
+        if shutil.which(program) is None:
+            raise ValueError(
+                f"launch.adamw=deepspeed needs {name} to make its kernel, and {program} was not found; "
+                f"install it, or set launch.adamw=torch"
+            )
 
 
 def _check_inputs(inputs: Mapping[str, Artifact]) -> None:

@@ -1,7 +1,7 @@
 """One node's part of a torch job on several: `python -m tasks.node MODULE JOBFILE [NUMBER]`.
 
-Slurm starts it on each of its nodes and tells the number; by hand it is started on every node but the
-first. It ends with the code of its ranks, and stops them, checkpoint first, when the job is to end.
+Slurm starts it on each of its nodes and tells the number; on every node but the first it is started over
+ssh where there is a host file, else by hand. It ends with the code of its ranks, and stops them, checkpoint first, when the job is to end.
 """
 
 import os
@@ -10,11 +10,9 @@ import sys
 from pathlib import Path
 
 from conf.contract import JobFile
+from tasks.command import RENDEZVOUS
 from tasks.processes import die_with_parent, kill_descendants
 from tasks.supervisor import Supervisor, guard
-
-RENDEZVOUS = "BESSEMER_RENDEZVOUS"
-"""Variable with the first node's HOST:PORT, where only Slurm knows it."""
 
 
 def main() -> None:

@@ -15,9 +15,8 @@ from pathlib import Path
 from types import FrameType
 
 from conf.contract import OUTPUT, PROGRESS, ExitCode, JobFile, Progress
-from tasks.command import ROOT
+from tasks.command import RENDEZVOUS, ROOT
 from tasks.follower import CANCEL
-from tasks.node import RENDEZVOUS
 
 POLL_SECONDS = 1.0
 SCRIPT = "slurm.sh"

@@ -26,9 +26,10 @@ from pathlib import Path
 from types import FrameType
 
 from conf.contract import EXIT, JOB, OUTPUT, PROGRESS, RESULT, ExitCode, ExitFile, JobFile, Progress
-from tasks.command import Placement, command, environment
+from tasks.command import RENDEZVOUS, ROOT, Placement, command, environment, free_port
 from tasks.explain import RankNote, explain, read_notes, tail_of
 from tasks.follower import CANCEL, FOLLOWERS
+from tasks.hosts import over_ssh, read_hosts
 from tasks.processes import (
     adopt_orphans,
     cuda_devices,
@@ -69,9 +70,18 @@ class Supervisor:
     all of them where Slurm starts them."""
     started: float = field(default_factory=time.time)
     is_asked: bool = False
+    _others: "dict[str, subprocess.Popen[bytes]]" = field(
+        default_factory=dict[str, "subprocess.Popen[bytes]"]
+    )
+    """Host -> what stands here for its node of the job."""
 
     def run(self) -> ExitFile:
         """Wait for the host, run the ranks to their end, and say how it went."""
+        launch = self.job.launch
+        if launch.hostfile and not launch.rendezvous:
+            place = f"{read_hosts(launch)[0]}:{free_port()}"
+            launch = launch.model_copy(update={"rendezvous": place})
+            self.job = self.job.model_copy(update={"launch": launch})
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self._ask)
         placement = self._wait_for_host()
@@ -130,10 +140,8 @@ class Supervisor:
             arguments = command(launch, self.module, job_file, placement, self.node or 0)
             for rank in self._own_ranks:
                 note_path(self.job.state, rank).unlink(missing_ok=True)
-        for number in (
-            range(1, launch.nodes) if self.node is None and not self._is_submitted else ()
-        ):
-            _say(f"on node {number}: python -m tasks.node {self.module} {job_file} {number}")
+        if self.node is None and not self._is_submitted:
+            self._start_others()
         _say(
             f"{launch.processes} x {placement.threads} threads on {placement.device}, "
             f"engine {launch.engine}: {self.module}"
@@ -163,6 +171,27 @@ class Supervisor:
             return ended
         return self._exit(ending, tail)
 
+    def _start_others(self) -> None:
+        """Have the other nodes start their ranks: over ssh, or by whoever reads the log."""
+        launch, job_file = self.job.launch, str(self.job.state / JOB)
+        hosts = read_hosts(launch) if launch.hostfile else [""] * launch.nodes
+        for number, host in enumerate(hosts[1:], 1):
+            part = ["-m", "tasks.node", self.module, job_file, str(number)]
+            if not host:
+                _say(f"on node {number}: python {' '.join(part)}")
+                continue
+            _say(f"starting node {number} on {host}")
+            variables = {
+                "PYTHONPATH": os.environ.get("PYTHONPATH", str(ROOT)),
+                "PYTHONSAFEPATH": "1",
+                RENDEZVOUS: launch.rendezvous,
+            }
+            self._others[host] = subprocess.Popen(
+                over_ssh(host, variables, [sys.executable, "-u", *part]),
+                stdin=subprocess.DEVNULL,
+                process_group=0,
+            )
+
     @property
     def _own_ranks(self) -> range:
         """The ranks of this node."""
@@ -185,9 +214,15 @@ class Supervisor:
     def _watch(self, launcher: "subprocess.Popen[bytes]", begin: float) -> Ending | None:
         """Wait for the launcher's own end (None) or for a reason to stop it."""
         lingers_since: float | None = None
+        lost_since: float | None = None
         while launcher.poll() is None:
             if ending := self._unwanted() or self._overdue(begin):
                 return ending
+            # Ranks that lose those of another node say so themselves, where they notice.
+            lost = [host for host, other in self._others.items() if other.poll()]
+            lost_since = (lost_since or time.monotonic()) if lost else None
+            if lost_since and time.monotonic() - lost_since > LINGER_SECONDS:
+                return Ending(ExitCode.FAILED, f"the job's part on {lost[0]} has failed")
             notes = read_notes(self.job.state)
             # What Slurm starts may be queued again when its ranks have ended.
             has_all = len(notes) == self.job.launch.ranks and not self._is_submitted
@@ -202,6 +237,8 @@ class Supervisor:
     def _unwanted(self) -> Ending | None:
         if self.is_asked or (self.job.state / CANCEL).exists():
             return Ending(ExitCode.REQUEUE, "stopped on request")
+        if self.node and self.job.launch.hostfile and (self.job.state / EXIT).exists():
+            return Ending(ExitCode.FAILED, "the job has ended on the first node")
         limit = self.job.launch.orphan_seconds
         if limit and (alone := time.time() - self._last_followed()) > limit:
             return Ending(ExitCode.REQUEUE, f"nobody has followed the job for {alone:.0f} s")

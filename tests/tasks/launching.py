@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
+import pytest
+
 from conf.launch import LaunchConfig
 from conf.settings import RUNTIME, Settings
 from storage.artifact import Artifact
@@ -95,3 +97,16 @@ def processes_of(attempt: Path) -> list[int]:
             if str(attempt / "state").encode() in line:
                 found.append(int(entry.name))
     return sorted(found)
+
+
+def install_ssh(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A host file of two addresses of this machine, and an `ssh` that runs a command here, with a home of
+    its own for each host; returns the file."""
+    stand_in = folder / "bin" / "ssh"
+    stand_in.parent.mkdir()
+    stand_in.write_text(f'#!/bin/sh\nexec env BESSEMER_HOME="{folder}/$3" sh -c "$4"\n', "utf-8")
+    stand_in.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{stand_in.parent}{os.pathsep}{os.environ['PATH']}")
+    hostfile = folder / "hosts"
+    hostfile.write_text("# two nodes\n127.0.0.1 slots=1\n127.0.0.2 slots=1\n", "utf-8")
+    return hostfile

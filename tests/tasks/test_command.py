@@ -39,6 +39,39 @@ def test_the_deepspeed_launcher_is_told_ranks_or_devices() -> None:
     assert on_cuda[-4:] == ["--module", *RANK]
 
 
+def test_a_host_file_is_told_as_deepspeed_reads_it(tmp_path: Path) -> None:
+    hosts = tmp_path / "hosts"
+    hosts.write_text("one slots=8\ntwo slots=8\nthree slots=8\n", "utf-8")
+    launch = LaunchConfig(
+        launcher="deepspeed",
+        engine="zero2",
+        nodes=2,
+        processes=2,
+        hostfile=str(hosts),
+        rendezvous="one:29500",
+    )
+    # The second node has devices 2 and 5 to itself; of the first it knows how many there are.
+    found = command(launch, "model.sft", JOB, CUDA, 1)[3:]
+    assert found == [
+        *("deepspeed.launcher.runner", "--hostfile", str(hosts), "--include", "one:0,1@two:2,5"),
+        *("--no_ssh", "--node_rank", "1", "--master_addr", "one", "--master_port", "29500"),
+        *("--no_local_rank", "--module", *RANK),
+    ]
+
+
+def test_variables_for_devices_reach_the_ranks_and_others_are_refused() -> None:
+    asked = {
+        "NCCL_P2P_DISABLE": "1",
+        "NCCL_IB_DISABLE": "1",
+        "NCCL_DEBUG": "INFO",
+        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+    }
+    found = environment(LaunchConfig(environment=asked), CUDA)
+    assert {name: found[name] for name in asked} == asked
+    with pytest.raises(ValueError, match=r"environment\.HOME is not for the ranks to choose"):
+        LaunchConfig(environment={"HOME": "/elsewhere"})
+
+
 def test_a_cpu_job_sees_no_device_and_a_cuda_job_only_its_own(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

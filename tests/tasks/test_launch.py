@@ -265,6 +265,33 @@ def test_an_impossible_launch_is_refused_before_it_starts(launch: LaunchConfig, 
         preflight(launch, WORKER, {})
 
 
+def test_a_kernel_that_cannot_be_made_here_is_refused_before_it_starts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    launch = LaunchConfig(engine="zero3", adamw="deepspeed", device="cpu")
+    with pytest.raises(ValueError, match=r"needs a C\+\+ compiler .* set launch\.adamw=torch"):
+        preflight(launch, WORKER, {})
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        ("one slots=2\n", r"names 1 hosts, launch\.nodes=2"),
+        ("one slots=2\ntwo slots=1\n", r"gives two 1 slots, launch\.processes=2"),
+        ("one slots=2\ntwo 2\n", "'two 2' is not `HOST slots=N`"),
+    ],
+)
+def test_a_host_file_that_does_not_fit_is_refused(tmp_path: Path, lines: str, words: str) -> None:
+    hosts = tmp_path / "hosts"
+    hosts.write_text(lines, "utf-8")
+    launch = LaunchConfig(
+        launcher="deepspeed", engine="zero1", nodes=2, processes=2, hostfile=str(hosts)
+    )
+    with pytest.raises(ValueError, match=words):
+        preflight(launch, WORKER, {})
+
+
 def test_an_unknown_worker_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no module tests\.tasks\.workers\.nobody"):
         preflight(LaunchConfig(), "tests.tasks.workers.nobody", {})

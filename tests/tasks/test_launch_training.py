@@ -5,25 +5,27 @@ from typing import Any
 
 import pytest
 
+from conf.contract import ExitCode
 from conf.launch import LaunchConfig
 from conf.pretrain import PretrainConfig
 from conf.shape import ShapeConfig
 from storage.store import Store
 from storage.tokens import Tokens
+from tasks.launch import JobFailed
 from tasks.pretrain import pretrain
 from tasks.stage import Job
 from tests.model.small_tokens import write_small_tokens
-from tests.tasks.launching import processes_of
+from tests.tasks.launching import install_ssh, make_job, processes_of, run
 
 
-def train(root: Path, tokens: Tokens, launch: LaunchConfig) -> Job:
+def train(root: Path, tokens: Tokens, launch: LaunchConfig, rate: float = 3e-3) -> Job:
     """The stage's function on small data, 12 steps."""
     job = Job(node="pretrain", stage="pretrain", path=root / "attempt", store=Store(root))
     settings = PretrainConfig(
         shape=ShapeConfig(dim=32, layers=2, heads=4, kv_heads=2, context=32),
         tokens=12 * 128,
         batch_tokens=128,
-        learning_rate=3e-3,
+        learning_rate=rate,
         evaluate_every_steps=0,
         launch=launch,
     )
@@ -36,7 +38,7 @@ def train(root: Path, tokens: Tokens, launch: LaunchConfig) -> Job:
 @pytest.mark.parametrize(
     ("launcher", "engine", "sign"),
     [
-        ("deepspeed", "zero2", "deepspeed.launcher"),
+        pytest.param("deepspeed", "zero2", "deepspeed.launcher", marks=pytest.mark.soak),
         pytest.param("deepspeed", "zero1", "deepspeed.launcher", marks=pytest.mark.soak),
         pytest.param("deepspeed", "zero3", "deepspeed.launcher", marks=pytest.mark.soak),
         pytest.param("torchrun", "fsdp", "engine fsdp", marks=pytest.mark.soak),
@@ -56,3 +58,56 @@ def test_engines_under_their_launchers_give_the_plain_loss(
     assert (spread.files / "model.safetensors").stat().st_size == (
         plain.files / "model.safetensors"
     ).stat().st_size
+
+
+@pytest.mark.slow
+def test_a_host_file_gives_the_loss_of_one_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BESSEMER_HOME", str(tmp_path))
+    hostfile = install_ssh(tmp_path, monkeypatch)
+    write_small_tokens(tmp_path / "tokens" / "files")
+    tokens = Tokens(tmp_path / "tokens")
+    plain = train(tmp_path / "plain", tokens, LaunchConfig(threads=1))
+    launch = LaunchConfig(
+        threads=1,
+        launcher="deepspeed",
+        engine="zero2",
+        nodes=2,
+        hostfile=str(hostfile),
+        environment={"GLOO_SOCKET_IFNAME": "lo"},
+    )
+    spread = train(tmp_path / "spread", tokens, launch)
+    assert spread.metrics["loss"] == pytest.approx(plain.metrics["loss"], abs=2e-6)
+    output = (spread.logs / "output.log").read_text()
+    assert "--node_rank=1" in output
+    assert (tmp_path / "127.0.0.2" / "bessemer-cpu.lock").exists(), (
+        "the other host has its own lock"
+    )
+
+
+@pytest.mark.soak
+def test_a_training_that_diverges_says_so_and_names_its_samples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BESSEMER_HOME", str(tmp_path))
+    write_small_tokens(tmp_path / "tokens" / "files")
+    with pytest.raises(JobFailed, match="loss or gradients were not finite") as caught:
+        train(tmp_path, Tokens(tmp_path / "tokens"), LaunchConfig(threads=1), rate=1e30)
+    assert caught.value.ended.code == ExitCode.DIVERGED
+    assert any("its samples were" in line for line in caught.value.ended.tail)
+
+
+@pytest.mark.soak
+def test_a_host_that_cannot_be_reached_ends_the_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BESSEMER_HOME", str(tmp_path))
+    hostfile = install_ssh(tmp_path, monkeypatch)
+    (tmp_path / "bin" / "ssh").write_text("#!/bin/sh\necho Permission denied >&2\nexit 255\n")
+    job = make_job(tmp_path)
+    launch = {"launcher": "deepspeed", "engine": "zero1", "nodes": 2, "hostfile": str(hostfile)}
+    with pytest.raises(JobFailed, match=r"the job's part on 127\.0\.0\.2 has failed") as caught:
+        run(job, steps=100_000, launch=launch)
+    assert "Permission denied" in caught.value.ended.tail
+    assert processes_of(job.path) == []
