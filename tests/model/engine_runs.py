@@ -27,7 +27,7 @@ from model.pretrain import work
 from model.ranks import Ranks, join_ranks
 from tests.model.small_jobs import write_job
 
-STEPS = 20
+STEPS = 12
 # Everything that could break a resume is on: dropout, a mixture, two phases, accumulation, held-out looks.
 SETTINGS = PretrainConfig(
     shape=ShapeConfig(
@@ -48,7 +48,7 @@ SETTINGS = PretrainConfig(
         PhaseConfig(tokens=0.4, mix={"zh": 1.0}),
     ),
     held_tokens=4096,
-    evaluate_every_steps=10,
+    evaluate_every_steps=6,
     checkpoint_every_steps=4,
 )
 
@@ -65,11 +65,18 @@ LAUNCHES: dict[str, dict[str, Any]] = {
     "zero1": {"engine": "zero1", "deepspeed": BUCKETS},
     "zero2": {"engine": "zero2", "deepspeed": BUCKETS},
     "zero3": {"engine": "zero3", "deepspeed": BUCKETS},
+    "zero3_parameters": {"engine": "zero3", "deepspeed": BUCKETS, "offload": "parameters"},
+    "fsdp_parameters": {"engine": "fsdp", "offload": "parameters"},
     "zero1_offload": {"engine": "zero1", "deepspeed": BUCKETS, "offload": "optimizer"},
     "zero2_offload": {"engine": "zero2", "deepspeed": BUCKETS, "offload": "optimizer"},
     "zero3_offload": {"engine": "zero3", "deepspeed": BUCKETS, "offload": "optimizer"},
-    "zero3_parameters": {"engine": "zero3", "deepspeed": BUCKETS, "offload": "parameters"},
-    "fsdp_parameters": {"engine": "fsdp", "offload": "parameters"},
+    "zero2_fused_adam": {"engine": "zero2", "adamw": "deepspeed"},
+    "zero3_cpu_adam": {"engine": "zero3", "adamw": "deepspeed", "offload": "parameters"},
+    "plain_muon": {"engine": "plain"},
+    "ddp_muon": {"engine": "ddp"},
+    "fsdp_muon": {"engine": "fsdp"},
+    "tensor_muon": {"engine": "fsdp", "tensor_parallel": 2},
+    "pipeline_muon": {"engine": "ddp", "pipeline_stages": 2},
 }
 
 
@@ -114,7 +121,8 @@ def run(
 ) -> None:
     """The whole job, or up to the step at which it dies."""
     launch, ranks = placed(name, ranks)
-    chosen = SETTINGS.model_copy(update={"launch": launch, **settings})
+    optimizer = "muon" if name.endswith("_muon") else "adamw"
+    chosen = SETTINGS.model_copy(update={"launch": launch, "optimizer": optimizer, **settings})
     if ranks.is_first:
         write_job(attempt, "pretrain", chosen, {"tokens": tokens}, launch)
     ranks.wait()

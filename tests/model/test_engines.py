@@ -3,17 +3,40 @@
 import json
 import random
 import signal
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
+from conf.launch import LaunchConfig
+from model.engine import refuse_impossible
+from model.optimizer import UpdateRule
 from model.ranks import Ranks
+from model.zero import ZeroEngine
 from tests.model.engine_runs import LAUNCHES, SETTINGS, STEPS, move_on, run, run_guarded
 from tests.model.small_jobs import finish, start_pair
 from tests.model.small_tokens import write_small_tokens
 
-ENGINES = tuple(name for name in LAUNCHES if name != "plain")
+LONG = ("zero1_offload", "zero2_offload", "zero3_offload")
+"""In the long form only: `zero3_parameters` goes the same way."""
+UPDATES = {
+    "zero2_fused_adam": 1e-5,
+    "zero3_cpu_adam": 1e-5,
+    "ddp_muon": 2e-4,
+    "fsdp_muon": 2e-4,
+    "tensor_muon": 2e-4,
+    "pipeline_muon": 2e-4,
+}
+"""In the long form only, and how far their losses may be from one process's: DeepSpeed's AdamW divides in
+another order than torch's, and torch's Muon rounds to bfloat16 in its iteration."""
+ENGINES = [
+    pytest.param(name, marks=pytest.mark.soak) if name in LONG else name
+    for name in LAUNCHES
+    if not name.startswith("plain") and name not in UPDATES
+]
 MOVES = ("ddp-to-fsdp", "fsdp-to-zero3", "zero2-to-tensor", "tensor-to-pipeline", "pipeline-to-ddp")
 ENDS = (
     "files/model.safetensors",
@@ -21,6 +44,8 @@ ENDS = (
     f"state/checkpoints/step_{STEPS:09d}/optimizer.safetensors",
 )
 """All weights and all optimizer state at the end of a run."""
+SAVED = STEPS - SETTINGS.checkpoint_every_steps
+"""Steps that who goes on with another's run finds done."""
 pytestmark = pytest.mark.slow
 
 
@@ -38,11 +63,21 @@ class Runs:
         return [line[figure] for line in map(json.loads, lines) if figure in line]
 
 
+def wanted_engines(session: pytest.Session) -> list[str]:
+    """Those that the chosen tests are about."""
+    ours = [item for item in session.items if item.path == Path(__file__)]
+    chosen = {
+        v for item in ours if hasattr(item, "callspec") for v in item.callspec.params.values()
+    }
+    begun = {move.partition("-to-")[0] for move in MOVES}
+    return [name for name in LAUNCHES if not name.startswith("plain") and name in chosen | begun]
+
+
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+def runs(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Runs:
     folder = tmp_path_factory.mktemp("engines")
     tokens = write_small_tokens(folder / "tokens")
-    deaths = {engine: random.randint(2, STEPS - 1) for engine in ENGINES}
+    deaths = {engine: random.randint(2, STEPS - 1) for engine in wanted_engines(request.session)}
     ranks = start_pair(
         "tests.model.engine_runs",
         str(tokens),
@@ -77,9 +112,7 @@ def test_the_guard_leaves_out_the_steps_that_it_does_in_one_process(
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_dead_at_a_random_step_and_run_again_gives_the_same_bits(runs: Runs, engine: str) -> None:
-    for name in ENDS:
-        whole, broken = (runs.folder / e / name for e in (engine, f"{engine}-broken"))
-        assert whole.read_bytes() == broken.read_bytes(), (name, runs.deaths[engine])
+    assert_same_bits(runs.folder / engine, runs.folder / f"{engine}-broken")
     assert runs.figures(engine, "loss") == runs.figures(f"{engine}-broken", "loss")
 
 
@@ -88,7 +121,7 @@ def test_another_engine_goes_on_with_what_one_saved(runs: Runs, move: str) -> No
     losses = runs.figures(move, "loss")
     assert losses == pytest.approx(runs.figures("plain", "loss"), rel=0, abs=1e-6)
     # It was no run from the start.
-    assert losses[:16] == runs.figures(move.partition("-to-")[0], "loss")[:16]
+    assert losses[:SAVED] == runs.figures(move.partition("-to-")[0], "loss")[:SAVED]
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -101,10 +134,46 @@ def test_one_process_goes_on_from_what_two_saved(runs: Runs, engine: str) -> Non
 def test_weights_are_whole_in_the_artifact(runs: Runs) -> None:
     sizes = {
         engine: (runs.folder / engine / "files/model.safetensors").stat().st_size
-        for engine in ("plain", *ENGINES)
+        for engine in ("plain", *runs.deaths)
     }
     assert len(set(sizes.values())) == 1, sizes
     assert SETTINGS.shape.dropout, "without dropout half of the test is idle"
+
+
+def test_a_device_without_bfloat16_is_refused_with_the_way_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "T4")
+    ranks, half = Ranks(device=torch.device("cuda")), UpdateRule(precision="bf16")
+    with pytest.raises(ValueError, match="T4 has no bfloat16; use precision=fp16 or"):
+        refuse_impossible(LaunchConfig(), ranks, half, SETTINGS.shape)
+
+
+def test_a_group_whose_decay_has_changed_on_a_load_ends_the_job() -> None:
+    engine = SimpleNamespace(_decays=[0.1, 0.0], _zero=SimpleNamespace(param_groups=[{}, {}]))
+    for decays, is_refused in (((0.1, 0.0), False), ((0.1, 0.1), True)):
+        for group, decay in zip(engine._zero.param_groups, decays, strict=True):
+            group["weight_decay"] = decay
+        with pytest.raises(AssertionError) if is_refused else nullcontext():
+            ZeroEngine._check_groups(engine)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", UPDATES)
+def test_other_updates_give_the_loss_of_one_process_and_resume(runs: Runs, name: str) -> None:
+    plain = "plain_muon" if name.endswith("_muon") else "plain"
+    if not (runs.folder / plain).exists():
+        run(runs.folder / plain, runs.tokens, plain, Ranks())
+    wanted = runs.figures(plain, "loss")
+    assert runs.figures(name, "loss") == pytest.approx(wanted, rel=0, abs=UPDATES[name])
+    assert_same_bits(runs.folder / name, runs.folder / f"{name}-broken")
+
+
+def assert_same_bits(whole: Path, broken: Path) -> None:
+    """Equal weights and optimizer state at the ends of two runs."""
+    for name in ENDS:
+        assert (whole / name).read_bytes() == (broken / name).read_bytes(), name
 
 
 @pytest.mark.soak
@@ -125,7 +194,7 @@ def test_four_processes_do_what_two_do_and_go_on_from_them(
     for moved, begun in ((four, four), (runs, runs)):
         losses = moved.figures(move, "loss")
         assert losses == pytest.approx(runs.figures("plain", "loss"), rel=0, abs=1e-6)
-        assert losses[:16] == begun.figures(name, "loss")[:16]
+        assert losses[:SAVED] == begun.figures(name, "loss")[:SAVED]
 
 
 def on(processes: int, tokens: Path, folder: Path, *wishes: str, code: int = 0) -> None:
@@ -144,6 +213,4 @@ def test_five_kills_leave_the_bits_of_an_unbroken_run(tmp_path: Path, name: str)
     for death in deaths:
         on(processes, tokens, tmp_path / "killed", f"{name}!{death}", code=-signal.SIGKILL)
     on(processes, tokens, tmp_path / "killed", f"{name}!0")
-    for file in ENDS:
-        whole, killed = (tmp_path / folder / name / file for folder in ("whole", "killed"))
-        assert whole.read_bytes() == killed.read_bytes(), (file, deaths)
+    assert_same_bits(tmp_path / "whole" / name, tmp_path / "killed" / name)
