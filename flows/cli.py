@@ -100,6 +100,9 @@ def plan(
     peak: Annotated[
         float, typer.Option(help="FLOP/s of one device, for the time that training takes.")
     ] = 0.0,
+    graph: Annotated[
+        Path | None, typer.Option(help="Draw the graph as a page: name of an HTML file to write.")
+    ] = None,
     is_json: Json = False,
 ) -> None:
     """Show for every stage whether it is in the store, why not, and what it is expected to cost."""
@@ -111,6 +114,10 @@ def plan(
 
     execution = prepare(request, open_home(), base=Path.cwd(), appends=False)
     planned = make_plan(execution, Path.cwd(), peak_flops=peak)
+    if graph:
+        from flows.plan_page import write_plan
+
+        write_plan(execution.graph, planned, graph)
     if is_json:
         print(json.dumps(contract(execution, planned), ensure_ascii=False))
         return
@@ -235,6 +242,32 @@ def _run_line(record: RunRecord) -> dict[str, Any]:
         "hit": states.count("hit"),
         "built": states.count("built"),
     }
+
+
+@app.command()
+def compare(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(help="Ids of two runs or more, or how they begin; else the newest two."),
+    ] = None,
+    to: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("comparison.html"),
+) -> None:
+    """Compare runs: what changed in the recipe, and what in every figure, as a page."""
+    from flows.comparison import compared, differences, write_comparison
+    from flows.show import table_of
+
+    sides = compared(names or [], open_home())
+    apart = [item for item in differences(sides) if item.is_apart]
+    if apart:
+        columns = ["node", "figure", *(side.label for side in sides)]
+        rows = [
+            [item.node, item.name, *(figure.text() if figure else "" for figure in item.figures)]
+            for item in apart
+        ]
+        console().print(table_of("figures whose intervals do not meet", columns, rows))
+    else:
+        console().print("no figure differs by more than its interval")
+    console().print(f"wrote {write_comparison(sides, to)}", soft_wrap=True)
 
 
 @app.command()
@@ -381,12 +414,15 @@ def export(
     artifact: ArtifactName,
     to: Annotated[Path, typer.Option(help="New folder for the Hugging Face files.")],
 ) -> None:
-    """Copy an exported model (a node of stage `export`) out of the store."""
+    """Copy an exported model (a node of stage `export`) out of the store, with a model card."""
+    from flows.model_card import model_card
     from flows.upkeep import copy_out
 
     home = open_home()
     store = home.used_store()
-    copy_out(find_artifact(artifact, home, store), store, to)
+    record = find_artifact(artifact, home, store)
+    copy_out(record, store, to)
+    (to / "README.md").write_text(model_card(record, store, home), "utf-8")
     console().print(f"wrote {to}", soft_wrap=True)
 
 

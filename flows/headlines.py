@@ -40,7 +40,7 @@ def _of_node(stage: StageRecord, path: Path) -> Iterator[Headline]:
     spec = registry.stages().get(stage.stage)
     if spec is None or not spec.headlines:
         return
-    figures = dict(_figures_in(stage.metrics))
+    figures = dict(figures_in(stage.metrics))
     if stage.kind == Scores.kind:
         figures |= Scores(path).figures()
     for pattern, label in spec.headlines.items():
@@ -58,7 +58,7 @@ def _filled(label: str, pattern: str, name: str) -> str:
     return label.replace("*", name.removeprefix(before).removesuffix(last))
 
 
-def _figures_in(value: Any, place: str = "") -> Iterator[tuple[str, Figure]]:
+def figures_in(value: Any, place: str = "") -> Iterator[tuple[str, Figure]]:
     """Metrics that are figures with n and interval; a nested one by its path."""
     if not isinstance(value, dict):
         return
@@ -67,7 +67,7 @@ def _figures_in(value: Any, place: str = "") -> Iterator[tuple[str, Figure]]:
         yield place, Figure.model_validate(content)
         return
     for name, item in content.items():
-        yield from _figures_in(item, f"{place}/{name}" if place else name)
+        yield from figures_in(item, f"{place}/{name}" if place else name)
 
 
 def _reading_order(run: RunRecord) -> list[str]:

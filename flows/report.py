@@ -2,13 +2,13 @@
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from conf.contract import METRICS
 from flows import charts, drawing
 from flows.headlines import headlines
+from flows.page_parts import Exact, Section, Table, blank, flat, page, read_metrics, series_of
 from flows.runs import RunRecord, StageRecord
 from storage.scores import Figure, Scores
 from storage.store import Store
@@ -30,49 +30,13 @@ ALIGNMENT_CURVES = {
         ("ended_share", "share"),
     ),
 }
-MAX_POINTS = 400
 TITLES = {"lr": "learning rate", "kl": "KL to the reference"}
-LONG_TABLE_ROWS = 14
 SHOWN_PROMPTS, MOST_PROMPTS = 12, 60
 CORPUS_STAGES = ("extract", "filter", "dedup", "decontaminate")
 
 
-@dataclass
-class Table:
-    """A table of the page; a number is set right-aligned."""
-
-    title: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[Any]]
-    is_samples: bool = False
-    is_detail: bool = False
-
-    @property
-    def is_folded(self) -> bool:
-        """Whether it is shown only when asked for."""
-        return self.is_detail or (bool(self.title) and len(self.rows) > LONG_TABLE_ROWS)
-
-
-@dataclass
-class Section:
-    """A part of the page."""
-
-    id: str
-    title: str
-    text: str = ""
-    wide: list[str] = field(default_factory=list[str])
-    charts: list[str] = field(default_factory=list[str])
-    tables: list[Table] = field(default_factory=list[Table])
-    details: list[dict[str, str]] = field(default_factory=list[dict[str, str]])
-
-    def __bool__(self) -> bool:
-        return bool(self.wide or self.charts or self.tables or self.details)
-
-
 def write_report(run_dir: Path, store: Store) -> Path:
     """Write `report.html` into the folder of a run, from its record and the artifacts it names."""
-    import jinja2
-
     run = RunRecord.read(run_dir)
     paths = {
         name: path
@@ -90,40 +54,16 @@ def write_report(run_dir: Path, store: Store) -> Path:
         *_training(run, paths),
         _language_model(scores),
         _exams(scores),
+        _checkpoints(run, paths),
+        _judged(run, scores),
         _samples(run, paths),
         _scores(scores),
         _costs(run),
         _errors(run),
     ]
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "page"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-    )
-    environment.filters["figure"] = _number
-    page = environment.get_template("report.html").render(
-        title=f"{run.recipe}: {_verdict(run)}",
-        subtitle=_subtitle(run),
-        sections=[section for section in sections if section],
-    )
     target = run_dir / "report.html"
-    target.write_text(page, "utf-8")
+    target.write_text(page(f"{run.recipe}: {_verdict(run)}", _subtitle(run), sections), "utf-8")
     return target
-
-
-class Exact(float):
-    """A figure with three digits after the point, also where they are noughts."""
-
-
-def _number(value: float) -> str:
-    if isinstance(value, Exact):
-        return f"{value:,.3f}"
-    if isinstance(value, int) or float(value).is_integer():
-        return f"{int(value):,}"
-    if abs(value) >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:.4g}" if abs(value) >= 1e-3 else f"{value:.2e}"
 
 
 def _kind(run: RunRecord, name: str) -> str | None:
@@ -157,7 +97,7 @@ def _effects(run: RunRecord, paths: Mapping[str, Path]) -> Section:
         figure = item.figure
         interval = f"{figure.low:.3f} to {figure.high:.3f}"
         node = "" if any(row[0] == item.node for row in rows) else item.node
-        chance = _blank(figure.chance)
+        chance = blank(figure.chance)
         rows.append((node, item.label, Exact(figure.value), interval, figure.n, chance))
     if rows:
         columns = ("node", "figure", "value", "95 % interval", "n", "chance")
@@ -183,7 +123,7 @@ def _scores(scores: Mapping[str, Mapping[str, Figure]]) -> Section:
     ]
     for node, figures in scores.items():
         rows = [
-            (name, figure.value, figure.low, figure.high, figure.n, _blank(figure.chance))
+            (name, figure.value, figure.low, figure.high, figure.n, blank(figure.chance))
             for name, figure in figures.items()
         ]
         columns = ("figure", "value", "low", "high", "n", "chance")
@@ -272,33 +212,8 @@ def _stage_tables(stage: StageRecord) -> Iterator[Table]:
             yield Table(
                 f"{stage.node}: {title}",
                 columns,
-                [[_blank(row.get(column)) for column in columns] for row in rows],
+                [[blank(row.get(column)) for column in columns] for row in rows],
             )
-
-
-def _blank(value: Any) -> Any:
-    """A value as a cell: numbers and text as they are, what is nested in words."""
-    match value:
-        case None:
-            return ""
-        case bool():
-            return "yes" if value else "no"
-        case int() | float() | str():
-            return value
-        case dict():
-            pairs = cast("dict[str, Any]", value).items()
-            return ", ".join(f"{name} {_inner(item)}" for name, item in pairs)
-        case list():
-            return ", ".join(_inner(item) for item in cast("list[Any]", value))
-        case _:
-            return str(value)
-
-
-def _inner(value: Any) -> str:
-    cell = _blank(value)
-    if isinstance(value, dict | list):
-        return f"({cell})"
-    return _number(cell) if isinstance(cell, int | float) else str(cell)
 
 
 def _tokens(run: RunRecord) -> Section:
@@ -312,21 +227,13 @@ def _tokens(run: RunRecord) -> Section:
 
 def _figures(stage: StageRecord) -> Table:
     """All figures of a stage, nested ones by their path."""
-    rows = list(_flat(stage.metrics))
+    rows = list(flat(stage.metrics))
     return Table(f"{stage.node}: figures", ("figure", "value"), rows, is_detail=True)
-
-
-def _flat(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict):
-        for name, item in value.items():
-            yield from _flat(item, f"{place} {name}".strip())
-    else:
-        yield place, _blank(value)
 
 
 def _training(run: RunRecord, paths: Mapping[str, Path]) -> Iterator[Section]:
     """Curves of every stage that trained, nodes of one stage in the same charts."""
-    curves = {name: _read_metrics(path / "logs" / METRICS) for name, path in paths.items()}
+    curves = {name: read_metrics(path / "logs" / METRICS) for name, path in paths.items()}
     by_stage: dict[str, list[str]] = {}
     for name, rows in curves.items():
         if rows:
@@ -335,7 +242,7 @@ def _training(run: RunRecord, paths: Mapping[str, Path]) -> Iterator[Section]:
         wanted = [*CURVES, *((name, up, False) for name, up in ALIGNMENT_CURVES.get(stage, ()))]
         section = Section(f"training-{stage}", f"Training: {stage}")
         for metric, up, is_log in wanted:
-            series = _series(metric, {node: curves[node] for node in nodes})
+            series = series_of(metric, {node: curves[node] for node in nodes})
             if series:
                 section.charts.append(
                     charts.lines(series, title=_title(metric), across="step", up=up, is_log=is_log)
@@ -347,34 +254,6 @@ def _training(run: RunRecord, paths: Mapping[str, Path]) -> Iterator[Section]:
         for node in nodes:
             section.tables += [*_stage_tables(run.stages[node]), _figures(run.stages[node])]
         yield section
-
-
-def _read_metrics(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines() if line]
-
-
-def _series(metric: str, curves: Mapping[str, list[dict[str, Any]]]) -> charts.Series:
-    """One curve a node, or a node and domain for metrics such as `held_loss/web`."""
-    series: dict[str, tuple[list[float], list[float]]] = {}
-    for node, rows in curves.items():
-        keys = dict.fromkeys(key for row in rows for key in row)
-        names = [key for key in keys if key == metric or key.startswith(f"{metric}/")]
-        if len(names) == 2 and metric in names:
-            names = [metric]  # the one part is the whole
-        for name in names:
-            part = name.removeprefix(metric).removeprefix("/")
-            label = " ".join(filter(None, (node if len(curves) > 1 else "", part))) or node
-            points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
-            series[label] = _thinned(points)
-    return series
-
-
-def _thinned(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
-    step = -(-len(points) // MAX_POINTS) or 1
-    chosen = [*points[::step], *points[-1:]]
-    return [x for x, _ in chosen], [y for _, y in chosen]
 
 
 def _frontier(curves: Mapping[str, list[dict[str, Any]]]) -> charts.Series:
@@ -392,19 +271,21 @@ def _language_model(scores: Mapping[str, Mapping[str, Figure]]) -> Section:
     section = Section(
         "bits",
         "Held-out documents",
-        "Bits per byte on the same documents: the model, n-gram models of the same training tokens, xz -9.",
+        "Bits per byte on the same documents: the model, n-gram models of the same training tokens, xz -9. "
+        "`train` is the model on training documents: where it is far lower, they are learnt by heart.",
     )
     domains: dict[str, list[charts.Interval]] = {}
     for node, figures in scores.items():
         for name, figure in figures.items():
             who, _, domain = name.rpartition("bits_per_byte/")
             if domain and "bits_per_byte/" in name:
-                row = (who.strip("/") or node, figure.value, figure.low, figure.high, None)
+                who = f"{node} train" if who == "train/" else who.strip("/") or node
+                row = (who, figure.value, figure.low, figure.high, None)
                 domains.setdefault(domain, []).append(row)
     if len(domains) == 2:
         domains.pop("all", None)  # the one domain is all
     section.charts = [
-        charts.intervals(rows, title=domain, across="bits per byte")
+        charts.intervals(rows, title=_title(domain), across="bits per byte")
         for domain, rows in domains.items()
     ]
     return section
@@ -424,6 +305,53 @@ def _exams(scores: Mapping[str, Mapping[str, Figure]]) -> Section:
         section.charts.append(
             charts.intervals(rows, title=name.removesuffix("/accuracy"), across="accuracy")
         )
+    return section
+
+
+def _checkpoints(run: RunRecord, paths: Mapping[str, Path]) -> Section:
+    """Scores over the steps of a training, where its weights were kept on the way."""
+    section = Section(
+        "checkpoints", "Scores on the way", "Measured on the weights after so many steps."
+    )
+    curves = {
+        name: Scores(path).curve() for name, path in paths.items() if _kind(run, name) == "scores"
+    }
+    names = dict.fromkeys(name for rows in curves.values() for row in rows for name in row)
+    for name in names:
+        if name.count("/") != 1 or not name.startswith("bits_per_byte/") | name.endswith(
+            "/accuracy"
+        ):
+            continue
+        series = {
+            node: ([row["step"] for row in rows], [row[name]["value"] for row in rows])
+            for node, rows in curves.items()
+            if all(name in row for row in rows) and rows
+        }
+        section.charts.append(charts.lines(series, title=_title(name), across="step", up=""))
+    return section
+
+
+def _judged(run: RunRecord, scores: Mapping[str, Mapping[str, Figure]]) -> Section:
+    """What a judge and people said of answers: one chart for each kind of figure."""
+    section = Section("judged", "Answers as they were judged", "The mark across is chance.")
+    for node, figures in scores.items():
+        if run.stages[node].stage not in ("judge", "rate"):
+            continue
+        kinds: dict[str, list[charts.Interval]] = {}
+        for name, figure in figures.items():
+            kind, _, who = name.partition("/")
+            row = (
+                who.replace("_", " ") or kind,
+                figure.value,
+                figure.low,
+                figure.high,
+                figure.chance,
+            )
+            kinds.setdefault(kind, []).append(row)
+        section.charts += [
+            charts.intervals(rows, title=f"{node}: {_title(kind)}", across=kind.replace("_", " "))
+            for kind, rows in kinds.items()
+        ]
     return section
 
 
