@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,10 +13,19 @@ from pathlib import Path
 import pytest
 
 from conf.launch import LaunchConfig
+from tasks.launch import JobFailed
 from tasks.processes import descendants
 from tests.model.small_jobs import ROOT, free_port
 from tests.model.small_tokens import write_small_tokens
-from tests.tasks.launching import processes_of, wait_for
+from tests.tasks.launching import (
+    WORKER,
+    count,
+    install_ssh,
+    make_job,
+    processes_of,
+    run,
+    wait_for,
+)
 from tests.tasks.node_zero import STEPS, train
 
 pytestmark = pytest.mark.slow
@@ -134,3 +144,42 @@ def test_two_nodes_lose_one_and_end_like_one_process(tmp_path: Path, network: Ne
     plain = Nodes(tmp_path / "plain", network)
     train(plain.folder, tmp_path / "tokens", LaunchConfig(threads=1))
     assert nodes.losses() == pytest.approx(plain.losses(), rel=0, abs=1e-6)
+
+
+@pytest.mark.soak
+def test_a_node_of_a_host_file_ends_when_the_first_has_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BESSEMER_HOME", str(tmp_path))
+    hostfile = install_ssh(tmp_path, monkeypatch)
+    # The other host: nothing below the first one's supervisor.
+    (tmp_path / "bin" / "ssh").write_text("#!/bin/sh\nexec sleep 600\n")
+    job, failed = make_job(tmp_path), list[JobFailed]()
+    launch = {"launcher": "deepspeed", "engine": "zero1", "nodes": 2, "hostfile": str(hostfile)}
+
+    def follow() -> None:
+        with pytest.raises(JobFailed) as caught:
+            run(job, act="raise", act_at=100, steps=100_000, launch=launch)
+        failed.append(caught.value)
+
+    follower = threading.Thread(target=follow)
+    follower.start()
+    path = job.state / "job.json"
+    wait_for(path.exists)
+    other = subprocess.Popen(
+        [sys.executable, "-m", "tasks.node", WORKER, str(path), "1"],
+        cwd=ROOT,
+        env=os.environ
+        | {
+            "BESSEMER_HOME": str(tmp_path / "other"),
+            "BESSEMER_RENDEZVOUS": f"127.0.0.1:{free_port()}",
+            "PYTHONPATH": str(ROOT),
+        },
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    follower.join(180)
+    assert "the thing broke" in str(failed[0])
+    assert "the job has ended on the first node" in other.communicate(timeout=60)[0]
+    assert count(job, 1) > 0
+    assert not processes_of(job.path)
