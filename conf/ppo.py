@@ -28,7 +28,7 @@ class RewardWeights(Settings):
     """Of the judge."""
 
 
-class JudgeConfig(Settings):
+class RewardJudgeConfig(Settings):
     """A model behind an OpenAI-compatible endpoint that gives an answer a number."""
 
     model: str
@@ -117,7 +117,7 @@ class PpoConfig(Settings):
     people: tuple[SourceSpec, ...] = ()
     """People's scores, a source of the reward: JSON lines with `messages` (or `prompt`), `answer`, `score`.
     Answers without one count as average, and are written to `logs/unscored.jsonl` to be scored."""
-    judge: JudgeConfig | None = None
+    judge: RewardJudgeConfig | None = None
     """A judge, a source of the reward or the truth."""
     truth_functions: tuple[SourceSpec, ...] = ()
     """Files such as `functions`, whose sum is the truth that `truth_every_iterations` looks at."""

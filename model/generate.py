@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from model.answerer import answerer
 from model.transformer import AttentionMask, Cache, Transformer
 
 ALIVE_SHARE = 0.75
@@ -74,10 +75,11 @@ def generate(
         device=device,
         dtype=model.embedding.weight.dtype,
     )
-    step_ids = prompt_ids
+    step_ids, answering = prompt_ids, answerer(model)
     for step in range(max_new_tokens):
-        hidden = model.hidden(step_ids, mask=AttentionMask(padding=padding), cache=cache)[:, -1]
-        token, logprob = _choose(model.logits(hidden).float(), temperature, noise[live, step])
+        mask = AttentionMask(padding=padding)
+        states = answering.body.hidden(step_ids, mask=mask, cache=cache)[:, -1]
+        token, logprob = _choose(answering.logits(states).float(), temperature, noise[live, step])
         ids[live, step] = torch.where(is_going, token, pad)
         logprobs[live, step] = torch.where(is_going, logprob, 0.0)
         ends = is_going & (token == eos)
@@ -173,11 +175,11 @@ def _choose(logits: Tensor, temperature: float, noise: Tensor) -> tuple[Tensor, 
     """Token and its log-probability, (B,) each, of logits (B, V); one number decides, whatever the
     vocabulary."""
     if temperature == 0:
-        token = logits.argmax(-1)
+        token, shares = logits.argmax(-1), logits.softmax(-1)
     else:
-        logits = logits / temperature
-        token = draw(logits.softmax(-1), noise)
-    return token, logits.log_softmax(-1).gather(-1, token[:, None])[:, 0]
+        shares = (logits / temperature).softmax(-1)
+        token = draw(shares, noise)
+    return token, shares.gather(-1, token[:, None])[:, 0].log()
 
 
 def draw(shares: Tensor, noise: Tensor) -> Tensor:

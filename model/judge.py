@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from conf.ppo import JudgeConfig
+from conf.ppo import RewardJudgeConfig
 from storage.errors import BessemerError
 from storage.jsonl import content_id
 
@@ -29,7 +29,7 @@ class JudgeFailed(BessemerError):
 class Judge:
     """Remembers in a file what was said, so that a job that goes on after a kill learns from the same."""
 
-    def __init__(self, settings: JudgeConfig, said: Path) -> None:
+    def __init__(self, settings: RewardJudgeConfig, said: Path) -> None:
         """Raises ValueError where the key's environment variable is not set."""
         self._settings, self._path = settings, said
         self._headers = {"Content-Type": "application/json"}

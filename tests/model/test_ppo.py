@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from conf.launch import LaunchConfig
-from conf.ppo import PpoConfig
+from conf.lora import LoraConfig
+from conf.ppo import PpoConfig, RewardWeights
 from conf.reward import RewardConfig
 from conf.sft import SftConfig
 from model import ppo, reward, sft
@@ -216,6 +217,120 @@ def test_the_reward_rises(world: Path, tmp_path: Path) -> None:
         "answer_tokens",
         "ended_share",
     } <= set(lines[0])
+
+
+@pytest.mark.parametrize("method", ["grpo", "rloo"])
+def test_answers_compared_with_each_other_raise_the_reward(
+    world: Path, tmp_path: Path, method: str
+) -> None:
+    settings = changed(iterations=30, held_prompts=20, method=method, samples_per_prompt=4)
+    if method == "grpo":
+        settings = settings.model_copy(update={"kl_in": "loss", "kl_estimator": "k3"})
+    figures = run_here(ppo.work, make_job(tmp_path, "ppo", settings, inputs(world)))
+    before, after = figures["held_before"]["reward"], figures["held_after"]["reward"]
+    assert after["value"] > before["value"] + 0.2
+    assert "value_loss" not in figures
+
+
+def function_job(tmp_path: Path, settings: PpoConfig, files: dict[str, Path], **code: str) -> Any:
+    """A job whose reward, or truth, is given by functions, without a reward model."""
+    sources: dict[str, list[str]] = {}
+    for name, body in code.items():
+        path = tmp_path / f"{name}.py"
+        path.write_text(f"def score(answer):\n    return {body}\n")
+        sources[name] = [str(path)]
+    job = make_job(tmp_path, "ppo", settings, files)
+    return job.model_copy(update={"sources": sources})
+
+
+def without_reward(world: Path) -> dict[str, Path]:
+    return {name: path for name, path in inputs(world).items() if name != "reward"}
+
+
+def test_a_pretrained_policy_learns_what_a_function_rewards(world: Path, tmp_path: Path) -> None:
+    files = {**without_reward(world), "policy": world / "policy"}
+    settings = changed(iterations=24, kl_coef=0.0, unended_penalty=0.0, learning_rate=5e-3)
+    job = function_job(tmp_path, settings, files, functions="sum(map(str.isascii, answer['text']))")
+    figures = run_here(ppo.work, job)
+    before, after = figures["held_before"], figures["held_after"]
+    assert after["reward/functions"] > before["reward/functions"] + 2  # characters
+    assert after["scored_share/functions"] == 1.0
+    # The policy's first answers, before it learnt, are the scale: mean 0, deviation 1, here.
+    first = metrics(job)[0]
+    assert first["reward"] == pytest.approx(0.0, abs=1e-5)
+    assert first["reward_std"] == pytest.approx(1.0, abs=0.3)  # but for what was clipped
+
+
+def test_sources_of_the_reward_are_added_up(world: Path, tmp_path: Path) -> None:
+    plain = make_job(tmp_path / "plain", "ppo", changed(iterations=1), inputs(world))
+    run_here(ppo.work, plain)
+    weights = RewardWeights(model=0.5, functions=2.0)
+    settings = changed(iterations=1, weights=weights, score_clip=100.0, unended_penalty=0.0)
+    job = function_job(tmp_path, settings, inputs(world), functions="float(len(answer['text']))")
+    run_here(ppo.work, job)
+    [line], [alone] = metrics(job), metrics(plain)
+    # The function's scores have mean 0 by their own scale: half the model's score is left.
+    assert line["reward"] == pytest.approx(0.5 * line["reward/model"], abs=1e-5)
+    assert line["kl"] == alone["kl"]
+    assert line["reward/functions"] > 0
+
+
+def test_the_weights_with_the_best_truth_are_kept(world: Path, tmp_path: Path) -> None:
+    # Rewarded for few characters, it ends up saying nothing; the truth is against that.
+    settings = changed(
+        iterations=40,
+        kl_coef=0.0,
+        unended_penalty=0.0,
+        truth_every_iterations=2,
+        truth_prompts=10,
+        truth_patience=2,
+    )
+    code = {
+        "functions": "-float(len(answer['text']))",
+        "truth_functions": "float(len(answer['text']))",
+    }
+    job = function_job(tmp_path, settings, without_reward(world), **code)
+    figures = run_here(ppo.work, job)
+    looks = {line["step"]: line["held_truth"] for line in metrics(job) if "held_truth" in line}
+    best = int(max(looks, key=lambda step: looks[step]))
+    assert figures["kept_iteration"] == best
+    assert figures["iterations"] == best + 2 * 2 < 40
+    assert sorted(looks) == list(range(0, best + 5, 2))
+
+
+def test_with_lora_the_policy_is_its_own_reference(world: Path, tmp_path: Path) -> None:
+    lora = LoraConfig(rank=4)
+    settings = changed(iterations=15, held_prompts=20, lora=lora, learning_rate=3e-3)
+    job = make_job(tmp_path, "ppo", settings, inputs(world))
+    figures = run_here(ppo.work, job)
+    assert figures["held_before"]["kl"]["value"] == pytest.approx(0.0, abs=1e-4)
+    assert figures["held_after"]["kl"]["value"] > 0.05
+    assert figures["held_after"]["reward"]["value"] > figures["held_before"]["reward"]["value"]
+    # Merged: a plain policy, whose embedding has learnt nothing.
+    before, after = (
+        load_tensors(path / "model.safetensors") for path in (inputs(world)["policy"], job.files)
+    )
+    assert before.keys() == after.keys()
+    assert torch.equal(before["embedding.weight"], after["embedding.weight"])
+    assert not torch.equal(before["blocks.0.query.weight"], after["blocks.0.query.weight"])
+
+
+def test_updates_end_where_the_policy_is_too_far(world: Path, tmp_path: Path) -> None:
+    settings = changed(iterations=2, stop_kl=1e-6)
+    job = make_job(tmp_path, "ppo", settings, inputs(world))
+    run_here(ppo.work, job)
+    # The first minibatch is answered by the policy itself, the second no longer.
+    assert [line["updates"] for line in metrics(job)] == [1, 1]
+
+
+def test_entropy_in_the_loss_keeps_answers_varied(world: Path, tmp_path: Path) -> None:
+    entropy: list[float] = []
+    for coefficient in (0.0, 0.3):
+        settings = changed(iterations=6, entropy_coef=coefficient, kl_coef=0.0)
+        job = make_job(tmp_path / str(coefficient), "ppo", settings, inputs(world))
+        run_here(ppo.work, job)
+        entropy.append(metrics(job)[-1]["entropy"])
+    assert entropy[1] > entropy[0] + 0.1
 
 
 def test_the_same_job_gives_the_same_bytes(world: Path, tmp_path: Path) -> None:
