@@ -92,7 +92,7 @@ def _stage(record: Record) -> str:
     settings = [
         (place, value)
         for place, value in flat(record.identity.get("settings", {}))
-        if value != "" and len(str(value)) <= MOST_SETTING_CHARS
+        if value not in ("", "()") and len(str(value)) <= MOST_SETTING_CHARS
     ]
     files = sum(
         len(landing) for of in record.identity.get("sources", {}).values() for landing in of

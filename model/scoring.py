@@ -33,12 +33,12 @@ def score_requests(
     """
     context = model.shape.context
     results: list[dict[str, Any]] = [{} for _ in requests]
-    groups: dict[tuple[str, ...], list[_Encoded]] = {}
+    groups: dict[tuple[str, ...], list[Encoded]] = {}
     for index, request in enumerate(requests):
-        encoded = _encode(tokenizer, request, index, context)
-        groups.setdefault((request["header"], *request["prefix"]), []).append(encoded)
-    apart: list[_Encoded] = []
-    batches: list[tuple[int, list[_Encoded]]] = []
+        member = encoded(tokenizer, request, index, context)
+        groups.setdefault((request["header"], *request["prefix"]), []).append(member)
+    apart: list[Encoded] = []
+    batches: list[tuple[int, list[Encoded]]] = []
     for members in groups.values():
         shared = _common([member.ids[0][: member.shared] for member in members])
         if shared < WORTH_SHARING or len(members) == 1:
@@ -59,7 +59,7 @@ def score_requests(
 
 
 @dataclass(frozen=True)
-class _Encoded:
+class Encoded:
     """The continuations of one request behind their prompt."""
 
     request: int
@@ -71,9 +71,9 @@ class _Encoded:
     """Ids that all start with and that lie before the last one read for any score; 0 for a few."""
 
 
-def _encode(
-    tokenizer: ChatTokenizer, request: dict[str, Any], index: int, context: int
-) -> _Encoded:
+def encoded(tokenizer: ChatTokenizer, request: dict[str, Any], index: int, context: int) -> Encoded:
+    """The ids of a request, cut to the context: its oldest examples go first, then its own beginning."""
+
     def rows(before: str, continuations: Sequence[str]) -> list[list[int]]:
         return [[tokenizer.eos, *tokenizer.encode(before + text)] for text in continuations]
 
@@ -93,7 +93,7 @@ def _encode(
     ids = [row[cut:][-(context + 1) :] for row in ids]
     least = min(len(row) - count - 1 for row, count in zip(ids, scored, strict=True))
     shared = min(_common(ids), least)
-    return _Encoded(index, ids, scored, shared if shared >= WORTH_SHARING else 0)
+    return Encoded(index, ids, scored, shared if shared >= WORTH_SHARING else 0)
 
 
 def _common(rows: Sequence[list[int]]) -> int:
@@ -103,9 +103,9 @@ def _common(rows: Sequence[list[int]]) -> int:
     return next((i for i in range(limit) if first[i] != last[i]), limit)
 
 
-def _by_length(requests: Sequence[_Encoded], rows: int, context: int) -> list[list[_Encoded]]:
+def _by_length(requests: Sequence[Encoded], rows: int, context: int) -> list[list[Encoded]]:
     """Batches of about so many continuations that fit the context, the longest prompts first."""
-    batches: list[list[_Encoded]] = []
+    batches: list[list[Encoded]] = []
     held, prompt, ending = rows, 0, 0
     for request in sorted(requests, key=lambda request: (-request.shared, -len(request.ids[0]))):
         ending = max(ending, max(len(row) for row in request.ids) - 1 - request.shared)
@@ -128,7 +128,7 @@ def _prefix_cache(model: Transformer, ids: list[int]) -> Cache | None:
 
 
 def _score_batch(
-    model: Transformer, batch: Sequence[_Encoded], prefix: Cache | None
+    model: Transformer, batch: Sequence[Encoded], prefix: Cache | None
 ) -> list[list[float]]:
     """Log-probabilities of the continuations of some requests, whose prompts start with the prefix."""
     device = model.embedding.weight.device

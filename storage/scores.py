@@ -49,6 +49,14 @@ def centred(figure: Figure) -> Figure:
     return Figure(value=value, n=figure.n, low=low, high=high, chance=0.0)
 
 
+def table_rows(figures: Mapping[str, Figure]) -> list[dict[str, Any]]:
+    """The figures by name, for a table."""
+    return [
+        {"figure": name, **figure.model_dump(exclude={"unit"})}
+        for name, figure in sorted(figures.items())
+    ]
+
+
 def share(successes: int, n: int, *, chance: float | None = None) -> Figure:
     """A share of n independent trials with Wilson's score interval (Wilson 1927).
 

@@ -11,7 +11,7 @@ from conf.evaluate import EvaluateConfig
 from storage.artifact import Artifact
 from storage.checkpoint import Policy, ReadWindows, RewardModel, kept_looks
 from storage.jsonl import read_jsonl
-from storage.scores import Figure, Scores
+from storage.scores import Figure, Scores, table_rows
 from storage.tokens import Tokens
 from storage.world import World
 from tasks.evaluation_figures import (
@@ -108,10 +108,7 @@ def evaluate(
             "learns them by heart; read them fewer times, or add others",
             ", ".join(domains),
         )
-    job.tables["scores"] = [
-        {"figure": name, **figure.model_dump(exclude={"unit"})}
-        for name, figure in sorted(figures.items())
-    ]
+    job.tables["scores"] = table_rows(figures)
     return Scores(job.path)
 
 

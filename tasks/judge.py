@@ -11,7 +11,7 @@ from typing import Any
 
 from conf.judge import JudgeConfig
 from storage.jsonl import content_id
-from storage.scores import Figure, Scores, mean
+from storage.scores import Figure, Scores, mean, table_rows
 from tasks.answer_pairs import Answered, answered_by_all, contest_figures, contests
 from tasks.completions import Answer, Endpoint
 from tasks.stage import Job, stage
@@ -54,6 +54,7 @@ def judge(job: Job, answers: dict[str, Scores], settings: JudgeConfig) -> Scores
     pairs = [*_pairs(asked, against, by_place)]
     figures = _score_figures(scores) | contest_figures(pairs) | _order_figures(pairs)
     Scores.write(job.files, figures, judgements=[*scores, *pairs])
+    job.tables["scores"] = table_rows(figures)
     job.tables["judgements"] = [
         {"question": row["text"], **{k: row[k] for k in ("one", "other", "verdict", "reasons")}}
         for row in pairs[:SHOWN]

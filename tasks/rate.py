@@ -11,7 +11,7 @@ from typing import Any
 
 from conf.rate import RateConfig
 from storage.jsonl import content_id
-from storage.scores import Scores
+from storage.scores import Scores, table_rows
 from tasks.answer_pairs import Answered, agreement, answered_by_all, contest_figures, contests
 from tasks.rows import open_text
 from tasks.stage import Job, stage
@@ -64,6 +64,7 @@ def rate(
         "raters": len({row["rater"] for row in rows}),
         "stale": stale,
     }
+    job.tables["scores"] = table_rows(figures)
     Scores.write(job.files, figures, judgements=rows)
     return Scores(job.path)
 
