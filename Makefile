@@ -13,7 +13,7 @@ run: $(READY)
 
 # Two files at a time; `pytest` alone runs one after another.
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --no-loadscope-reorder
 
 soak: $(READY)
 	$(BIN)/python -m pytest -m soak

@@ -7,30 +7,32 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+from xdist.remote import Producer
+from xdist.scheduler.loadscope import LoadScopeScheduling
 
 from tests.s3_server import s3_server as s3_server
 from tests.tasks.clusters import clusters as clusters
 
-TESTS = Path(__file__).parent
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 LONGEST = ("faults/test_run_faults.py", "model/test_engines.py", "e2e/test_cli.py")
 """Begun first, so that no process ends with one of them while the other has nothing left."""
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A file is run by one process, and files whose tests ask the same server by the same one."""
-    servers = {item.path: "s3" for item in items if "s3_server" in _fixtures(item)}
-    for item in items:
-        file = item.path.relative_to(TESTS)
-        folder = file.parts[0]
-        group = folder if folder == "serve" else servers.get(item.path, str(file))
-        item.add_marker(pytest.mark.xdist_group("s3" if folder == "storage" else group))
-    items.sort(key=lambda item: str(item.path.relative_to(TESTS)) not in LONGEST)
+    items.sort(key=lambda item: item.nodeid.split("::")[0].removeprefix("tests/") not in LONGEST)
 
 
-def _fixtures(item: pytest.Item) -> list[str]:
-    return item.fixturenames if isinstance(item, pytest.Function) else []
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadScopeScheduling:
+    return ByFile(config, log)
+
+
+class ByFile(LoadScopeScheduling):
+    """A file is run by one process, and folders whose files ask one server by the same one."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.split("::")[0]
+        folder = file.split("/")[1]
+        return folder if folder in ("serve", "storage") else file
 
 
 @pytest.fixture(scope="session", autouse=True)
