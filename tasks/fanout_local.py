@@ -12,6 +12,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
+from typing import Any, TypeVar
 
 from tasks.fanout_part import POLL_SECONDS, Task, build_part
 from tasks.processes import die_with_writer
@@ -26,6 +27,7 @@ which both know of forks) sleep by the time when the last is loaded. Not polars:
 its threads when it is loaded, and begins some that know of no fork."""
 DIED = "its worker died (killed, or out of memory)"
 
+Result = TypeVar("Result")
 Ended = tuple[Task, str | None]
 """A task that has ended, and how it failed."""
 
@@ -58,6 +60,22 @@ def build_apart(
             return future.result()
         except BrokenProcessPool:
             return DIED
+
+
+def run_apart(function: Callable[..., Result], *arguments: Any) -> Result:
+    """Call a function of a module in a process of its own, whose memory the kernel then has back.
+
+    Raises what the function raises, and RuntimeError if its process dies.
+    """
+    with _pool(1, os.cpu_count() or 1) as pool:
+        with _deaf_to_interrupt():
+            future = pool.submit(function, *arguments)
+        while not wait([future], POLL_SECONDS).done:
+            pass
+        try:
+            return future.result()
+        except BrokenProcessPool:
+            raise RuntimeError(f"{function.__name__}: {DIED}") from None
 
 
 def _run_pool(

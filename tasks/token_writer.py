@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 CHECKED_DOCUMENTS = 64
 CHECKED_CHARS = 250
+BATCH_BYTES = 4_000_000
+"""Text that is encoded at once; the encoder takes ten times as much memory."""
 
 DOMAIN_NAME = re.compile(r"\w[\w.-]*")
 
@@ -50,7 +52,7 @@ def build_shard(
     encode, name = None, "none"
     columns = ["domain", "split", "language", "text"]
     try:
-        for frame in kept_batches(shard, columns):
+        for frame in kept_batches(shard, columns, batch_bytes=BATCH_BYTES):
             if encode is None:
                 encode, name = choose_encoder(chat, tokenizer, _samples(frame), engine)
             for (domain, split), group in frame.group_by("domain", "split", maintain_order=True):

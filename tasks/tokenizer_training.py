@@ -41,6 +41,11 @@ def train(texts: Sequence[str], settings: TokenizerConfig) -> "tokenizers.Tokeni
             return _unigram(texts, settings)
 
 
+def learnt(texts: Sequence[str], settings: TokenizerConfig) -> str:
+    """What `train` gives, as JSON."""
+    return train(texts, settings).to_str()
+
+
 def pattern_name(settings: TokenizerConfig) -> Pretokenizer:
     """Name of the pattern by which text is cut."""
     if settings.algorithm != "bpe":
