@@ -2,9 +2,10 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from conf.launch import LaunchConfig
+from conf.ppo import RewardJudgeConfig
 from conf.settings import RUNTIME, Settings, SourceSpec
 
 
@@ -20,7 +21,7 @@ class PairsConfig(Settings):
     keep_duplicates: bool = False
     """Whether a pair may stand in the files more than once."""
     several_answers: Literal["best_worst", "all_pairs"] = "best_worst"
-    """Which pairs are made of a row with several ranked or scored answers."""
+    """Which pairs are made of several ranked or scored answers, of a file or of the policy."""
     margins: Literal["as_given", "scaled"] = "as_given"
     """`scaled` divides the margins of a file by the range of all scores in it, so that files with different
     scales agree: 1 is the whole range."""
@@ -28,7 +29,18 @@ class PairsConfig(Settings):
     """Pairs whose answers share more than this of their character trigrams (Jaccard) are dropped; 1 keeps
     all that differ."""
     answers: Annotated[int, Field(ge=1)] = 1
-    """Answers that the policy gives to each prompt, each a rejected one of its own pair."""
+    """Answers that the policy gives to each prompt."""
+    rank_by: Literal["reference", "reward", "functions", "judge"] = "reference"
+    """What makes pairs of them: `reference` takes each as the rejected one against the conversation's own
+    answer; the others compare them among themselves, by the input `reward`, by `functions` or by `judge`."""
+    functions: tuple[SourceSpec, ...] = ()
+    """Python files with `score(answer) -> float`, as those of ppo; their sum ranks."""
+    judge: RewardJudgeConfig | None = None
+    """The judge that ranks."""
+    prompts: Literal["all", "withheld"] = "all"
+    """Which conversations are answered: all, or those of the questions that sft has not learnt."""
+    withheld_share: Annotated[float, Field(ge=0, lt=1)] = 0.25
+    """Share of the questions that sft has withheld (its withheld_share), with prompts=withheld."""
     max_prompts: Annotated[int, Field(ge=0)] = 0
     """Conversations per side that are answered, chosen by the seed; 0 for all."""
     max_new_tokens: Annotated[int, Field(ge=1)] = 256
@@ -42,3 +54,18 @@ class PairsConfig(Settings):
     """Seed of the choice of prompts and of the sampling noise."""
     launch: Annotated[LaunchConfig, RUNTIME] = LaunchConfig()
     """Where and how the policy answers."""
+
+    @model_validator(mode="after")
+    def _ranking_is_possible(self) -> "PairsConfig":
+        if self.rank_by != "reference" and self.answers < 2:
+            raise ValueError(
+                f"rank_by={self.rank_by} compares answers to a prompt with one another, answers="
+                f"{self.answers}; set answers to 2 or more, or rank_by=reference"
+            )
+        for name in ("functions", "judge"):
+            if (self.rank_by == name) != bool(getattr(self, name)):
+                raise ValueError(
+                    f"rank_by={self.rank_by} does not go with {name}={getattr(self, name)}; set both "
+                    f"rank_by={name} and {name}, or neither"
+                )
+        return self

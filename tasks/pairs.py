@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from conf.pairs import PairsConfig
-from storage.checkpoint import Policy
+from storage.artifact import Artifact
+from storage.checkpoint import Policy, RewardModel
 from storage.conversations import Conversations
 from storage.jsonl import SPLITS, Split, SplitWriter, content_id, read_jsonl
 from storage.preferences import Preference, Preferences
@@ -28,11 +29,13 @@ def pairs(
     settings: PairsConfig,
     policy: Policy | None = None,
     conversations: Conversations | None = None,
+    reward: RewardModel | None = None,
 ) -> Preferences:
     """Read pairs from files; with a policy and conversations, add pairs of the reference answer
-    (chosen) against the policy's own (rejected).
+    (chosen) against the policy's own (rejected), or of its own answers as something ranks them.
 
-    reads sources, Policy, Conversations   writes Preferences   cost one answer per conversation
+    reads sources, Policy, Conversations, RewardModel   writes Preferences   cost `answers` answers per
+    conversation
     """
     if (policy is None) != (conversations is None):
         raise ValueError(
@@ -44,8 +47,16 @@ def pairs(
             "pairs has nothing to read; set `sources` to files of pairs, or name the inputs policy "
             "and conversations in `from`"
         )
+    if (settings.rank_by == "reward") != (reward is not None):
+        raise ValueError(
+            f"pairs has rank_by={settings.rank_by} and {'an' if reward else 'no'} input reward; name the input "
+            "in `from` and set rank_by=reward, or neither"
+        )
     if policy is not None and conversations is not None:
-        inputs = {"policy": policy, "conversations": conversations}
+        inputs: dict[str, Artifact] = {"policy": policy, "conversations": conversations}
+        if reward is not None:
+            _refuse_other_tokens(policy, reward)
+            inputs["reward"] = reward
         job.metrics["answered"] = run_worker(job, "model.pairs", settings, inputs)
     tally = Tally(settings.held_share, settings.on_bad_row, settings.keep_duplicates)
     lengths = LengthBias()
@@ -62,6 +73,14 @@ def pairs(
     job.metrics |= {**tally.figures(), **lengths.figures(), **writer.counts}
     job.tables |= tally.tables()
     return Preferences(job.path)
+
+
+def _refuse_other_tokens(policy: Policy, reward: RewardModel) -> None:
+    if policy.card.tokenizer_digest != reward.card.tokenizer_digest:
+        raise ValueError(
+            f"the policy speaks the tokens of {policy.card.tokenizer_digest[:12]}, the reward model "
+            f"those of {reward.card.tokenizer_digest[:12]}; train the reward model from this policy"
+        )
 
 
 def _from_files(
