@@ -11,6 +11,7 @@ from conf.contract import ExitCode
 from model.batches import Batch
 from model.engine import Engine, Loss
 from model.journal import Journal
+from model.speed import peak_memory
 from model.weights import Checkpoints
 
 
@@ -250,6 +251,7 @@ class _Run:
             self.state.evaluation = self.evaluate(step)
             line |= self.state.evaluation
             self._compare()
+        line["peak_memory_bytes"] = peak_memory(self.engine.ranks.device)
         self.journal.write(step, line)
         self.journal.progress(step, self.plan.steps, line)
 

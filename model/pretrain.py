@@ -30,7 +30,7 @@ from model.looks import Looks
 from model.loop import LoopPlan, LoopState, train
 from model.optimizer import UpdateRule, learning_rate
 from model.ranks import Ranks
-from model.speed import Peak, device_peak
+from model.speed import Peak, device_peak, peak_memory
 from model.transformer import Noise, Transformer, token_logprobs
 from model.weights import Checkpoints, load_model, save_model
 from model.worker import identity_of_job, run
@@ -372,10 +372,10 @@ def speed_figures(
     found: dict[str, Any] = {"seconds": state.seconds, "tokens_per_second": speed}
     if peak.flops:
         found["mfu"] = needed / (peak.flops * ranks.processes)
-    found |= {"peak_flops": peak.flops, "peak_source": peak.source}
-    if ranks.device.type == "cuda":
-        found["peak_memory_bytes"] = torch.cuda.max_memory_allocated(ranks.device)
-    return found
+    memory = peak_memory(ranks.device)
+    return found | {
+        "peak_flops": peak.flops, "peak_source": peak.source, "peak_memory_bytes": memory,
+    }  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -177,5 +177,5 @@ def metrics(job: JobFile) -> list[dict[str, float]]:
 
 def same_metrics(job: JobFile) -> list[dict[str, float]]:
     """The lines without what the clock decides."""
-    clocks = ("time", "tokens_per_second", "data_wait_share")
+    clocks = ("time", "tokens_per_second", "data_wait_share", "peak_memory_bytes")
     return [{k: v for k, v in line.items() if k not in clocks} for line in metrics(job)]

@@ -331,6 +331,8 @@ def test_the_share_of_the_peak_is_flops_over_time(tmp_path: Path) -> None:
     for line in metrics(tmp_path):
         assert line["mfu"] == pytest.approx(line["tokens_per_second"] * 1e3 / 1e9)
         assert 0 <= line["data_wait_share"] < 1
+        # A process with torch holds more than 64 MiB, and this machine has less than 2^44.
+        assert 1 << 26 < line["peak_memory_bytes"] < 1 << 44
 
 
 def test_evaluation_comes_before_the_first_and_after_the_last_step(tmp_path: Path) -> None:
