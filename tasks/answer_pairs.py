@@ -95,9 +95,9 @@ def agreement(
 ) -> dict[str, Figure]:
     """How often two judges of the same pairs say the same, and Cohen's kappa (Cohen 1960), 0 at chance.
 
-    A pair counts where both judged it; which side comes first does not matter.
+    A pair counts where both judged it; which side comes first does not matter, nor do scores of one answer.
     """
-    known = {_pair_of(row): _turned(row) for row in others if row["verdict"]}
+    known = {_pair_of(row): _turned(row) for row in others if row.get("verdict")}
     both = [
         (_turned(row), known[_pair_of(row)])
         for row in rows

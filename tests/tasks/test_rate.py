@@ -108,7 +108,8 @@ def test_raters_are_compared_with_the_judge(tmp_path: Path, answers: dict[str, S
         ].judgements()
     ]
     (tmp_path / "judge" / "files").mkdir(parents=True)
-    Scores.write(tmp_path / "judge" / "files", {}, judgements=judged)
+    score = {"question": judged[0]["question"], "name": "good", "score": 9}
+    Scores.write(tmp_path / "judge" / "files", {}, judgements=[score, *judged])
     job, made = made_by(
         tmp_path, "both", answers, Scores(tmp_path / "judge"), ratings=(SourceSpec(path="*.csv"),)
     )
