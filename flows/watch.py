@@ -27,6 +27,7 @@ from storage.source import HashCache
 
 DEPLOYMENT = "bessemer/full"
 LOOK_SECONDS = 5.0
+MOST_NAMES = 5
 TAG = "watch"
 _log = logging.getLogger("bessemer.watch")
 
@@ -42,6 +43,8 @@ class Watcher:
     """Name of the last request that the server has taken."""
     _flow_run: UUID | None = None
     """The run that it started."""
+    trouble: str = ""
+    """What keeps it from looking, told once while it lasts."""
     _read: dict[str, set[str]] = field(default_factory=dict[str, set[str]])
     """Contents that ended runs have read."""
 
@@ -94,9 +97,13 @@ class Watcher:
         if self._flow_run is None:
             return False
         from prefect.client.orchestration import get_client
+        from prefect.exceptions import ObjectNotFound
 
-        with get_client(sync_client=True) as client:
-            state = client.read_flow_run(self._flow_run).state
+        try:
+            with get_client(sync_client=True) as client:
+                state = client.read_flow_run(self._flow_run).state
+        except ObjectNotFound:
+            return False  # somebody has deleted it
         return state is not None and not state.is_final()
 
     def _start(self, request: str) -> None:
@@ -138,12 +145,18 @@ def _turn(watcher: Watcher) -> None:
 
     place = watcher.watch.place
     try:
-        if started := watcher.turn():
-            names = ", ".join(started[:5]) + (" .." if len(started) > 5 else "")
-            _log.info("%s: a run was started for %d new files: %s", place, len(started), names)
+        started = watcher.turn()
     except (OSError, BessemerError, PrefectException, httpx.HTTPError) as error:
         # The server, the bucket or a folder on the network is away: it is looked again.
-        _log.warning("%s: %s: %s", place, type(error).__name__, str(error)[:500])
+        trouble = f"{type(error).__name__}: {str(error)[:500]}"
+        if trouble != watcher.trouble:
+            _log.warning("%s: %s", place, trouble)
+        watcher.trouble = trouble
+        return
+    watcher.trouble = ""
+    if started:
+        names = ", ".join(started[:MOST_NAMES]) + (" .." if len(started) > MOST_NAMES else "")
+        _log.info("%s: a run was started for %d new files: %s", place, len(started), names)
 
 
 if __name__ == "__main__":

@@ -11,9 +11,11 @@ from urllib.error import HTTPError
 from urllib.request import urlopen
 
 import pytest
+from playwright.sync_api import expect
 
 from flows.runs import RunRecord
 from flows.services import read_service
+from tests.browser import chromium
 from tests.e2e.commands import Command, of_home, wait_for
 from tests.flows.conftest import RECIPE
 
@@ -54,6 +56,13 @@ def drop(bessemer: Command, name: str, text: str) -> Path:
     file = bessemer.folder / "notes" / f"{name}.txt"
     file.write_text(f"The {text} story: 狐狸住在山洞里，每天早上吃蜂蜜。\n" * 5, "utf-8")
     return file
+
+
+def write_exam(bessemer: Command) -> None:
+    """What `examined.yaml` lacks."""
+    question = {"text": "What does the fox eat every morning before the sun is up in the hills?"}
+    (bessemer.folder / "exams").mkdir(exist_ok=True)
+    (bessemer.folder / "exams" / "one.jsonl").write_text(json.dumps(question), "utf-8")
 
 
 def deployments(bessemer: Command) -> dict[str, Any]:
@@ -134,7 +143,6 @@ def test_a_new_file_starts_one_run_that_works_on_it_alone(bessemer: Command) -> 
 
 
 def test_a_schedule_is_put_replaced_and_outlives_the_worker(bessemer: Command) -> None:
-    assert "cron has five fields" in bessemer("deploy", "notes.yaml", "--cron", "noon", expect=2)
     bessemer("deploy", "notes.yaml", "--every-minutes", "90")
     told = bessemer("deploy", "notes.yaml", "seed=3", "--extend", "--cron", "0 3 * * *")
     assert told.split() == [
@@ -154,16 +162,18 @@ def test_a_schedule_is_put_replaced_and_outlives_the_worker(bessemer: Command) -
     os.kill(worker.pid, signal.SIGTERM)
     wait_for(lambda: not worker.is_running)
     bessemer("up")
-    assert bessemer("deploy") == told
+    known = bessemer.ask("deployments/filter", {"deployments": {"name": {"any_": ["full"]}}})
+    assert not known[0]["paused"]
+    (schedule,) = known[0]["schedules"]
+    assert schedule["active"]
+    assert schedule["schedule"]["cron"] == "0 3 * * *"
     assert bessemer("deploy", "notes.yaml", "--end") == ""
 
 
 def test_a_failed_run_retried_from_the_page_takes_what_was_built(bessemer: Command) -> None:
     failing = begin(bessemer, deployments(bessemer)["full"], recipe="examined.yaml")
     wait_for(lambda: state_of(bessemer, failing) == "FAILED", seconds=120)
-    (bessemer.folder / "exams").mkdir()
-    question = {"text": "What does the fox eat every morning before the sun is up in the hills?"}
-    (bessemer.folder / "exams" / "one.jsonl").write_text(json.dumps(question), "utf-8")
+    write_exam(bessemer)
     state = {"type": "SCHEDULED", "name": "AwaitingRetry"}
     bessemer.ask(f"flow_runs/{failing}/set_state", {"state": state})
     wait_for(lambda: state_of(bessemer, failing) == "COMPLETED", seconds=120)
@@ -182,6 +192,54 @@ def test_a_cron_run_fires_unattended_and_builds_nothing(bessemer: Command) -> No
     newest: RunRecord = next(bessemer.home.records())
     assert {stage.status for stage in newest.stages.values()} == {"hit"}
     bessemer("deploy", "notes.yaml", "--end")
+
+
+@pytest.mark.soak
+def test_the_form_is_filled_in_a_browser_and_shows_the_plan(bessemer: Command) -> None:
+    deployment = deployments(bessemer)["corpus"]
+    service = read_service(bessemer.home, "prefect")
+    assert service
+    with chromium() as browser:
+        page = browser.new_page(viewport={"width": 1200, "height": 1700})
+        page.set_default_timeout(60_000)
+        page.goto(f"{service.url}/deployments/deployment/{deployment['id']}/run")
+        page.get_by_role("button", name="Add item").click()
+        override = page.locator("fieldset textarea").first
+        override.fill("seed 3")
+        page.locator("fieldset label[role=switch]").last.click()  # a dry run
+        page.get_by_role("button", name="Submit").click()
+        expect(page.get_by_text("'seed 3' does not match")).to_be_visible()
+        override.fill("seed=3")
+        page.get_by_role("button", name="Submit").click()
+        page.wait_for_url(lambda url: not url.endswith("/run"))
+        runs = bessemer.ask("flow_runs/filter", {"sort": "EXPECTED_START_TIME_DESC"})
+        assert runs[0]["parameters"]["overrides"] == ["seed=3"]
+        page.goto(f"{service.url}/runs/flow-run/{runs[0]['id']}")
+        page.get_by_text("Completed", exact=True).first.wait_for()
+        page.get_by_text("Artifacts", exact=True).first.click()
+        page.get_by_text("what a run of demo would do").first.click()
+        expect(page.get_by_text("never built").first).to_be_visible()
+
+
+@pytest.mark.soak
+def test_a_failed_run_is_retried_by_the_button_of_its_page(bessemer: Command) -> None:
+    for file in (bessemer.folder / "exams").glob("*"):
+        file.unlink()
+    drop(bessemer, "third", "third")
+    failing = begin(bessemer, deployments(bessemer)["full"], recipe="examined.yaml")
+    wait_for(lambda: state_of(bessemer, failing) == "FAILED", seconds=120)
+    write_exam(bessemer)
+    service = read_service(bessemer.home, "prefect")
+    assert service
+    with chromium() as browser:
+        page = browser.new_page(viewport={"width": 1200, "height": 1000})
+        page.set_default_timeout(60_000)
+        page.goto(f"{service.url}/runs/flow-run/{failing}")
+        page.get_by_role("button", name="Retry").first.click()
+        page.get_by_role("dialog").get_by_role("button", name="Retry").click()
+        wait_for(lambda: state_of(bessemer, failing) == "COMPLETED", seconds=120)
+    newest = next(bessemer.home.records())
+    assert newest.stages["extract"].status == "hit"
 
 
 def test_down_waits_for_a_run_and_leaves_no_process(bessemer: Command) -> None:

@@ -1,11 +1,15 @@
 """What `bessemer up` registers, and what `prefect deploy` registers for teams with a server of their own."""
 
+from datetime import timedelta
 from pathlib import Path
 
+import pytest
 import yaml
+from prefect.client.schemas.schedules import IntervalSchedule
 from prefect.flows import load_flow_from_entrypoint
 
 from flows.deployments import bessemer, deployments
+from flows.schedules import Schedule
 
 
 def test_the_file_of_the_prefect_cli_has_the_deployments_that_up_registers() -> None:
@@ -19,3 +23,15 @@ def test_the_file_of_the_prefect_cli_has_the_deployments_that_up_registers() -> 
         assert item["description"] == known.description
         assert item["tags"] == known.tags
         assert load_flow_from_entrypoint(item["entrypoint"]).name == bessemer.name
+
+
+def test_a_schedule_is_a_cron_expression_or_an_interval() -> None:
+    every = Schedule("small", [], every_minutes=90).times()
+    assert isinstance(every, IntervalSchedule)
+    assert every.interval == timedelta(hours=1.5)
+    for wrong in ({"cron": "noon"}, {"cron": "0 3 * * *", "timezone": "Middle/Earth"}):
+        with pytest.raises(ValueError, match="cron has five fields"):
+            Schedule("small", [], **wrong).times()
+    for none_or_both in ({}, {"cron": "0 3 * * *", "every_minutes": 5.0}):
+        with pytest.raises(ValueError, match="say when"):
+            Schedule("small", [], **none_or_both).times()
