@@ -11,6 +11,7 @@ from typing import Any
 
 from prefect import task
 from prefect.artifacts import (
+    create_image_artifact,
     create_markdown_artifact,
     create_progress_artifact,
     create_table_artifact,
@@ -24,6 +25,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.cached import CACHED, cached_message
 from flows.execution import CANCELLED, Execution
+from flows.pictures import pictures
 from flows.runs import StageRecord, node_title
 
 PROGRESS_SECONDS = 2.0
@@ -92,7 +94,7 @@ def run_stage(node: str) -> State[Any]:
 
 
 def publish(node: str, stage: StageRecord) -> None:
-    """Show the figures and tables of a built artifact on the page of its task run."""
+    """Show the figures, tables and curves of a built artifact on the page of its task run."""
     key = _key(node)
     rows = "\n".join(f"| {name} | {value} |" for name, value in flat(stage.metrics).items())
     lines = [
@@ -103,6 +105,12 @@ def publish(node: str, stage: StageRecord) -> None:
         f"| figure | value |\n|---|---|\n{rows}" if rows else "",
     ]
     _show(lambda: create_markdown_artifact("\n\n".join(lines), key=key, description=node))
+    for title, address in pictures(node, Path(stage.path or "")):
+        _show(
+            lambda title=title, address=address: create_image_artifact(
+                address, key=f"{key}-{_key(title)}", description=f"{node}: {title}"
+            )
+        )
     tables = Path(stage.path or "") / "logs" / "tables.json"
     if not tables.is_file():
         return

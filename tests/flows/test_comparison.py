@@ -12,6 +12,7 @@ from playwright.sync_api import Browser, expect
 from conf.shape import ShapeConfig
 from flows.comparison import compared, differences, recipe_changes, write_comparison
 from flows.model_card import model_card
+from flows.pictures import pictures
 from flows.report import write_report
 from flows.runs import Home, RunRecord, StageRecord
 from storage.checkpoint import ModelCard
@@ -204,3 +205,16 @@ def test_report_and_comparison_in_a_browser(home: Home, tmp_path: Path, browser:
                     page.emulate_media(media="print", color_scheme="dark")
                     ink = page.evaluate("getComputedStyle(document.body).color")
                     assert ink == "rgb(28, 33, 39)"
+
+
+def test_curves_are_images_that_need_nothing(tmp_path: Path, browser: Browser) -> None:
+    (tmp_path / "logs").mkdir()
+    rows = "".join(f'{{"step": {step}, "loss": {1 / (step + 1)}}}\n' for step in range(9))
+    (tmp_path / "logs" / "metrics.jsonl").write_text(rows)
+    ((title, address),) = pictures("预训练", tmp_path)
+    assert title == "loss"
+    with opened(browser, "about:blank") as page:
+        page.set_content(f'<img src="{address}">')
+        page.wait_for_function("document.images[0].complete")
+        assert page.evaluate("document.images[0].naturalWidth") == 640
+    assert list(pictures("none", tmp_path / "nothing")) == []
