@@ -6,6 +6,7 @@ run in one process. A row says also for how many documents both came to the same
 
 import re
 import time
+import unicodedata
 from collections import Counter
 from math import log
 from pathlib import Path
@@ -43,6 +44,8 @@ LETTER = "A-Za-z\xc0-\xd6\xd8-\xf6\xf8-\u1fff\uff21-\uff3a\uff41-\uff5a"
 SPACES = " \t\u3000\u2000-\u200a"
 WORD = re.compile(f"[{SINGLE}]|[{LETTER}0-9\uff10-\uff19_]+")
 IN_WORD = re.compile(f"[{SINGLE}{LETTER}0-9\uff10-\uff19]")
+NARROW = {c: unicodedata.normalize("NFKC", chr(c)) for c in range(0xFF01, 0xFF5F)}
+"""Full-width characters, as ASCII."""
 MARK = re.compile("[!\"'(),\\-.:;?\u2010-\u205e\u3001-\u301f\uff01-\uff65]")
 SENTENCE_END = re.compile(
     f"[。！？．…]|[.!?](?=[{SPACES}\n\"'”’)\\]」』】]|$)|(?<=[{SINGLE}])[.!?]"
@@ -58,7 +61,8 @@ POLICY = re.compile(
 
 def plain_statistics(text: str, language: str) -> dict[str, float]:
     """Every count of `tasks.text_statistics` in plain Python."""
-    words = [re.sub("[A-Z]", lambda m: m.group().lower(), word) for word in WORD.findall(text)]
+    found = [word.translate(NARROW) for word in WORD.findall(text)]
+    words = [re.sub("[A-Z]", lambda m: m.group().lower(), word) for word in found]
     figures = _of_characters(text) | _of_words(words) | _of_lines(text)
     figures["sentences"] = sum(bool(IN_WORD.search(p)) for p in SENTENCE_END.split(text))
     widths = HAN_GRAM_WORDS if language == "zh" else GRAM_WORDS

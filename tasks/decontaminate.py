@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 HITS = "hits.parquet"
-HITS_VERSION = 1
+HITS_VERSION = 2
 WORDS_PER_HAN = 0.625
 """A Chinese word is about 1.6 characters."""
 LISTED_HITS = 200
 
 
-@stage(version=3)
+@stage(version=4)
 def decontaminate(job: Job, corpus: Corpus, settings: DecontaminateConfig) -> Corpus:
     """Drop (or cut) documents that hold exam questions; drop held-out documents that training ones hold.
 

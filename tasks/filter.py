@@ -38,13 +38,13 @@ SHOWN_CHARS = 120
 RULE_FIGURES = ("evaluated", "fires", "fires_alone", "first", "bytes_lost", "tokens_lost")
 OUTLIER = "length_outlier"
 LITTLE_LEFT = "little_left"
-STATISTICS_VERSION = 4
+STATISTICS_VERSION = 5
 TOKENS_PER_HAN = 0.7
 TOKENS_PER_BYTE = 0.25
 """What a 32k vocabulary makes of Chinese characters and of other bytes, roughly."""
 
 
-@stage(version=3)
+@stage(version=4)
 def filter(  # noqa: A001 - the stage's word
     job: Job, corpus: Corpus, settings: FilterConfig, pinned: Corpus | None = None
 ) -> Corpus:

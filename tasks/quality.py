@@ -30,7 +30,7 @@ COUNTS = ("singles", "pairs", "triples")
 WEIGHTS = "weights"
 BOUNDS = "quality_bounds.json"
 """In `files/`: per language the bounds in force, kept so that an extension reuses them."""
-VERSION = 1
+VERSION = 2
 SAMPLE_CHARS = 20_000
 """So much of the beginning of a sample is learnt from."""
 MAX_SAMPLE_PAGE_BYTES = 1 << 20

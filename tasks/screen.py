@@ -23,7 +23,7 @@ LISTED = 200
 HELD_FIRST: tuple[Split, Split] = ("held", "train")
 
 
-@stage(version=2)
+@stage(version=3)
 def screen(job: Job, conversations: Conversations, settings: ScreenConfig) -> Conversations:
     """Drop conversations that hold exam questions, then those that repeat an earlier one.
 

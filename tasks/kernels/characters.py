@@ -1,6 +1,7 @@
 """Compiled classes of characters, and the words that they make.
 
-A word is one Han, kana or hangul character, or one run of letters, digits and `_`, ASCII lower-cased.
+A word is one Han, kana or hangul character, or one run of letters, digits and `_`, ASCII lower-cased,
+full-width ones taken as ASCII.
 """
 
 # numba's decorators and arrays carry no types that pyright could follow
@@ -9,7 +10,7 @@ A word is one Han, kana or hangul character, or one run of letters, digits and `
 import numba as nb
 import numpy as np
 
-from tasks.kernels.words import FNV_OFFSET, FNV_PRIME, GOLDEN, U64, code_point, is_han, mix64
+from tasks.kernels.words import FNV_OFFSET, GOLDEN, U64, code_point, is_han, mix64, with_letter
 
 LETTER, DIGIT, SPACE, NEWLINE, PUNCTUATION, SIGN, SINGLE = 0, 1, 2, 3, 4, 5, 6
 
@@ -68,11 +69,7 @@ def words_of(text, start, end, hashes, lengths, ends):
             cp, width = code_point(text, i)
             kind = char_class(cp)
         if kind <= DIGIT or cp == 95:
-            for j in range(i, i + width):
-                c = U64(text[j])
-                if 65 <= text[j] <= 90:
-                    c = c + U64(32)
-                h = (h ^ c) * FNV_PRIME
+            h = with_letter(h, cp, text, i, width)
             run += 1
             has_letter = has_letter or kind == LETTER
         else:

@@ -14,13 +14,15 @@ import numpy.typing as npt
 
 from tasks.kernels.words import (
     FNV_OFFSET,
-    FNV_PRIME,
     GOLDEN,
     GRAM_FACTOR,
     U64,
     code_point,
     is_han,
+    lower,
     mix64,
+    narrow,
+    with_letter,
 )
 
 U32 = np.uint32
@@ -43,13 +45,6 @@ def _fmix32(h):
 
 
 @nb.njit(inline="always")
-def _narrow(cp):
-    """The ASCII letter, digit or `_` of a full-width one, as NFKC has it; others as they are."""
-    is_wide = (0xFF10 <= cp <= 0xFF19) or (0xFF21 <= cp <= 0xFF3A) or (0xFF41 <= cp <= 0xFF5A)
-    return cp - 0xFEE0 if is_wide or cp == 0xFF3F else cp
-
-
-@nb.njit(inline="always")
 def _kind(cp):
     """What a code point is. Ranges are written out: a Unicode table would change with Python."""
     if cp < 0x80:
@@ -60,7 +55,7 @@ def _kind(cp):
     # Han, kana, hangul
     if is_han(cp) or (0x3041 <= cp <= 0x30FF) or (0xAC00 <= cp <= 0xD7AF):
         return SINGLE
-    return RUN if _narrow(cp) < 0x80 else SEPARATOR
+    return RUN if narrow(cp) < 0x80 else SEPARATOR
 
 
 @nb.njit(inline="always")
@@ -71,23 +66,6 @@ def _kind_for(cp, how):
     if how == WINDOWS or (how == CHARACTERS and kind == RUN):
         return SINGLE
     return RUN if how == WORDS and kind == SINGLE else kind
-
-
-@nb.njit(inline="always")
-def _lower(cp):
-    return cp + 32 if 65 <= cp <= 90 else cp
-
-
-@nb.njit(inline="always")
-def _with_letter(h, cp, text, i, width):
-    """The hash of a run with one more letter, at byte i."""
-    if cp < 0x80:
-        return (h ^ U64(_lower(cp))) * FNV_PRIME
-    if cp >= 0xFF10:
-        return (h ^ U64(_lower(_narrow(cp)))) * FNV_PRIME
-    for j in range(i, i + width):
-        h = (h ^ U64(text[j])) * FNV_PRIME
-    return h
 
 
 @nb.njit(nogil=True, cache=True)
@@ -104,7 +82,7 @@ def _token_hashes(text, start, end, how, out):
             if not is_in_run:
                 h = FNV_OFFSET
                 is_in_run = True
-            h = _with_letter(h, cp, text, i, width)
+            h = with_letter(h, cp, text, i, width)
         else:
             if is_in_run:
                 out[found] = mix64(h)
@@ -112,7 +90,7 @@ def _token_hashes(text, start, end, how, out):
                 is_in_run = False
             if kind == SINGLE:
                 if how == CHARACTERS:
-                    cp = _lower(_narrow(cp))
+                    cp = lower(narrow(cp))
                 out[found] = mix64(U64(cp) + GOLDEN)
                 found += 1
         i += width

@@ -52,3 +52,28 @@ def is_han(cp):
         or (0xF900 <= cp <= 0xFAFF)
         or (0x20000 <= cp <= 0x3FFFF)
     )
+
+
+@nb.njit(inline="always")
+def narrow(cp):
+    """The ASCII letter, digit or `_` of a full-width one, as NFKC has it; others as they are."""
+    is_wide = (0xFF10 <= cp <= 0xFF19) or (0xFF21 <= cp <= 0xFF3A) or (0xFF41 <= cp <= 0xFF5A)
+    return cp - 0xFEE0 if is_wide or cp == 0xFF3F else cp
+
+
+@nb.njit(inline="always")
+def lower(cp):
+    """ASCII capitals as small letters; others as they are."""
+    return cp + 32 if 65 <= cp <= 90 else cp
+
+
+@nb.njit(inline="always")
+def with_letter(h, cp, text, i, width):
+    """The hash of a run with one more letter, at byte i."""
+    if cp < 0x80:
+        return (h ^ U64(lower(cp))) * FNV_PRIME
+    if cp >= 0xFF10:
+        return (h ^ U64(lower(narrow(cp)))) * FNV_PRIME
+    for j in range(i, i + width):
+        h = (h ^ U64(text[j])) * FNV_PRIME
+    return h

@@ -60,6 +60,7 @@ def test_leaks_go_and_neighbours_stay(tmp_path: Path) -> None:
         QUESTION["en"].upper().replace(" ", "\n"),
         f"Quiz: {SHORT['en']} Nobody knows.",
         f"问题：{SHORT['zh']}没有人知道。",
+        QUESTION["en"].translate({c: c + 0xFEE0 for c in range(0x21, 0x7F)}),  # full-width
     ]
     outcome = run(tmp_path, [*SOUND, *leaks])
     assert texts(outcome.artifact) == SOUND
@@ -67,8 +68,8 @@ def test_leaks_go_and_neighbours_stay(tmp_path: Path) -> None:
     assert dropped[leaks[0]] == dropped[leaks[1]] == "exam:cave_val.csv"
     assert dropped[leaks[4]] == dropped[leaks[5]] == "exam:short.jsonl"
     metrics = outcome.record.metrics
-    assert (metrics["documents"], metrics["overlapping"]) == (10, 6)
-    assert metrics["exams"]["cave_val.csv"]["documents"] == 4
+    assert (metrics["documents"], metrics["overlapping"]) == (11, 7)
+    assert metrics["exams"]["cave_val.csv"]["documents"] == 5
     assert metrics["exams"]["short.jsonl"] == {
         "questions": 2, "ngrams": 0, "whole": 2, "ignored": 0, "documents": 2,
     }  # fmt: skip

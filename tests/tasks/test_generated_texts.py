@@ -5,7 +5,6 @@
 
 import random
 import re
-import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import polars as pl
 import pytest
 from datasketch import MinHash
 
-from benchmarks.filter_rules import SINGLE, plain_statistics
+from benchmarks.filter_rules import NARROW, SINGLE, plain_statistics
 from conf.dedup import DedupConfig
 from conf.filter import FilterConfig, Preset, Rule
 from tasks.dedup import dedup
@@ -150,10 +149,6 @@ def test_rules_decide_as_their_plain_version(tmp_path: Path, count: int, long_li
 
 # A Han, kana or hangul character, or other letters and digits in a row.
 TOKEN = re.compile(f"[{SINGLE}]|[A-Za-z0-9_\xc0-\xd6\xd8-\xf6\xf8-\u1fff]+")
-
-
-NARROW = {c: unicodedata.normalize("NFKC", chr(c)) for c in range(0xFF01, 0xFF5F)}
-"""Full-width characters, as ASCII."""
 
 
 def plain_shingles(text: str, width: int = 5) -> set[tuple[str, ...]]:

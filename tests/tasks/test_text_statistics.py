@@ -53,6 +53,8 @@ PIECES = [
     "Use Javascript to",
     "lorem Ipsum",
     "结论.",
+    "Ａｂ１",
+    "ab1",
 ]
 
 
@@ -131,6 +133,7 @@ def test_a_line_of_ten_megabytes_by_hand(tmp_path: Path) -> None:
 
 def test_words_ignore_case_and_punctuation() -> None:
     assert word_hashes("The CAT, 猫!") == word_hashes("the cat 猫")
+    assert word_hashes("ＴＨＥ　ｃａｔ２") == word_hashes("the cat2")
     assert len(word_hashes("It's 3.5 猫狗")) == 6
 
 
