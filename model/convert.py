@@ -42,12 +42,7 @@ def work(job: JobFile, ranks: Ranks, journal: Journal) -> dict[str, Any]:
         case "gguf":
             write_gguf(job.files / GGUF_FILE, model, policy / TOKENIZER, precision=precision)
             written = read_gguf(job.files / GGUF_FILE, rope_scaling=model.shape.rope_scaling)
-    difference = compare(model, written)
-    if not difference <= LARGEST_DIFFERENCE[settings.precision]:
-        raise ValueError(
-            f"logits of the written model differ by {difference} from the policy's, at most "
-            f"{LARGEST_DIFFERENCE[settings.precision]} is rounding; do not use this export"
-        )
+    difference = checked(model, written, precision)
     (job.files / "export.json").write_text(
         json.dumps({"target": settings.target, "precision": settings.precision}), "utf-8"
     )
@@ -67,6 +62,17 @@ def write_hf(files: Path, model: Transformer, tokenizer: Path, *, precision: str
     _write(files / CONFIG_FILE, tokenizer_config(tokenizer, context=model.shape.context))
     (files / "chat_template.jinja").write_text(chat_template(meta.system), "utf-8")
     shutil.copyfile(tokenizer / MODEL_FILE, files / MODEL_FILE)
+
+
+def checked(model: Transformer, written: Transformer, precision: str) -> float:
+    """How far the logits of what was written lie from the model's; ValueError where rounding cannot be why."""
+    difference, most = compare(model, written), LARGEST_DIFFERENCE[precision]
+    if not difference <= most:
+        raise ValueError(
+            f"logits of the written model differ by {difference} from the policy's, at most {most} is "
+            f"rounding; do not use this export"
+        )
+    return difference
 
 
 @torch.no_grad()

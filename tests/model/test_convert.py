@@ -9,7 +9,8 @@ import torch
 from conf.export import ExportConfig
 from conf.launch import LaunchConfig
 from conf.shape import RopeScalingConfig, ShapeConfig
-from model.convert import compare, write_hf
+from model.convert import checked, compare, write_hf
+from model.gguf import read_gguf, write_gguf
 from model.huggingface import from_hf, read_hf, to_hf
 from model.transformer import Transformer
 from model.weights import save_model
@@ -130,3 +131,24 @@ def test_the_worker_checks_what_it_wrote(
     assert result["logit_difference"] <= {"fp32": 1e-6, "bf16": 0.05}[precision]
     names = {path.name for path in (tmp_path / "attempt" / "files").iterdir()}
     assert names >= wanted
+
+
+@pytest.mark.parametrize("target", ["hf", "gguf"])
+@pytest.mark.parametrize("value", [0x41, 0xFF])
+def test_a_few_wrong_bytes_in_what_was_written_are_refused(
+    target: str, value: int, tmp_path: Path, tokenizer: ChatTokenizer
+) -> None:
+    ours, folder = model(), tmp_path / "out"
+    write_hf(folder, ours, tmp_path / "tokenizer")
+    path = folder / "model.safetensors"
+    if target == "gguf":
+        path = folder / "model.gguf"
+        write_gguf(path, ours, tmp_path / "tokenizer")
+    read = {"hf": lambda: read_hf(folder), "gguf": lambda: read_gguf(path)}[target]
+    assert checked(ours, read(), "fp32") == 0
+    content = bytearray(path.read_bytes())
+    # Behind the header tensors follow one another, float32 both: 0x41414141 is 12.1, 0xffffffff no number.
+    content[-400:-360] = bytes([value]) * 40
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="do not use this export"):
+        checked(ours, read(), "fp32")
