@@ -1,5 +1,6 @@
 """Rows of tokens: what is cut and what never is, what is learnt, and which rows a step sees."""
 
+import random
 from collections import Counter
 from pathlib import Path
 
@@ -113,6 +114,41 @@ def test_special_tokens_spelt_in_text_stay_text(tokenizer: ChatTokenizer) -> Non
     assert row.ids.count(tokenizer.im_start) == 2
     answer = [token for token, is_answer in zip(row.ids, row.is_answer, strict=True) if is_answer]
     assert answer == [*tokenizer.encode("no"), tokenizer.im_end]
+
+
+MARKERS = [
+    "<|im_start|>",
+    "<|im_end|>",
+    "assistant\n",
+    "<|im_start|>assistant\n",
+    "user\n",
+    "<|eos|>",
+    "\n",
+]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_what_is_learnt_is_what_the_assistant_says_whatever_stands_in_the_text(
+    tokenizer: ChatTokenizer, seed: int
+) -> None:
+    dice = random.Random(seed)
+
+    def said() -> str:
+        parts = [*MARKERS, "cat", "猫吃鱼。", " fish ", "<|pad|>"]
+        # White space at both ends of a message goes.
+        return "x" + "".join(dice.choices(parts, k=dice.randrange(1, 6))) + "x"
+
+    row = conversation(
+        *(said() for _ in range(2 * dice.randrange(1, 4))), system=dice.choice(["", said()])
+    )
+    answers = [m["content"] for m in row["messages"] if m["role"] == "assistant"]
+    [found] = Renderer(tokenizer, 4000).dialogues([row])
+    labels = dialogue_tensors([found])["labels"][0].tolist()
+    assert labels == [t for text in answers for t in [*tokenizer.encode(text), tokenizer.im_end]]
+    # Of each turn its own markers are tokens, and no others.
+    assert found.ids.count(tokenizer.im_start) == len(row["messages"])
+    assert found.ids.count(tokenizer.im_end) == len(row["messages"])
+    assert not {tokenizer.pad, tokenizer.eos} & set(found.ids)
 
 
 def test_older_exchanges_go_first_and_the_system_message_stays(tokenizer: ChatTokenizer) -> None:

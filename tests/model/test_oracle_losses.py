@@ -217,6 +217,7 @@ OTHERS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "sppo_hard": lambda c, r, g: (c - 0.5 / BETA) ** 2 + (r + 0.5 / BETA) ** 2,
     "apo_down": lambda c, r, g: (BETA * c).sigmoid() + 1 - (BETA * g).sigmoid(),
     "discopop": lambda c, r, g: discopop(g),
+    "bco_pair": lambda c, r, g: -F.logsigmoid(BETA * c) - F.logsigmoid(-BETA * r),
 }
 
 
@@ -229,6 +230,20 @@ def test_losses_that_are_no_setting_come_out_of_the_same_log_probabilities(
     arrays = oracle_arrays(shared_oracle / "batches.npz", "dpo")
     reference = torch.cat([arrays["ref_chosen_logps"], arrays["ref_rejected_logps"]])
     loss = OTHERS[name](*log_ratios(per_token.sum(-1), reference)).mean()
+    expect(loss, model, expected[f"dpo_{name}"])
+
+
+@pytest.mark.parametrize("name", ["sigmoid_norm", "sft"])
+def test_losses_of_means_come_out_of_the_same_log_probabilities(
+    name: str, shared_oracle: Path, expected: dict[str, Any]
+) -> None:
+    model = oracle_model(shared_oracle, "policy")
+    figures, per_token = dpo_figures(shared_oracle, model)
+    arrays = oracle_arrays(shared_oracle / "batches.npz", "dpo")
+    reference = torch.cat([arrays["ref_chosen_logps"], arrays["ref_rejected_logps"]])
+    lengths = arrays["completion_mask"].sum(1)
+    _, _, gain = log_ratios(per_token.sum(-1) / lengths, reference / lengths)
+    loss = figures["chosen_loss"] if name == "sft" else -F.logsigmoid(BETA * gain).mean()
     expect(loss, model, expected[f"dpo_{name}"])
 
 

@@ -1,5 +1,6 @@
 """The reward worker: loss by hand, what it learns, the gate, the negative control, resume."""
 
+from functools import partial
 from math import exp, log
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,13 @@ def test_one_pair_by_hand() -> None:
     # scores 2 and -1, margin 1: log(1 + e^-(2 - -1 - 1)) + 0.01 (2 - 1)^2
     loss = reward_loss(*(torch.tensor([v]) for v in (2.0, -1.0, 1.0)), centring=0.01)
     assert loss.item() == pytest.approx(log(1 + exp(-2)) + 0.01)
+
+
+def test_the_gradient_of_the_loss_is_right() -> None:
+    source = torch.Generator().manual_seed(0)
+    values = [torch.randn(5, dtype=torch.float64, generator=source) for _ in range(3)]
+    values = [value.requires_grad_() for value in values]
+    assert torch.autograd.gradcheck(partial(reward_loss, centring=0.1), values)
 
 
 def test_scores_of_different_shapes_are_refused() -> None:

@@ -1,14 +1,18 @@
 """The worker of SFT: it learns answers, holds rows out, and resumes bit for bit."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from conf.sft import SftConfig
-from model.sft import work
+from model.dialogues import Dialogue
+from model.sft import sft_batch, step_loss, work
+from model.transformer import Transformer
 from model.weights import load_model
 from tests.model.small_world import (
+    SHAPE,
     kill_at,
     make_job,
     metrics,
@@ -44,6 +48,56 @@ def test_answers_are_learnt_and_held_out_rows_are_not_seen(world: Path, tmp_path
     assert figures["loss"] < 0.6
     assert set(figures) >= {"held_loss", "held_loss/en", "held_loss/zh", "held_tokens"}
     assert load_model(job.files).vocabulary == load_model(world / "policy").vocabulary
+
+
+def test_rows_without_an_answer_to_learn_give_no_loss_and_no_gradient() -> None:
+    model = Transformer(SHAPE, 40, seed=1)
+    batch = sft_batch([Dialogue([5, 6, 7], [False] * 3, "a", "")] * 2)
+    loss = step_loss(SftConfig())(model, batch, {"tokens": 0.0})["loss"]
+    assert loss.item() == 0.0
+    loss.backward()
+    assert all(not p.grad.any() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("prompt_attention", ["causal", "both_ways"])
+def test_the_gradient_of_the_loss_is_right(prompt_attention: Any) -> None:
+    model = Transformer(
+        SHAPE.model_copy(update={"dim": 8, "layers": 1, "ffn": 8}), 12, seed=1
+    ).double()
+    rows = [
+        Dialogue([5, 6, 7, 8], [False, False, True, True], "a", ""),
+        Dialogue([9, 4], [False, True], "b", ""),
+    ]
+    batch = sft_batch(rows)
+    loss = step_loss(SftConfig(prompt_attention=prompt_attention))
+    loss(model, batch, batch.weights)["loss"].backward()
+    source = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        assert parameter.grad is not None
+        way = torch.randn(parameter.shape, dtype=torch.float64, generator=source)
+        slope = float((way * parameter.grad).sum())
+        values: list[float] = []
+        for step in (1e-3, -1e-3):
+            with torch.no_grad():
+                parameter.add_(step * way)
+                values.append(loss(model, batch, batch.weights)["loss"].item())
+                parameter.sub_(step * way)
+        # Log-probabilities are float32 by design, which sets how fine the difference can be.
+        assert slope == pytest.approx((values[0] - values[1]) / 2e-3, rel=3e-2, abs=2e-3)
+
+
+def test_other_ways_to_learn_run(world: Path, tmp_path: Path) -> None:
+    for number, changes in enumerate((
+        {"learn_from": "last_answer"}, {"learn_from": "each_answer_alone"},
+        {"prompt_attention": "both_ways"}, {"withheld_share": 0.3},
+    )):  # fmt: skip
+        settings = SETTINGS.model_copy(update={"max_steps": 30, **changes})
+        job = make_job(tmp_path / str(number), "sft", settings, inputs(world))
+        figures = run_here(work, job)
+        losses = [line["loss"] for line in metrics(job) if "loss" in line]
+        assert losses[-1] < 0.7 * losses[0]
+        # 24 facts four times; conversations here have one answer each, five facts are held out.
+        assert (figures["train"]["rows"] < 76) == ("withheld_share" in changes)
 
 
 def test_the_same_job_gives_the_same_bytes(world: Path, tmp_path: Path) -> None:
