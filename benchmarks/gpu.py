@@ -252,18 +252,26 @@ def resume(is_tiny: bool) -> dict[str, Any]:
     return found
 
 
+ENGINES = (
+    ("fsdp", "none"), ("fsdp", "parameters"), ("zero1", "none"), ("zero2", "none"),
+    ("zero2", "optimizer"), ("zero3", "none"), ("zero3", "parameters"),
+)  # fmt: skip
+
+
 def engines(is_tiny: bool) -> dict[str, Any]:
     """Each engine in one process: largest difference of its losses from plain's over 20 steps."""
     settings = _settings(is_tiny)
     wanted = [line["loss"] for line in _worker_losses(settings)]
     found: dict[str, Any] = {}
-    for engine in ("fsdp", "zero1", "zero2", "zero3"):
+    for engine, offload in ENGINES:
+        name = engine if offload == "none" else f"{engine}, {offload} offloaded"
         if engine.startswith("zero") and not _has("deepspeed"):
-            found[engine] = {"error": "deepspeed is not installed"}
+            found[name] = {"error": "deepspeed is not installed"}
             continue
-        losses = [line["loss"] for line in _worker_losses(settings, engine=engine)]
+        figures = _worker_losses(settings, engine=engine, offload=offload)
+        losses = [line["loss"] for line in figures]
         worst = max(abs(a - b) for a, b in zip(losses, wanted, strict=True))
-        found[engine] = {"steps": len(losses), "worst_difference": worst, "allowed": 1e-3}
+        found[name] = {"steps": len(losses), "worst_difference": worst, "allowed": 1e-3}
     return found
 
 

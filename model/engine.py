@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from conf.launch import LaunchConfig
 from conf.shape import ShapeConfig
 from model.batches import Batch
-from model.optimizer import LossScale, Precision, UpdateRule, apply_gradients, build_optimizers
+from model.optimizer import LossScale, Precision, Update, UpdateRule, build_optimizers
 from model.ranks import Ranks
 from model.transformer import Transformer
 from model.weights import load_tensors, save_tensors
@@ -187,8 +187,9 @@ class TorchEngine:
     def __init__(self, model: Transformer, ranks: Ranks, rule: UpdateRule) -> None:
         self.model, self.ranks, self.rule = model, ranks, rule
         self.scale = LossScale() if rule.precision == "fp16" else None
-        self._optimizers = build_optimizers(model.named_parameters(), rule)
-        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        learning = [p for p in model.parameters() if p.requires_grad]
+        optimizers = build_optimizers(model.named_parameters(), rule)
+        self._update = Update(optimizers, [learning], rule, self.scale)
         objective = Objective(model, rule, ranks.device)
         self._objective: nn.Module = objective
         self._is_settled = ranks.world == 1
@@ -212,20 +213,10 @@ class TorchEngine:
         return {name: value.detach() for name, value in figures.items()}
 
     def step(self, learning_rate: float, limit: float = math.inf) -> float:
-        norm = apply_gradients(
-            self._optimizers,
-            [self._parameters],
-            self.rule,
-            self.scale,
-            learning_rate=learning_rate,
-            limit=limit,
-        )
-        self.discard()
-        return norm
+        return self._update.step(learning_rate, limit)
 
     def discard(self) -> None:
-        for optimizer in self._optimizers:
-            optimizer.zero_grad(set_to_none=True)
+        self._update.discard()
 
     def whole(self) -> Transformer:
         return self.model
@@ -233,12 +224,12 @@ class TorchEngine:
     def save(self, folder: Path) -> None:
         if not self.ranks.is_first:
             return
-        states = states_of(self.model, self._optimizers)
+        states = states_of(self.model, self._update.optimizers)
         write_checkpoint(folder, self.model.state_dict(), states, self.scale)
 
     def load(self, folder: Path) -> None:
         self.model.load_state_dict(load_tensors(folder / MODEL_FILE))
-        load_states(self.model, self._optimizers, optimizer_states(folder))
+        load_states(self.model, self._update.optimizers, optimizer_states(folder))
         if self.scale:
             self.scale.load(folder)
 

@@ -38,8 +38,8 @@ from model.engine import (
 )
 from model.optimizer import (
     LossScale,
+    Update,
     UpdateRule,
-    apply_gradients,
     build_optimizers,
     gradient_norm,
 )
@@ -62,8 +62,13 @@ class FsdpEngine:
         self._hollow = Hollow(model)
         self._objective = _spread(model, rule, ranks, launch)
         meshes = _by_mesh((name, p) for name, p in model.named_parameters() if p.requires_grad)
-        self._meshes = [[p for _, p in named] for named in meshes]
-        self._optimizers = [o for named in meshes for o in build_optimizers(named, rule)]
+        self._update = Update(
+            [o for named in meshes for o in build_optimizers(named, rule)],
+            [[p for _, p in named] for named in meshes],
+            rule,
+            self.scale,
+            norm_of=lambda parameters: _whole(gradient_norm(parameters)),
+        )
 
     def backward(
         self, loss: Loss, batch: Batch, totals: Mapping[str, float], *, is_last: bool
@@ -77,21 +82,10 @@ class FsdpEngine:
         return {name: value.detach() for name, value in figures.items()}
 
     def step(self, learning_rate: float, limit: float = math.inf) -> float:
-        norm = apply_gradients(
-            self._optimizers,
-            self._meshes,
-            self.rule,
-            self.scale,
-            learning_rate=learning_rate,
-            limit=limit,
-            norm_of=lambda parameters: _whole(gradient_norm(parameters)),
-        )
-        self.discard()
-        return norm
+        return self._update.step(learning_rate, limit)
 
     def discard(self) -> None:
-        for optimizer in self._optimizers:
-            optimizer.zero_grad(set_to_none=True)
+        self._update.discard()
 
     def whole(self) -> Transformer:
         return self._hollow.filled(
@@ -104,7 +98,8 @@ class FsdpEngine:
     def save(self, folder: Path) -> None:
         weights = self._weights()
         states = {
-            name: _whole(value) for name, value in states_of(self.model, self._optimizers).items()
+            name: _whole(value)
+            for name, value in states_of(self.model, self._update.optimizers).items()
         }
         if not self.ranks.is_first:
             return
@@ -117,7 +112,7 @@ class FsdpEngine:
                 cast("DTensor", parameter).to_local().copy_(
                     _like(weights[name], parameter).to_local()
                 )
-        load_states(self.model, self._optimizers, by_name, _like)
+        load_states(self.model, self._update.optimizers, by_name, _like)
         if self.scale:
             self.scale.load(folder)
 

@@ -68,41 +68,48 @@ class LossScale:
         self.value, self.good_steps = content["value"], content["good_steps"]
 
 
-def apply_gradients(
-    optimizers: Sequence[torch.optim.Optimizer],
-    meshes: Sequence[Sequence[nn.Parameter]],
-    rule: UpdateRule,
-    scale: LossScale | None,
-    *,
-    learning_rate: float,
-    limit: float,
-    norm_of: Callable[[Sequence[nn.Parameter]], Tensor] | None = None,
-) -> float:
-    """Clip the gradients and update; their norm before clipping.
-
-    Nothing is changed where the norm is not finite or above the limit. `meshes` are the parameters, apart
-    where they are spread over other meshes of ranks; `norm_of` is the norm of a mesh's gradients over all
-    ranks, where no rank has them all.
-    """
-    if scale:
-        scale.undo([p.grad for parameters in meshes for p in parameters if p.grad is not None])
-    norms = [(norm_of or gradient_norm)(parameters) for parameters in meshes]
-    norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
-    is_finite = bool(norm.isfinite())
-    if is_finite and norm <= limit:
-        for parameters in meshes if rule.clip_norm else ():
-            torch.nn.utils.clip_grads_with_norm_(parameters, rule.clip_norm, norm)
-        for optimizer in optimizers:
-            set_learning_rate(optimizer.param_groups, learning_rate)
-            optimizer.step()
-    if scale:
-        scale.note(is_finite=is_finite)
-    return norm.item()
-
-
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     """Norm of all gradients together."""
     return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+
+
+@dataclass(frozen=True)
+class Update:
+    """One update of a model, or of this rank's part of it, by the gradients that are there."""
+
+    optimizers: Sequence[torch.optim.Optimizer]
+    meshes: Sequence[Sequence[nn.Parameter]]
+    """Those that learn, apart where they are spread over other meshes of ranks."""
+    rule: UpdateRule
+    scale: LossScale | None
+    norm_of: Callable[[Sequence[nn.Parameter]], Tensor] = gradient_norm
+    """Norm of a mesh's gradients over all ranks, where no rank has them all."""
+
+    def step(self, learning_rate: float, limit: float) -> float:
+        """Clip the gradients, apply and forget them; their norm before clipping.
+
+        Nothing is changed where the norm is not finite or above the limit.
+        """
+        if self.scale:
+            self.scale.undo([p.grad for mesh in self.meshes for p in mesh if p.grad is not None])
+        norms = [self.norm_of(parameters) for parameters in self.meshes]
+        norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+        is_finite = bool(norm.isfinite())
+        if is_finite and norm <= limit:
+            for parameters in self.meshes if self.rule.clip_norm else ():
+                torch.nn.utils.clip_grads_with_norm_(parameters, self.rule.clip_norm, norm)
+            for optimizer in self.optimizers:
+                set_learning_rate(optimizer.param_groups, learning_rate)
+                optimizer.step()
+        if self.scale:
+            self.scale.note(is_finite=is_finite)
+        self.discard()
+        return norm.item()
+
+    def discard(self) -> None:
+        """Forget the gradients."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
 
 
 def build_optimizers(

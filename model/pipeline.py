@@ -24,7 +24,7 @@ from model.engine import (
     states_of,
     write_checkpoint,
 )
-from model.optimizer import LossScale, UpdateRule, apply_gradients, build_optimizers, gradient_norm
+from model.optimizer import LossScale, Update, UpdateRule, build_optimizers, gradient_norm
 from model.ranks import Ranks
 from model.transformer import Transformer
 from model.weights import load_tensors
@@ -50,7 +50,8 @@ class PipelineEngine:
         self._ends = _group_of_ends(ranks) if self._is_tied else None
         entry = _keep_part(model, ranks)
         self._parameters = [p for p in model.parameters() if p.requires_grad]
-        self._optimizers = build_optimizers(model.named_parameters(), rule)
+        optimizers = build_optimizers(model.named_parameters(), rule)
+        self._update = Update(optimizers, [self._parameters], rule, self.scale, self._norm)
         objective = Objective(model, rule, ranks.device)
         self._line = _Line(_Part(model, entry, objective, ranks), self._stages)
         self._waiting: list[_Work] = []
@@ -78,17 +79,10 @@ class PipelineEngine:
         return known[0]
 
     def step(self, learning_rate: float, limit: float = math.inf) -> float:
-        norm = apply_gradients(
-            self._optimizers,
-            [self._parameters],
-            self.rule,
-            self.scale,
-            learning_rate=learning_rate,
-            limit=limit,
-            norm_of=self._norm,
-        )
-        self.discard()
-        return norm
+        return self._update.step(learning_rate, limit)
+
+    def discard(self) -> None:
+        self._update.discard()
 
     def _norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
         is_copy = self._is_tied and self.ranks.peer == self.ranks.peers - 1
@@ -97,16 +91,12 @@ class PipelineEngine:
         dist.all_reduce(square, group=self._stages)
         return square.sqrt()
 
-    def discard(self) -> None:
-        for optimizer in self._optimizers:
-            optimizer.zero_grad(set_to_none=True)
-
     def whole(self) -> Transformer:
         return self._hollow.filled(self._collected(self.model.state_dict()))
 
     def save(self, folder: Path) -> None:
         weights = self._collected(self.model.state_dict())
-        states = self._collected(states_of(self.model, self._optimizers))
+        states = self._collected(states_of(self.model, self._update.optimizers))
         if not self.ranks.is_first:
             return
         write_checkpoint(folder, weights, states, self.scale)
@@ -114,7 +104,7 @@ class PipelineEngine:
     def load(self, folder: Path) -> None:
         weights = load_tensors(folder / MODEL_FILE)
         self.model.load_state_dict({name: weights[name] for name in self.model.state_dict()})
-        load_states(self.model, self._optimizers, optimizer_states(folder))
+        load_states(self.model, self._update.optimizers, optimizer_states(folder))
         if self.scale:
             self.scale.load(folder)
 

@@ -103,8 +103,10 @@ def join_ranks(launch: LaunchConfig) -> Ranks:
         _be_deterministic()
     # Engines that spread weights or states exchange them even where one rank has them all.
     if world > 1 or launch.engine not in ("plain", "ddp"):
-        # What is offloaded is put together on the host.
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        if backend == "nccl" and launch.offload == "parameters" and launch.engine == "fsdp":
+            # Ranks put their parts of a norm and of a checkpoint together on the host, where they are.
+            backend = "cpu:gloo,cuda:nccl"
         dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
     rank, peer = divmod(place, launch.model_processes)
     return Ranks(

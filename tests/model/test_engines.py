@@ -85,7 +85,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReques
         *(f"{engine}={step}" for engine, step in deaths.items()),
         *MOVES,
     )
-    finish(ranks, timeout=550)
+    finish(ranks, timeout=1500)
     run(folder / "plain", tokens, "plain", Ranks())
     run_guarded(folder, tokens, "plain", Ranks())
     return Runs(folder, tokens, deaths)
@@ -200,7 +200,8 @@ def test_four_processes_do_what_two_do_and_go_on_from_them(
 def on(processes: int, tokens: Path, folder: Path, *wishes: str, code: int = 0) -> None:
     """Run the module of runs on so many processes."""
     arguments = (str(tokens), str(folder), *wishes)
-    finish(start_pair("tests.model.engine_runs", *arguments, processes=processes), code=code)
+    ranks = start_pair("tests.model.engine_runs", *arguments, processes=processes)
+    finish(ranks, code=code, timeout=900)
 
 
 @pytest.mark.soak
