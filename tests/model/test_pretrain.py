@@ -145,6 +145,16 @@ def test_it_learns_and_says_what_it_did(unbroken: Callable[[str], Path]) -> None
         ModelCard.read(attempt / "files").vocabulary
     )
     assert result["held_loss/en"] == held[-1]
+    assert "product of 1024 x 1024 matrices" in result["peak_source"]
+    told = {
+        "lr",
+        "gradient_norm",
+        "tokens_per_second",
+        "mfu",
+        "data_wait_share",
+        "peak_memory_bytes",
+    }
+    assert all(told <= line.keys() for line in metrics(attempt) if line["step"])
     assert (attempt / "files" / "tokenizer" / "tokenizer.json").is_file()
     assert load_file(attempt / "files" / "model.safetensors")[
         "embedding.weight"
