@@ -10,7 +10,6 @@ from py3langid import langid
 from tasks.han import traditional_share
 from tasks.language import identifier, language_of, languages_of, script_shares
 
-
 library = langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE, norm_probs=True)
 
 
