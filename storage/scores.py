@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 BOOTSTRAP_RESAMPLES = 2000
+DRAWN_AT_ONCE = 2**19
+"""Numbers; 4 MB."""
 Z_95 = 1.959963984540054
 
 
@@ -177,11 +179,13 @@ def _resampled_means(
     """(BOOTSTRAP_RESAMPLES,) weighted means of whole clusters drawn with replacement."""
     import numpy as np
 
-    found = np.empty(BOOTSTRAP_RESAMPLES)
-    for index in range(BOOTSTRAP_RESAMPLES):
-        draw = generator.integers(0, len(sums), len(sums))
-        found[index] = sums[draw].sum() / masses[draw].sum()
-    return found
+    at_once = max(1, DRAWN_AT_ONCE // len(sums))
+    found: list[npt.NDArray[np.float64]] = []
+    for start in range(0, BOOTSTRAP_RESAMPLES, at_once):
+        rows = min(at_once, BOOTSTRAP_RESAMPLES - start)
+        draws = generator.integers(0, len(sums), (rows, len(sums)))
+        found.append(sums[draws].sum(1) / masses[draws].sum(1))
+    return np.concatenate(found)
 
 
 def _ends(values: "npt.NDArray[np.float64]") -> tuple[float, float]:
