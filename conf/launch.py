@@ -80,9 +80,10 @@ class LaunchConfig(Settings):
     """CPU threads per rank; 0 divides the cores among the ranks."""
     micro_batch: Annotated[int, Field(ge=0)] = 0
     """Sequences per forward pass and rank; 0 takes the whole batch of the rank at once."""
-    attention: Literal["sdpa", "eager"] = "sdpa"
-    """`sdpa`: torch's fused kernels, FlashAttention among them on CUDA; `eager`: the definition, slow and
-    large, to check them against."""
+    attention: Literal["sdpa", "flash", "eager"] = "sdpa"
+    """`sdpa`: torch's fused kernels, FlashAttention among them on CUDA; `flash`: the same, and documents
+    that do not see one another without a mask (CUDA from the A100 on, bf16 or fp16; on a CPU `sdpa` has none
+    either); `eager`: the definition, slow and large, to check them against."""
     compile: bool = False
     """Whether blocks and head run as code that torch.compile makes; costs a minute at the start, and
     needs a C++ compiler on CPU."""

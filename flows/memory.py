@@ -122,7 +122,7 @@ def training_memory(
         0.0 if offload != "none" else 2 * learning_share * moments * trained,
     )
     table = 4.0 * vocabulary * shape.dim if learning_share == 1 else 0.0
-    kept = kept_bytes(shape, vocabulary, work)
+    kept = kept_bytes(shape, vocabulary, work, is_cuda=is_cuda)
     # A step is fullest when its backward pass starts, or when it has come down to the embedding, whose
     # gradient is dense; looking at held-out text holds no activations, and more tokens at once.
     at_start = kept + _head_bytes(shape, vocabulary, work, is_cuda=is_cuda)
@@ -143,7 +143,7 @@ def training_memory(
     )
 
 
-def kept_bytes(shape: ShapeConfig, vocabulary: int, work: Pass) -> float:
+def kept_bytes(shape: ShapeConfig, vocabulary: int, work: Pass, *, is_cuda: bool = False) -> float:
     """What autograd keeps between the forward and the backward pass, the logits of the head aside."""
     tokens, width = work.tokens, shape.dim
     half = 4 if work.precision == "fp32" else 2
@@ -154,10 +154,13 @@ def kept_bytes(shape: ShapeConfig, vocabulary: int, work: Pass) -> float:
     else:
         blocks = shape.layers * per_block
     rotations = 2 * 4 * work.row_tokens * shape.head_width
-    is_windowed = 0 < shape.sliding_window < work.row_tokens
+    windowed = len(shape.windowed_layers) if shape.sliding_window < work.row_tokens else 0
     # The fused kernel keeps a mask of numbers for each layer: of documents one per row, of a window one.
-    masks = shape.layers * work.rows if work.is_masked else len(shape.windowed_layers) * is_windowed
-    mask = masks * work.row_tokens**2 * half
+    masked = shape.layers if work.is_masked and is_cuda else windowed
+    mask = masked * (work.rows if work.is_masked else 1) * work.row_tokens**2 * half
+    if work.is_masked:
+        apart = shape.layers - masked
+        blocks += (min(apart, 1) if work.is_recomputed else apart) * _apart_bytes(shape, work)
     casts = 0.0
     if half == 2:
         in_blocks = shape.parameters(vocabulary) - _outside_blocks(shape, vocabulary)
@@ -184,6 +187,15 @@ def _block_bytes(shape: ShapeConfig, work: Pass) -> float:
         others += 8 * (query + key) + half * query + 4 * (shape.heads + shape.kv_heads)
     noise = 2 * width if work.has_noise else 0
     return work.tokens * (norms + others + 4 * shape.heads + noise)
+
+
+def _apart_bytes(shape: ShapeConfig, work: Pass) -> float:
+    """Kept of a block in addition where a CPU takes documents one by one: what is mixed by each, in
+    float32, in which attention also has its inputs then."""
+    query, key = shape.heads * shape.head_width, shape.kv_heads * shape.head_width
+    half = 4 if work.precision == "fp32" else 2
+    laid_out = half * query if shape.has_qk_norm else 0
+    return work.tokens * (4 * query + (4 - half) * (query + 2 * key) - laid_out)
 
 
 def _head_bytes(shape: ShapeConfig, vocabulary: int, work: Pass, *, is_cuda: bool) -> float:

@@ -130,6 +130,11 @@ def refuse_impossible(
         raise ValueError(
             f"{torch.cuda.get_device_name()} has no bfloat16; use precision=fp16 or precision=fp32"
         )
+    if launch.attention == "flash" and not (is_cuda and rule.precision != "fp32"):
+        raise ValueError(
+            f"launch.attention=flash runs on CUDA in 16 bits, not on {ranks.device.type} in "
+            f"{rule.precision}; use launch.attention=sdpa"
+        )
     has_compiler = any(shutil.which(name) for name in ("g++", "clang++", "c++"))
     if launch.compile and not is_cuda and not has_compiler:
         raise ValueError(

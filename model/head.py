@@ -109,7 +109,8 @@ def softmax_loss_in_place(logits: Tensor, labels: Tensor) -> Tensor:
         logprobs = part.log_softmax(-1, dtype=torch.float32)
         total -= logprobs.gather(-1, chosen)[is_label].sum()
         by_logits = logprobs.exp_().scatter_add_(-1, chosen, logprobs.new_full(chosen.shape, -1.0))
-        by_logits[~is_label] = 0.0
+        if not is_label.all():
+            by_logits[~is_label] = 0.0
         part.copy_(by_logits)
     return total
 

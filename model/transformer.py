@@ -7,7 +7,7 @@ and value heads, E width of a head, V vocabulary.
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -16,10 +16,16 @@ from torch.nn.utils import skip_init
 from torch.utils.checkpoint import checkpoint
 
 from conf.shape import RopeScalingConfig, ShapeConfig
+from model.attention import (
+    Attention,
+    Documents,
+    attention_one_by_one,
+    eager_attention,
+    flash_attention,
+    one_token_attention,
+)
 from model.linear import Linear, linear
 from model.packing import Packing
-
-Attention = Literal["sdpa", "eager"]
 
 INIT_STD = 0.02
 LOGITS_AT_ONCE = 1 << 26
@@ -136,6 +142,7 @@ class Block(nn.Module):
         self.is_grouped = heads != kv_heads
         self.has_rope = layer not in shape.no_rope_layers
         self.is_windowed = layer in shape.windowed_layers
+        self.window = shape.sliding_window if self.is_windowed else 0
         self.attention: Attention = "sdpa"
         self.attention_norm = RMSNorm(shape.dim, shape.norm_eps)
         self.query = _linear(shape.dim, heads * width, has_bias=shape.has_qkv_bias)
@@ -153,7 +160,7 @@ class Block(nn.Module):
         self,
         x: Tensor,
         rotation: tuple[Tensor, Tensor],
-        allowed: Tensor | None,
+        allowed: Tensor | Documents | None,
         cache: Cache | None,
         noise: Noise | None,
         packing: Packing | None = None,
@@ -176,7 +183,7 @@ class Block(nn.Module):
         self,
         x: Tensor,
         rotation: tuple[Tensor, Tensor],
-        allowed: Tensor | None,
+        allowed: Tensor | Documents | None,
         cache: Cache | None,
         packing: Packing | None,
     ) -> Tensor:
@@ -196,7 +203,12 @@ class Block(nn.Module):
             key, value = cache.extend(self.layer, key, value)
         # One new token sees all that is cached; several with nothing masked are a plain triangle.
         is_causal = allowed is None and tokens > 1
-        if self.attention == "eager":
+        if isinstance(allowed, Documents):
+            if self.attention == "flash":
+                mixed = flash_attention(query, key, value, allowed, self.window)
+            else:
+                mixed = attention_one_by_one(query, key, value, allowed)  # pyright: ignore[reportCallIssue]
+        elif self.attention == "eager":
             mixed = eager_attention(query, key, value, allowed, is_causal=is_causal)
         elif cache is not None and cache.lengths is not None:
             assert allowed is not None, "rows of unequal lengths have a mask"
@@ -229,6 +241,7 @@ class Transformer(nn.Module):
     ) -> None:
         super().__init__()
         self.shape, self.vocabulary, self.is_scalar = shape, vocabulary, is_scalar
+        self.attention: Attention = "sdpa"
         # Not by skip_init, which draws normal numbers on no device, and for that imports torch's
         # compiler: a second of each worker's start.
         self.embedding = nn.Embedding.from_pretrained(
@@ -301,8 +314,8 @@ class Transformer(nn.Module):
             rotation = (rotation[0][:, None], rotation[1][:, None])
         window = self.shape.sliding_window
         if lengths is None:
-            allowed = _allowed(mask, past, total, ids.device)
-            near = _allowed(mask, past, total, ids.device, window) if window else allowed
+            allowed = self._seen(mask, past, total, ids.device)
+            near = self._seen(mask, past, total, ids.device, window) if window else allowed
         else:
             allowed = _allowed_to_last(lengths, total)
             near = _allowed_to_last(lengths, total, window) if window else allowed
@@ -314,8 +327,28 @@ class Transformer(nn.Module):
             cache.length = total
         return self.norm(x)
 
+    def _seen(
+        self,
+        mask: AttentionMask | None,
+        past: int,
+        total: int,
+        device: torch.device,
+        window: int = 0,
+    ) -> Tensor | Documents | None:
+        """What `_allowed` says, or where it is documents alone, these without a mask."""
+        if mask is not None and mask.documents is not None and mask.padding is mask.prefix is None:
+            # FlashAttention takes 16 bits only: not where held-out text is looked at in float32.
+            is_flash = self.attention == "flash" and torch.is_autocast_enabled(device.type)
+            is_cpus = self.attention == "sdpa" and device.type == "cpu" and not 0 < window < total
+            documents = Documents.of(mask.documents) if is_flash or is_cpus else None
+            if documents is not None and (is_flash or documents.is_long):
+                return documents
+        return _allowed(mask, past, total, device, window)
+
     def attend_by(self, attention: Attention) -> None:
-        """Compute attention by its definition (`eager`) or by torch's fused kernels (`sdpa`)."""
+        """Compute attention by its definition (`eager`), by torch's fused kernels (`sdpa`), or where there
+        are documents without a mask on CUDA (`flash`)."""
+        self.attention = attention
         for block in cast("Iterable[Block]", self.blocks):
             block.attention = attention
 
@@ -327,35 +360,6 @@ class Transformer(nn.Module):
         """(...) float32: the scalar of each hidden state (..., D)."""
         assert self.score_head is not None, "a model with a vocabulary head has no scalar"
         return self.score_head(hidden).squeeze(-1).float()
-
-
-def eager_attention(
-    query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None, *, is_causal: bool
-) -> Tensor:
-    """Attention as it is defined, (B, H, T, E), of queries (B, H, T, E), keys and values (B, K, S, E).
-
-    The softmax is float32. Source: Vaswani et al. 2017, equation 1; grouped heads: Ainslie et al. 2023.
-    """
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    scores = (query @ key.to(query.dtype).transpose(-2, -1)).float() / math.sqrt(query.shape[-1])
-    if is_causal:
-        allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-    if allowed is not None:
-        scores = scores.masked_fill(~allowed, -math.inf)
-    return scores.softmax(-1).to(query.dtype) @ value.to(query.dtype)
-
-
-def one_token_attention(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor) -> Tensor:
-    """`eager_attention` of one query a row, (B, H, 1, E), without a copy of grouped heads.
-
-    On a CPU torch's fused kernel takes 1.1 times as long in float32 and five times in bfloat16.
-    """
-    rows, heads, _, width = query.shape
-    grouped = query.view(rows, key.shape[1], -1, width)  # (B, K, H / K, E)
-    scores = (grouped @ key.transpose(-2, -1)).float() / math.sqrt(width)
-    shares = scores.masked_fill(~allowed, -math.inf).softmax(-1).to(value.dtype)
-    return (shares @ value).view(rows, heads, 1, width)
 
 
 def token_logprobs(

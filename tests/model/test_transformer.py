@@ -4,10 +4,12 @@ import math
 
 import pytest
 import torch
+from torch.nn.attention import varlen
 
 from conf.launch import LaunchConfig
 from conf.shape import RopeScalingConfig, ShapeConfig
 from model import transformer
+from model.attention import Documents, eager_attention
 from model.engine import build_engine
 from model.optimizer import UpdateRule
 from model.ranks import Ranks
@@ -227,6 +229,56 @@ def test_no_token_sees_another_document() -> None:
         assert found == [list(range(start, token + 1)) for token, start in enumerate(starts)]
 
 
+@torch.no_grad()
+def test_rows_of_many_lengths_of_documents_read_as_by_the_definition() -> None:
+    net, ids = model(), tokens(3, 60)
+    numbers = torch.zeros(3, 60, dtype=torch.long)
+    numbers[0, 25:], numbers[1, [1, 30, 59]] = 4, 1
+    mask = AttentionMask(documents=torch.stack([numbers[0], numbers[1].cumsum(0), numbers[2]]))
+    found = Documents.of(mask.documents) if mask.documents is not None else None
+    assert found is not None
+    assert found.lengths == (25, 35, 1, 29, 29, 1, 60)
+    assert found.ends.tolist() == [0, 25, 60, 61, 90, 119, 120, 180]
+    one_by_one = net.hidden(ids, mask=mask)
+    net.attend_by("eager")
+    torch.testing.assert_close(one_by_one, net.hidden(ids, mask=mask), rtol=0, atol=3e-6)
+
+
+def test_a_document_that_comes_again_is_seen_again() -> None:
+    net, ids = model(), tokens(1, 60)
+    mask = AttentionMask(documents=torch.tensor([[1] * 20 + [0] * 20 + [1] * 20]))
+    assert seen(net, ids, 59, mask) == [*range(20), *range(40, 60)]
+
+
+@pytest.mark.parametrize("window", [0, 5])
+@torch.no_grad()
+def test_flash_attention_is_told_where_documents_end(
+    monkeypatch: pytest.MonkeyPatch, window: int
+) -> None:
+    def by_definition(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ends: torch.Tensor, *_: object,
+        window_size: tuple[int, int], enable_gqa: bool,
+    ) -> torch.Tensor:  # fmt: skip
+        assert query.dtype == torch.bfloat16
+        assert enable_gqa
+        place = torch.arange(len(query))
+        own = torch.bucketize(place, ends.long(), right=True)
+        allowed = (own == own[:, None]) & (place <= place[:, None])
+        if window_size[0] >= 0:
+            allowed &= place >= place[:, None] - window_size[0]
+        query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
+        mixed = eager_attention(query, key, value, allowed, is_causal=False)
+        return mixed[0].transpose(0, 1)
+
+    monkeypatch.setattr(varlen, "varlen_attn", by_definition)
+    net, ids = Transformer(SHAPE.model_copy(update={"sliding_window": window}), 50), tokens(2, 20)
+    mask = AttentionMask(documents=torch.tensor([[0] * 7 + [1] * 13, [0] * 20]))
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted = net.hidden(ids, mask=mask)
+        net.attend_by("flash")
+        torch.testing.assert_close(net.hidden(ids, mask=mask), wanted, rtol=0, atol=0.05)
+
+
 def test_packed_documents_have_the_loss_and_gradients_of_rows_of_their_own() -> None:
     ids = tokens(1, 18)
     labels = ids.roll(-1, 1)
@@ -302,3 +354,5 @@ def test_the_launch_settings_choose_the_attention() -> None:
     net = model()
     build_engine(net, LaunchConfig(attention="eager"), Ranks(), UpdateRule())
     assert [block.attention for block in net.blocks] == ["eager", "eager"]
+    with pytest.raises(ValueError, match="flash runs on CUDA in 16 bits, not on cpu in fp32"):
+        build_engine(net, LaunchConfig(attention="flash"), Ranks(), UpdateRule())
