@@ -385,11 +385,15 @@ def _write_at_once() -> None:
 
 
 def _watch(home: Home, activity: Activity, server: Any, idle_seconds: float) -> None:
+    while not (server.started or server.should_exit):
+        time.sleep(POLL_SECONDS)  # on a busy machine it may take longer than it may be idle
+    started = time.monotonic()
     while not server.should_exit:
         time.sleep(min(WATCH_SECONDS, idle_seconds / 4))
         service = read_service(home, "prefect")
         is_ours = service is not None and service.pid == os.getpid()
-        is_idle = activity.idle_seconds > idle_seconds and not (_folder(home) / "keep").exists()
+        idle = min(activity.idle_seconds, time.monotonic() - started)
+        is_idle = idle > idle_seconds and not (_folder(home) / "keep").exists()
         # A stage may have nothing to tell for longer than that.
         if not is_ours or (is_idle and not home.live_runs()):
             server.should_exit = True

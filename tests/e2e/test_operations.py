@@ -244,14 +244,14 @@ def test_a_failed_run_is_retried_by_the_button_of_its_page(bessemer: Command) ->
 
 def test_down_waits_for_a_run_and_leaves_no_process(bessemer: Command) -> None:
     tiny = Command(bessemer.folder)
-    cancelled = tiny.start("run", "tiny.yaml", "coarse.seconds=60")
+    cancelled = tiny.start("run", "tiny.yaml", "coarse.seconds=300")
     wait_for(lambda: "coarse" in tiny.ran())
     waiting = bessemer.start("down", "--wait")
     time.sleep(1)
     cancelled.send_signal(signal.SIGINT)
-    _, err = cancelled.communicate(timeout=60)
+    _, err = cancelled.communicate(timeout=180)
     assert cancelled.returncode == 130, err
     assert "Traceback" not in err
-    out, _ = waiting.communicate(timeout=60)
+    out, _ = waiting.communicate(timeout=180)
     assert "worker, mlflow, prefect" in out
-    wait_for(lambda: not of_home(bessemer.home), seconds=40)
+    wait_for(lambda: not of_home(bessemer.home), seconds=120)

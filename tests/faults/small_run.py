@@ -141,7 +141,7 @@ class Place:
 
 def finish(process: "subprocess.Popen[str]", expect: int = 0) -> Told:
     """Wait for a command's end and read the object that it prints last."""
-    out, err = process.communicate(timeout=240)
+    out, err = process.communicate(timeout=500)
     assert process.returncode == expect, out + err
     return json.loads(out.splitlines()[-1])
 
