@@ -380,7 +380,8 @@ class Scorer:
 
 
 def cached_reference(path: Path, scorer: Scorer, rows: Sequence[Pair]) -> Tensor:
-    """(rows, 2) log-probabilities under the reference, computed once per attempt and kept at `path`."""
+    """(rows, 2) log-probabilities under the reference, computed where there are none at `path` and kept
+    there, from where the stage makes them a part for other nodes."""
     if path.exists():
         return load_tensors(path)["logprobs"]
     logprobs = scorer.logprobs(rows)

@@ -99,7 +99,13 @@ def test_the_whole_chain_commits_and_hits(bench: Bench) -> None:
         policy=sft.artifact,
         preferences=pairs.artifact,
     )
-    dpo = bench.run("dpo", DpoConfig(**short), policy=sft.artifact, preferences=pairs.artifact)
+    aligned = {"policy": sft.artifact, "preferences": pairs.artifact}
+    dpo = bench.run("dpo", DpoConfig(**short), **aligned)
+    # What the reference says of the pairs is computed once for all losses.
+    other = bench.run("dpo", DpoConfig(loss="ipo", **short), **aligned)
+    assert [o.record.metrics["is_reference_reused"] for o in (dpo, other)] == [False, True]
+    assert dpo.record.parts == other.record.parts
+    assert dpo.record.digest != other.record.digest
     ppo_settings = PpoConfig(
         iterations=2, rollout_rows=8, minibatch_rows=4, max_new_tokens=8, launch=LAUNCH
     )
