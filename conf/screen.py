@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from conf.decontaminate import DecontaminateConfig
 from conf.settings import Settings, SourceSpec
@@ -26,3 +26,23 @@ class ScreenConfig(Settings):
     """Tokens in a row that are compared."""
     least_recall: Annotated[float, Field(gt=0, lt=1)] = 0.99
     """Probability that two conversations at the threshold are compared at all."""
+    least_answer_chars: Annotated[int, Field(ge=0)] = 0
+    """A conversation with a shorter answer goes."""
+    most_chars: Annotated[int, Field(ge=0)] = 0
+    """A conversation in which more is said goes; 0 for no limit."""
+    most_repeated: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Largest share of an answer's runs of ten characters that stand earlier in it; 1 keeps all."""
+    domain_shares: dict[str, Annotated[float, Field(gt=0, le=1)]] = Field(
+        default_factory=dict[str, float]
+    )
+    """Shares that the domains are to have of the training conversations; as many as possible are kept, a
+    hash of each decides which. Empty for all there are."""
+
+    @model_validator(mode="after")
+    def _shares_make_a_whole(self) -> "ScreenConfig":
+        if self.domain_shares and abs(sum(self.domain_shares.values()) - 1) > 1e-6:
+            raise ValueError(
+                f"domain_shares add up to {sum(self.domain_shares.values()):g}; they must add up to 1: name "
+                "every domain and its share"
+            )
+        return self

@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -97,3 +98,50 @@ def test_nothing_and_one_conversation_pass(tmp_path: Path) -> None:
         result, job = run(tmp_path / name, train)
         assert asked(result, "train") == train
         assert job.metrics["conversations"] == {"in": len(train), "kept": len(train)}
+
+
+def test_short_long_and_repeating_conversations_go(tmp_path: Path) -> None:
+    with SplitWriter(tmp_path / "chats" / "files") as writer:
+        for name, question, answer in (
+            ("good", "猫吃什么？", "The cat eats fish and rice, as all cats do."),
+            ("short", "猫？", "好"),
+            ("long", "x" * 300, "A fine answer."),
+            ("again", "诗", "春眠不觉晓，" * 8),
+        ):
+            turns = [
+                {"role": "user", "content": question},
+                {"role": "assistant", "content": answer},
+            ]
+            writer.write("train", {"id": name, "messages": turns, "domain": "d"})
+    settings = ScreenConfig(least_answer_chars=2, most_chars=200, most_repeated=0.5, threshold=None)
+    job = job_at(tmp_path, "screen")
+    result = screen(job, Conversations(tmp_path / "chats"), settings)
+    assert [row["id"] for row in result.rows("train")] == ["good"]
+    assert dict(pl.read_parquet(job.files / "dropped.parquet").select("id", "reason").rows()) == {
+        "short": "short_answer", "long": "long", "again": "repeats_itself",
+    }  # fmt: skip
+
+
+def test_domains_have_the_shares_that_are_asked_for(tmp_path: Path) -> None:
+    with SplitWriter(tmp_path / "chats" / "files") as writer:
+        for number in range(130):
+            question = f"question {number} {random.Random(number).random()}"
+            turns = [{"role": "user", "content": question}, {"role": "assistant", "content": "yes"}]
+            domain = "zh" if number < 100 else "en"
+            split: Split = "held" if number % 10 == 0 else "train"
+            writer.write(split, {"id": str(number), "messages": turns, "domain": domain})
+    settings = ScreenConfig(domain_shares={"zh": 0.6, "en": 0.4}, threshold=None)
+    found = [
+        screen(job_at(tmp_path / name, "screen"), Conversations(tmp_path / "chats"), settings)
+        for name in "ab"
+    ]
+    # 27 of en are 0.4 of 67.5, and 0.6 of that are 40 of the 90 of zh; held-out ones all stay.
+    kept = Counter(row["domain"] for row in found[0].rows("train"))
+    assert kept == {"zh": 40, "en": 27}
+    assert sum(1 for _ in found[0].rows("held")) == 13
+    assert list(found[0].rows("train")) == list(found[1].rows("train"))
+    wrong = ScreenConfig(domain_shares={"zh": 1.0}, threshold=None)
+    with pytest.raises(ValueError, match=r"are of \['en', 'zh'\]"):
+        screen(job_at(tmp_path / "c", "screen"), Conversations(tmp_path / "chats"), wrong)
+    with pytest.raises(ValueError, match="add up to 1"):
+        ScreenConfig(domain_shares={"zh": 0.5})
