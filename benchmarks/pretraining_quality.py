@@ -68,7 +68,7 @@ stages:
   pretrain:
     from: {tokens: tokenize}
     batch_tokens: 4096
-    learning_rate: 4.0e-3
+    learning_rate: 3.0e-3
     schedule: linear
     warmup: 0.05
     floor: 0.0
