@@ -147,7 +147,7 @@ class _Run:
             self.optimizer.load_state_dict(saved["optimizer"])
             self.state = saved["state"]
 
-    def stop(self, signum: int, frame: object) -> None:
+    def stop(self, *_: object) -> None:
         """End after the step."""
         self.is_stopping = True
 
