@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from conf.judge import JudgeConfig
+from storage import scores
 from storage.scores import Scores
 from tasks.answer_pairs import agreement, answered_by_all, contest_figures, contests
 from tasks.completions import EndpointFailed
@@ -37,6 +38,12 @@ def answers(tmp_path: Path) -> dict[str, Scores]:
         name: scores_at(tmp_path / name, {q: f"{name} 说：{q}{{question}}" for q in QUESTIONS})
         for name in ("sft", "dpo")
     }
+
+
+@pytest.fixture(autouse=True)
+def _few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test here looks at the ends of an interval, which cost seconds."""
+    monkeypatch.setattr(scores, "BOOTSTRAP_RESAMPLES", 20)
 
 
 def config(url: str, **fields: Any) -> JudgeConfig:

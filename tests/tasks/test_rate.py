@@ -10,6 +10,7 @@ from playwright.sync_api import Browser, expect
 
 from conf.rate import RateConfig
 from conf.settings import SourceSpec
+from storage import scores
 from storage.scores import Scores
 from storage.source import HashCache, resolve
 from tasks.rate import rate
@@ -27,6 +28,12 @@ ANSWERS = {
 @pytest.fixture
 def answers(tmp_path: Path) -> dict[str, Scores]:
     return {name: scores_at(tmp_path / name, told) for name, told in ANSWERS.items()}
+
+
+@pytest.fixture(autouse=True)
+def _few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test here looks at the ends of an interval, which cost seconds."""
+    monkeypatch.setattr(scores, "BOOTSTRAP_RESAMPLES", 20)
 
 
 def made_by(
