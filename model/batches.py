@@ -223,16 +223,20 @@ def uniform_draws(seed: int, numbers: Ints) -> npt.NDArray[np.float64]:
 def micro_batch_rows(rows: Ints, rank: int, world: int, micro_batch: int) -> list[Ints]:
     """This rank's rows of a step, cut into micro-batches; 0 takes all at once.
 
-    Raises ValueError when there is not a row for every rank.
+    All ranks have as many: those that spread weights would wait for one another for ever. Raises
+    ValueError when there is not a row for every rank and micro-batch.
     """
     own = rows[rank::world]
-    if not len(own):
+    fewest, most = len(rows) // world, -(-len(rows) // world)
+    size = micro_batch or max(1, most)
+    count = -(-most // size)
+    if fewest < max(1, count):
         raise ValueError(
-            f"a step of {len(rows)} sequences cannot be split over {world} processes; use fewer "
-            f"processes or more tokens per step"
+            f"a step of {len(rows)} sequences cannot be split over {world} processes in micro-batches of "
+            f"{size}; use fewer processes, larger micro-batches or more tokens per step"
         )
-    size = micro_batch or len(own)
-    return [own[start : start + size] for start in range(0, len(own), size)]
+    parts = [own[start : start + size] for start in range(0, len(own), size)]
+    return parts if len(parts) == count else np.array_split(own, count)
 
 
 def _quotas(shares: Sequence[float]) -> Ints:

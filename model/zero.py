@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from conf.launch import LaunchConfig
@@ -102,16 +103,27 @@ class ZeroEngine:
         write_checkpoint(folder, weights, states)
 
     def load(self, folder: Path) -> None:
-        from deepspeed.utils import safe_set_full_optimizer_state
-
         self._load_weights(load_tensors(folder / MODEL_FILE))
         by_name = optimizer_states(folder)
         if by_name:
             self._allocate_states(next(iter(by_name.values()))["step"])
         for name, parameter in self._learning():
             for key in MOMENTS if name in by_name else ():
-                safe_set_full_optimizer_state(parameter, by_name[name][key], key)
+                self._set_state(parameter, key, by_name[name][key])
         self._check_groups()
+
+    def _set_state(self, parameter: nn.Parameter, key: str, whole: Tensor) -> None:
+        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+
+        if self.stage < 3:
+            safe_set_full_optimizer_state(parameter, whole, key)
+            return
+        # DeepSpeed's way to set the whole fails where the last rank's part is not full.
+        size = cast("Any", parameter).ds_tensor.numel()
+        filled = F.pad(whole.flatten(), (0, size * self.ranks.world - whole.numel()))
+        safe_set_local_optimizer_state(
+            parameter, filled.narrow(0, size * self.ranks.rank, size), key
+        )
 
     def _load_weights(self, weights: dict[str, Tensor]) -> None:
         if self.stage < 3:

@@ -88,6 +88,10 @@ def test_ranks_and_micro_batches_share_out_all_rows() -> None:
             parts = [micro_batch_rows(rows, rank, world, micro_batch) for rank in range(world)]
             found = np.concatenate([part for own in parts for part in own])
             assert sorted(found.tolist()) == list(range(10))
-            assert all(len(part) <= (micro_batch or 10) for own in parts for part in own)
+            assert all(0 < len(part) <= (micro_batch or 10) for own in parts for part in own)
+            # A rank that is ready before the others would leave them waiting.
+            assert len({len(own) for own in parts}) == 1
     with pytest.raises(ValueError, match="1 sequences cannot be split over 2 processes"):
         micro_batch_rows(np.arange(1), 1, 2, 0)
+    with pytest.raises(ValueError, match=r"5 sequences .* over 2 processes in micro-batches of 1"):
+        micro_batch_rows(np.arange(5), 1, 2, 1)

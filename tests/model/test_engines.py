@@ -197,6 +197,14 @@ def test_four_processes_do_what_two_do_and_go_on_from_them(
         assert losses[:SAVED] == begun.figures(name, "loss")[:SAVED]
 
 
+@pytest.mark.soak
+def test_ranks_whose_last_part_is_not_full_resume_to_the_same_bits(tmp_path: Path) -> None:
+    tokens = write_small_tokens(tmp_path / "tokens")
+    # A third of 32 weights is 11, and of the last rank's part one is filling.
+    on(3, tokens, tmp_path, "zero3=7")
+    assert_same_bits(tmp_path / "zero3", tmp_path / "zero3-broken")
+
+
 def on(processes: int, tokens: Path, folder: Path, *wishes: str, code: int = 0) -> None:
     """Run the module of runs on so many processes."""
     arguments = (str(tokens), str(folder), *wishes)
