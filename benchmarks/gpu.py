@@ -1,6 +1,7 @@
 """What the training core does on a CUDA device: `make bench-gpu`, or `python -m benchmarks.gpu [PART ...]`.
 
-Parts: speed (tokens/s, share of peak, memory at 20m, 160m, 1b), precision (float16 with loss scale
+Parts: speed (tokens/s, share of peak, memory at 20m, 160m, 1b), packed (the same with rows of documents
+that do not see one another, by a mask and by FlashAttention), precision (float16 with loss scale
 against bfloat16 and float32), device (float32 losses against the CPU's), resume (kill -9 and go on,
 the same bits), engines (ZeRO 1-3 and FSDP2 against plain), imports (what a worker loads). Writes
 `gpu.json` and `gpu.md` into --out. With --tiny every part runs at toy size on whatever device is
@@ -62,6 +63,8 @@ FULL = (
     Course("1b", 64_000, 16, 10, goal_mfu=0.55),
 )
 TINY = (Course("tiny", 512, 2, 2),)
+DOCUMENT_TOKENS = 200
+"""Of a document, on average."""
 VARIANTS: Mapping[str, dict[str, Any]] = {
     "compiled, fused head": {"compile": True, "fused_head": True},
     "the same, kernels not deterministic": {
@@ -141,18 +144,34 @@ def speed(is_tiny: bool) -> dict[str, Any]:
     return found
 
 
-def _fitting(course: Course, options: dict[str, Any]) -> dict[str, Any]:
+def packed(is_tiny: bool) -> dict[str, Any]:
+    """Rows of documents that do not see one another: by a mask of T x T and without one."""
+    is_cuda = device().type == "cuda"
+    course = TINY[0] if is_tiny else FULL[1]
+    found: dict[str, Any] = {
+        attention: _fitting(course, {"attention": attention}, is_document_masked=True)
+        for attention in ("sdpa", "flash" if is_cuda else "eager")
+    }
+    losses = [part["first_loss"] for part in found.values()]
+    return found | {"difference_of_first_losses": abs(losses[0] - losses[1]), "allowed": 1e-2}
+
+
+def _fitting(
+    course: Course, options: dict[str, Any], *, is_document_masked: bool = False
+) -> dict[str, Any]:
     rows = course.rows
     while rows:
         try:
-            return _measured(course, rows, options)
+            return _measured(course, rows, options, is_document_masked)
         except torch.cuda.OutOfMemoryError:
             rows //= 2
             torch.cuda.empty_cache()
     return {"error": "not one row fits"}
 
 
-def _measured(course: Course, rows: int, options: dict[str, Any]) -> dict[str, Any]:
+def _measured(
+    course: Course, rows: int, options: dict[str, Any], is_document_masked: bool
+) -> dict[str, Any]:
     here, shape = device(), _shape(course.shape)
     torch.use_deterministic_algorithms(
         here.type == "cuda" and options.get("is_deterministic", True), warn_only=True
@@ -160,19 +179,23 @@ def _measured(course: Course, rows: int, options: dict[str, Any]) -> dict[str, A
     torch.compiler.reset()
     launch = LaunchConfig(**options)
     settings = PretrainConfig(
-        shape=shape, precision="bf16", batch_tokens=rows * shape.context, launch=launch
+        shape=shape,
+        precision="bf16",
+        batch_tokens=rows * shape.context,
+        launch=launch,
+        is_document_masked=is_document_masked,
     )
     model = Transformer(shape, course.vocabulary)
     engine = build_engine(model, launch, Ranks(device=here), UpdateRule(precision="bf16"))
     loss, batch = pretrain_loss(settings), _batch(rows, shape.context, course.vocabulary)
 
     def step() -> float:
-        engine.backward(loss, batch, {"tokens": batch.weights["tokens"]}, is_last=True)
-        return engine.step(1e-4)
+        figures = engine.backward(loss, batch, batch.weights, is_last=True)
+        engine.step(1e-4)
+        return float(figures["loss"])
 
     started = time.perf_counter()
-    for _ in range(3):
-        step()
+    [first_loss, *_] = [step() for _ in range(3)]
     _wait()
     warm = time.perf_counter() - started
     if here.type == "cuda":
@@ -183,6 +206,7 @@ def _measured(course: Course, rows: int, options: dict[str, Any]) -> dict[str, A
     peak = device_peak(here, "bf16").flops
     return {
         "parameters": shape.parameters(course.vocabulary),
+        "first_loss": first_loss,
         "micro_batch": rows,
         "context": shape.context,
         "vocabulary": course.vocabulary,
@@ -303,6 +327,7 @@ PARTS: dict[str, Callable[[bool], dict[str, Any]]] = {
     "precision": precision,
     "engines": engines,
     "speed": speed,
+    "packed": packed,
 }
 
 
@@ -342,7 +367,11 @@ def _shape(name: str) -> ShapeConfig:
 
 def _batch(rows: int, context: int, vocabulary: int) -> Batch:
     ids = torch.randint(vocabulary, (rows, context + 1), generator=torch.Generator().manual_seed(0))
-    tensors = {"ids": ids[:, :-1].contiguous(), "labels": ids[:, 1:].contiguous()}
+    tensors = {
+        "ids": ids[:, :-1].contiguous(),
+        "labels": ids[:, 1:].contiguous(),
+        "is_start": ids[:, :-1] % DOCUMENT_TOKENS == 0,
+    }
     return Batch(tensors, {"tokens": float(rows * context)}, rows * context)
 
 
