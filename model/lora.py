@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from conf.lora import LoraConfig
+from model.linear import Linear, linear
 from model.transformer import Transformer
 
 
@@ -21,26 +21,26 @@ class LoraLinear(nn.Module):
     B starts at zero, so that an untrained model computes what it did.
     """
 
-    def __init__(self, linear: nn.Linear, rank: int, scale: float, source: torch.Generator) -> None:
+    def __init__(self, plain: nn.Linear, rank: int, scale: float, source: torch.Generator) -> None:
         super().__init__()
-        width_out, width_in = linear.weight.shape
-        self.weight, self.bias, self.scale = linear.weight, linear.bias, scale
+        width_out, width_in = plain.weight.shape
+        self.weight, self.bias, self.scale = plain.weight, plain.bias, scale
         drawn = torch.empty(rank, width_in).normal_(0, width_in**-0.5, generator=source)
-        self.narrow = nn.Parameter(drawn.to(linear.weight.device))
-        self.widen = nn.Parameter(torch.zeros(width_out, rank, device=linear.weight.device))
+        self.narrow = nn.Parameter(drawn.to(plain.weight.device))
+        self.widen = nn.Parameter(torch.zeros(width_out, rank, device=plain.weight.device))
 
     def forward(self, x: Tensor) -> Tensor:
-        whole = F.linear(x, self.weight, self.bias)
-        return whole + F.linear(F.linear(x, self.narrow), self.widen) * self.scale
+        whole = linear(x, self.weight, self.bias)
+        return whole + linear(linear(x, self.narrow), self.widen) * self.scale
 
-    def merged(self) -> nn.Linear:
+    def merged(self) -> Linear:
         """A plain layer that computes the same."""
         width_out, width_in = self.weight.shape
-        linear = nn.Linear(width_in, width_out, bias=False)
+        plain = Linear(width_in, width_out, bias=False)
         added = self.scale * (self.widen.double() @ self.narrow.double())
-        linear.weight = nn.Parameter((self.weight.double() + added).to(self.weight.dtype))
-        linear.bias = self.bias
-        return linear
+        plain.weight = nn.Parameter((self.weight.double() + added).to(self.weight.dtype))
+        plain.bias = self.bias
+        return plain
 
 
 def add_lora(model: Transformer, settings: LoraConfig, seed: int) -> None:
