@@ -15,6 +15,7 @@ from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
 from tasks.fanout_part import POLL_SECONDS, Task, build_part
+from tasks.memory import one_arena
 from tasks.processes import die_with_writer
 
 THREAD_LIMITS = (
@@ -142,9 +143,10 @@ def _deaf_to_interrupt() -> Generator[None]:
 
 
 def _begin_worker(parent_pipe: Connection, environment: dict[str, str]) -> None:
-    """Leave Ctrl-C to the parent, take its environment, and end with it."""
+    """Leave Ctrl-C to the parent, take its environment, end with it, and keep little memory that is free."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     die_with_writer(parent_pipe.fileno())
     os.environ.clear()
     os.environ.update(environment)
+    one_arena()

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 GROUPS = Path("/sys/fs/cgroup")
+M_ARENA_MAX = -8
+"""Of glibc's malloc.h."""
 SHARE = 0.25
 """Of the memory there is, what one stage's arrays may take where no bound is set."""
 
@@ -59,6 +61,13 @@ def give_back() -> None:
         arrow.default_memory_pool().release_unused()
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
+
+
+def one_arena() -> None:
+    """Have all threads of this process share glibc's heap: a worker computes in one, and what the others
+    would free in heaps of their own is hardly ever given back."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(M_ARENA_MAX, 1)
 
 
 class Scratch:

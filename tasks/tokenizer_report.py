@@ -10,12 +10,12 @@ from storage.corpus import Corpus
 from storage.tokenizer import ChatTokenizer
 from tasks.shard_batches import kept_batches
 from tasks.stage import Job
-from tasks.token_writer import choose_encoder
+from tasks.token_writer import choose_encoder, forget_encoders
 
 SHOWN_CHARS = 40
 SHOWN_TOKENS = 20
 CHECKED_TEXTS = 64
-BATCH_TEXTS = 1_000
+BATCH_TEXTS = 250
 
 Group = tuple[str, str]
 """Language and domain."""
@@ -149,6 +149,7 @@ def _report_unused(job: Job, chat: ChatTokenizer, folder: Path, sample: Sequence
         batch = sample[start : start + BATCH_TEXTS]
         encode, _ = choose_encoder(chat, folder, batch[:CHECKED_TEXTS], "auto")
         uses += np.bincount(encode(batch)[0], minlength=chat.vocabulary)
+    forget_encoders()
     unreachable = chat.unreachable()
     job.metrics |= {
         "unused_tokens": int((uses == 0).sum()),
