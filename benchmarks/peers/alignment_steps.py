@@ -42,7 +42,8 @@ class _Clock:
         clock = self
 
         class Callback(transformers.TrainerCallback):  # pyright: ignore[reportUntypedBaseClass]
-            def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+            def on_step_end(self, *given: Any, **others: Any) -> None:
+                _, state, _ = given
                 if state.global_step == clock._steps:
                     clock._started = time.process_time()
                 if state.global_step == 2 * clock._steps:
