@@ -1,10 +1,14 @@
 """What all tests share: one thread each, a home of their own, the folders of real data and oracle numbers."""
 
 import os
+import signal
 from pathlib import Path
 
 # `make test` runs two tests at a time; torch reads it when it is imported, here or in a child.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # As a shell's background job we ignore Ctrl-C, and so would all commands that tests interrupt.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 from xdist.remote import Producer
