@@ -189,6 +189,10 @@ class PpoConfig(Settings):
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
         self.lora.refuse_engine(self.launch)
+        if self.truth_functions and not self.truth_every_iterations:
+            raise ValueError(
+                "truth_functions is never looked at with truth_every_iterations=0; set that to 5, say"
+            )
         if self.kl_in == "loss" and self.kl_estimator == "k1":
             raise ValueError(
                 "kl_estimator=k1 has no effect with kl_in=loss: its gradient is zero on average; use k2 or k3"
