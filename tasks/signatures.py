@@ -3,11 +3,16 @@
 Source: Broder 1997 (resemblance, min-wise signatures); Charikar 2002 (SimHash).
 """
 
+import contextlib
+import importlib.metadata
 import itertools
 import math
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
+
+import xxhash
 
 from conf.dedup import DedupConfig
 from storage.corpus import Shard
@@ -90,7 +95,6 @@ def build_signatures(
 
 def _text_hashes(texts: "Texts") -> "npt.NDArray[np.uint64]":
     import numpy as np
-    import xxhash
 
     content, offsets = text_buffers(texts)
     view, limits = content.data, itertools.pairwise(offsets.tolist())
@@ -175,17 +179,49 @@ def _sign(
 def permutations_of(settings: DedupConfig) -> "Permutations":
     """Factors (odd) and summands of datasketch's scheme "affine32", (bands * rows,) each.
 
-    Drawn as the library draws them, whose import takes as long as signing some ten MB; a test holds both
-    equal.
+    The library takes half a second to import, as long as some ten MB take to sign: its numbers are asked for
+    once, and kept in the user's cache with a checksum.
     """
+    bands, rows = settings.banding()
+    version = importlib.metadata.version("datasketch")
+    name = f"permutations-{version}-{bands * rows}-{settings.permutation_seed}"
+    path = Path.home() / ".cache" / "bessemer" / name
+    both = _kept(path, bands * rows)
+    if both is None:
+        both = _asked_permutations(bands * rows, settings.permutation_seed)
+        with contextlib.suppress(
+            OSError
+        ):  # a home that is not to be written: asked again next time
+            _keep(both, path)
+    return both[0], both[1]
+
+
+def _asked_permutations(count: int, seed: int) -> "npt.NDArray[np.uint32]":
+    import numpy as np
+    from datasketch import MinHash
+
+    truth = MinHash(num_perm=count, seed=seed, scheme="affine32")
+    return np.stack(cast("tuple[Any, Any]", truth.permutations)).astype(np.uint32)
+
+
+def _kept(path: Path, count: int) -> "npt.NDArray[np.uint32] | None":
+    """What `_keep` wrote, (2, count); None where it is missing or damaged."""
     import numpy as np
 
-    bands, rows = settings.banding()
-    count = bands * rows
-    # Legacy on purpose: this generator is datasketch's, and numpy has frozen its numbers (NEP 19).
-    draw = np.random.RandomState(settings.permutation_seed)
-    a = draw.randint(0, 1 << 31, count, dtype=np.uint32) * np.uint32(2) + np.uint32(1)
-    return a, draw.randint(0, 1 << 32, count, dtype=np.uint32)
+    content = path.read_bytes() if path.exists() else b""
+    body, digest = content[: 8 * count], content[8 * count :]
+    if len(body) < 8 * count or xxhash.xxh3_128_digest(body) != digest:
+        return None
+    return np.frombuffer(body, np.uint32).reshape(2, count)
+
+
+def _keep(values: "npt.NDArray[np.uint32]", path: Path) -> None:
+    """Write a file that is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    body = values.tobytes()
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as stream:
+        stream.write(body + xxhash.xxh3_128_digest(body))
+    Path(stream.name).replace(path)
 
 
 def sign_texts(

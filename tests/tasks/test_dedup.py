@@ -119,6 +119,17 @@ def test_permutations_are_those_of_datasketch(bands: int, rows: int, seed: int) 
     assert np.array_equal(np.stack(found), oracle)
 
 
+def test_kept_permutations_that_are_damaged_are_asked_for_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    asked = np.stack(permutations_of(DedupConfig()))
+    (kept,) = (tmp_path / ".cache" / "bessemer").iterdir()
+    kept.write_bytes(bytes([kept.read_bytes()[0] ^ 1]) + kept.read_bytes()[1:])
+    assert np.array_equal(np.stack(permutations_of(DedupConfig())), asked)
+    assert np.array_equal(np.stack(permutations_of(DedupConfig())), asked)
+
+
 def test_letters_with_marks_and_other_scripts_are_words() -> None:
     texts = ["café naïve ångström élève über", "один два три четыре пять шесть", "×÷ —…。，"]
     _, counts = sign_texts(pl.Series(texts), DedupConfig())
