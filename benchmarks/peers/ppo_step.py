@@ -14,7 +14,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from generation import llama
 
 
 def main() -> None:
@@ -25,6 +24,7 @@ def main() -> None:
     trl = importlib.import_module("trl.experimental.ppo.ppo_trainer")
     tokens = _counting(trl, told["pad"])
     callback = _clock(tokens)
+    llama = importlib.import_module("generation").llama  # beside this file
     policy, reference = (llama(told, weights) for _ in range(2))
     trainer = trl.PPOTrainer(
         args=_arguments(told, int(turn)),
