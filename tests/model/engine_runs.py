@@ -87,7 +87,7 @@ class Killed(BaseException):
 class BreakingJournal(Journal):
     """Dies when it is to write down a step, or has its process killed."""
 
-    def __init__(self, logs: Path, *, is_writer: bool, last: int, is_killed: bool) -> None:
+    def __init__(self, logs: Path, *, is_writer: bool, last: int, is_killed: bool = False) -> None:
         super().__init__(logs, is_writer=is_writer)
         self._last, self._is_killed = last, is_killed
 
