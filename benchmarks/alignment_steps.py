@@ -8,7 +8,6 @@ one in each step.
 """
 
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -17,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.work import Row, Work, environment, run_peer, run_stage
+from benchmarks.work import Row, Work, environment, run_own, run_peer, run_stage
 from conf.dpo import DpoConfig
 from conf.launch import LaunchConfig
 from conf.pairs import PairsConfig
@@ -71,7 +70,9 @@ def measure(work: Work) -> list[Row]:
         for kind, (title, goal, floor) in KINDS.items():
             ours, theirs = float("inf"), float("inf")
             for _ in range(TURNS):
-                ours = min(ours, _ours(work.folder, kind, course))
+                ours = min(
+                    ours, run_own("alignment_steps", work.folder, [kind, str(course)])["processor"]
+                )
                 arguments = [kind, str(course)]
                 found = run_peer(python, "alignment_steps", work.folder, arguments)
                 theirs = min(theirs, found["processor"])
@@ -118,13 +119,6 @@ def drawn(lengths: Sequence[Lengths]) -> list[dict[str, list[int]]]:
 
 def _tokens(text: str) -> int:
     return max(2, len(text.encode()) // BYTES_A_TOKEN)
-
-
-def _ours(folder: Path, kind: str, course: Path) -> float:
-    answer = folder / "answer.json"
-    module = [sys.executable, "-m", "benchmarks.alignment_steps", kind, str(course), str(answer)]
-    subprocess.run(module, check=True)
-    return json.loads(answer.read_text("utf-8"))["processor"]
 
 
 def main() -> None:

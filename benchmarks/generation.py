@@ -7,7 +7,6 @@ the processor.
 """
 
 import json
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks.work import Row, Work, environment, run_peer
+from benchmarks.work import Row, Work, environment, run_own, run_peer
 from conf.shape import ShapeConfig
 from model.generate import generate_batches
 from model.huggingface import from_hf, to_hf
@@ -43,7 +42,7 @@ def measure(work: Work) -> list[Row]:
         found: dict[str, list[dict[str, float]]] = {"ours": [], "theirs": []}
         for turn in range(TURNS):
             asked = [str(course), str(weights), str(turn)]
-            found["ours"].append(_ours(work.folder, asked))
+            found["ours"].append(run_own("generation", work.folder, asked))
             found["theirs"].append(run_peer(python, "generation", work.folder, asked))
         ours, theirs = (
             sum(turn["tokens"] for turn in turns) / sum(turn["processor"] for turn in turns)
@@ -88,12 +87,6 @@ def model_of(kind: str) -> Transformer:
     logit = END_LOGIT if kind == "unequal" else -30.0
     model.head.weight[END, 0] = logit / float(states[0, :, 0].mean())
     return model
-
-
-def _ours(folder: Path, asked: list[str]) -> dict[str, float]:
-    answer = folder / "answer.json"
-    subprocess.run([sys.executable, "-m", "benchmarks.generation", *asked, str(answer)], check=True)
-    return json.loads(answer.read_text("utf-8"))
 
 
 def main() -> None:

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 import yaml
 
+from benchmarks.distributions import closure, plain
 from conf.contract import JobFile
 from conf.launch import LaunchConfig
 from conf.pretrain import PretrainConfig
@@ -315,8 +316,8 @@ def imports(is_tiny: bool) -> dict[str, Any]:
         ).stdout  # fmt: skip
     modules = json.loads(output.rpartition("MODULES ")[2])
     by_module = metadata.packages_distributions()
-    loaded = {_plain(name) for module in modules for name in by_module.get(module, ())}
-    foreign = loaded - _closure(WORKER_NEEDS) - {"bessemer"}
+    loaded = {plain(name) for module in modules for name in by_module.get(module, ())}
+    foreign = loaded - closure(WORKER_NEEDS) - {"bessemer"}
     return {"needs": list(WORKER_NEEDS), "foreign": sorted(foreign)}
 
 
@@ -486,29 +487,6 @@ def _peak_memory() -> float:
 
 def _has(name: str) -> bool:
     return name in metadata.packages_distributions()
-
-
-def _plain(name: str) -> str:
-    return name.lower().replace("_", "-").replace(".", "-")
-
-
-def _closure(names: tuple[str, ...]) -> set[str]:
-    """Distributions with everything that they need."""
-    seen: set[str] = set()
-    left = list(names)
-    while left:
-        name = _plain(left.pop())
-        if name in seen:
-            continue
-        seen.add(name)
-        try:
-            wanted = metadata.requires(name) or []
-        except metadata.PackageNotFoundError:
-            continue
-        for line in wanted:
-            end = next((i for i, letter in enumerate(line) if letter in " ;<>=!~[("), len(line))
-            left.append(line[:end])
-    return seen
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ second of the processor, after a first iteration that does not count.
 """
 
 import json
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks.generation import END, PAD, VOCABULARY, course_of, model_of
-from benchmarks.work import Row, Work, environment, run_peer
+from benchmarks.work import Row, Work, environment, run_own, run_peer
 from conf.contract import JobFile
 from conf.launch import LaunchConfig
 from conf.ppo import PpoConfig
@@ -61,7 +60,7 @@ def measure(work: Work) -> list[Row]:
         found: dict[str, list[dict[str, float]]] = {"ours": [], "theirs": []}
         for turn in range(TURNS):
             asked = [str(course), str(weights), str(turn)]
-            found["ours"].append(_ours(work.folder, asked))
+            found["ours"].append(run_own("ppo_step", work.folder, asked))
             found["theirs"].append(run_peer(python, "ppo_step", work.folder, asked))
         ours, theirs = (
             sum(turn["tokens"] for turn in turns) / sum(turn["processor"] for turn in turns)
@@ -70,12 +69,6 @@ def measure(work: Work) -> list[Row]:
         goal = 2.0 if kind == "unequal" else 1.25
         rows.append(Row(f"PPO step, {kind} lengths", "TRL 1.12", ours, theirs, "tok/s", goal, 1.25))
     return rows
-
-
-def _ours(folder: Path, asked: list[str]) -> dict[str, float]:
-    answer = folder / "answer.json"
-    subprocess.run([sys.executable, "-m", "benchmarks.ppo_step", *asked, str(answer)], check=True)
-    return json.loads(answer.read_text("utf-8"))
 
 
 def main() -> None:

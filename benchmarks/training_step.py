@@ -5,7 +5,6 @@ are those of the processor. nanoGPT's model is no package, so that it is not her
 """
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.peers.training_step import timed
-from benchmarks.work import Row, Work, environment, run_peer
+from benchmarks.work import Row, Work, environment, run_own, run_peer
 from conf.launch import LaunchConfig
 from conf.pretrain import PretrainConfig
 from conf.shape import ShapeConfig
@@ -55,7 +54,10 @@ def measure(work: Work) -> list[Row]:
             course.write_text(json.dumps({**fields, "is_compiled": is_compiled}), "utf-8")
             seconds = dict.fromkeys(("ours", *PEERS), float("inf"))
             for _ in range(TURNS):
-                seconds["ours"] = min(seconds["ours"], _ours(work.folder, course)["processor"])
+                seconds["ours"] = min(
+                    seconds["ours"],
+                    run_own("training_step", work.folder, [str(course)])["processor"],
+                )
                 for peer in PEERS:
                     theirs = run_peer(python, "training_step", work.folder, [peer, str(course)])
                     seconds[peer] = min(seconds[peer], theirs["processor"])
@@ -67,13 +69,6 @@ def measure(work: Work) -> list[Row]:
                 for peer in PEERS
             ]  # fmt: skip
     return rows
-
-
-def _ours(folder: Path, course: Path) -> dict[str, float]:
-    answer = folder / "answer.json"
-    module = [sys.executable, "-m", "benchmarks.training_step", str(course), str(answer)]
-    subprocess.run(module, check=True)
-    return json.loads(answer.read_text("utf-8"))
 
 
 def main() -> None:

@@ -135,3 +135,11 @@ def run_peer(python: Path, script: str, folder: Path, arguments: Sequence[str]) 
     if done.returncode:
         raise RuntimeError(f"{script} {arguments[0]} failed:\n{done.stderr[-3000:]}")
     return json.loads(answer.read_text("utf-8"))
+
+
+def run_own(module: str, folder: Path, arguments: Sequence[str]) -> Any:
+    """What `python -m benchmarks.MODULE` of this environment writes as JSON to the path given to it last."""
+    answer = folder / "answer.json"
+    command = [sys.executable, "-m", f"benchmarks.{module}", *arguments, str(answer)]
+    subprocess.run(command, check=True)
+    return json.loads(answer.read_text("utf-8"))

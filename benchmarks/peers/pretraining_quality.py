@@ -69,27 +69,13 @@ class _Run:
     def _model(self) -> nn.Module:
         """litgpt's GPT of the shape, as its `pretrain.main` makes it."""
         litgpt, fabric = importlib.import_module("litgpt"), importlib.import_module("lightning")
-        shape = self.course["shape"]
-        config = litgpt.Config(
-            block_size=shape["context"],
-            n_layer=shape["layers"],
-            n_embd=shape["dim"],
-            n_head=shape["heads"],
-            n_query_groups=shape["kv_heads"],
-            intermediate_size=shape["ffn"],
-            padded_vocab_size=self.course["vocabulary"],
-            vocab_size=self.course["vocabulary"],
-            rotary_percentage=1.0,
-            parallel_residual=False,
-            bias=False,
-            norm_class_name="RMSNorm",
-            mlp_class_name="LLaMAMLP",
-        )
+        beside = importlib.import_module("training_step")  # this file's neighbour
+        config = beside.litgpt_config(self.course["shape"], self.course["vocabulary"])
         torch.manual_seed(self.course["seed"])
         model = litgpt.GPT(config)
         plain = fabric.Fabric(devices=1, accelerator="cpu")
         self.recipe.initialize_weights(plain, model, n_layer=config.n_layer, n_embd=config.n_embd)
-        if shape["is_tied"]:
+        if self.course["shape"]["is_tied"]:
             model.transformer.wte.weight = model.lm_head.weight
         return model
 

@@ -71,11 +71,9 @@ def transformers_llama(shape: dict[str, Any], vocabulary: int) -> tuple[nn.Modul
     return transformers.LlamaForCausalLM(config), loss
 
 
-def litgpt_model(shape: dict[str, Any], vocabulary: int) -> tuple[nn.Module, Loss]:
-    """Its GPT as a Llama, with the loss of its pretraining."""
-    litgpt = importlib.import_module("litgpt")
-    utils = importlib.import_module("litgpt.utils")
-    config = litgpt.Config(
+def litgpt_config(shape: dict[str, Any], vocabulary: int) -> Any:
+    """Its settings of a Llama of the shape."""
+    return importlib.import_module("litgpt").Config(
         block_size=shape["context"],
         n_layer=shape["layers"],
         n_embd=shape["dim"],
@@ -91,10 +89,16 @@ def litgpt_model(shape: dict[str, Any], vocabulary: int) -> tuple[nn.Module, Los
         mlp_class_name="LLaMAMLP",
     )
 
+
+def litgpt_model(shape: dict[str, Any], vocabulary: int) -> tuple[nn.Module, Loss]:
+    """Its GPT as a Llama, with the loss of its pretraining."""
+    litgpt = importlib.import_module("litgpt")
+    utils = importlib.import_module("litgpt.utils")
+
     def loss(model: nn.Module, ids: Tensor, labels: Tensor) -> Tensor:
         return utils.chunked_cross_entropy(model(ids), labels)
 
-    return litgpt.GPT(config), loss
+    return litgpt.GPT(litgpt_config(shape, vocabulary)), loss
 
 
 def _step(model: nn.Module, loss: Loss, *, is_bf16: bool) -> Callable[[Tensor, Tensor], None]:
