@@ -1,11 +1,13 @@
 """Measures every row and prints the table: `python -m benchmarks [--data DIR] [--megabytes N] [NAME ...]`.
 
 The text is that of DIR/pretrain (laid out as the README says), without DIR that of the demo's world.
+`NAME:PART` measures a part of a benchmark that has parts, such as `alignment_steps:dpo,real`.
 """
 
 import argparse
 import importlib
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
@@ -32,7 +34,9 @@ def main() -> None:
         rows: list[Row] = []
         try:
             for name in names:
-                rows += importlib.import_module(f"benchmarks.{name}").measure(work)
+                module, _, parts = name.partition(":")
+                part = replace(work, parts=tuple(filter(None, parts.split(","))))
+                rows += importlib.import_module(f"benchmarks.{module}").measure(part)
         finally:  # what was measured until something failed
             Console(width=WIDTH).print(_table(rows, megabytes))
 
@@ -41,7 +45,7 @@ def _names(asked: list[str]) -> list[str]:
     """Modules with a `measure`, found without importing them; raises SystemExit for a name that is none."""
     files = sorted(Path(__file__).parent.glob("*.py"))
     known = [file.stem for file in files if "\ndef measure(" in file.read_text("utf-8")]
-    if unknown := set(asked) - set(known):
+    if unknown := {name.partition(":")[0] for name in asked} - set(known):
         raise SystemExit(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(known)}")
     return asked or known
 

@@ -4,7 +4,7 @@ Rows of one length (256 tokens, half of them the answer), and rows as long as th
 DATA/preference, else the demo's world). Each side goes over the same 32 rows twice, 8 a step, one thread,
 in a process of its own, by turns; counted are the seconds of the processor of the second time. `reference
 known` leaves the reference's pass out on both sides; else ours is the one before the training, theirs the
-one in each step.
+one in each step. Parts: `equal` or `real`, and the stage (`sft`, `reward`, `dpo`, `dpo_known`).
 """
 
 import json
@@ -61,23 +61,28 @@ Lengths = tuple[int, int, int]
 def measure(work: Work) -> list[Row]:
     """For each length and stage one row, in rows (pairs) per second of the processor."""
     python = environment("alignment_steps", PACKAGES)
+    wanted = [
+        (lengths, kind)
+        for lengths in ("equal", "real")
+        for kind in KINDS
+        if work.has(lengths, kind)
+    ]
     rows: list[Row] = []
-    for name, lengths in (("256 tokens", [(128, 128, 128)] * ROWS), ("real", real_lengths(work))):
+    for name, kind in wanted:
+        lengths = real_lengths(work) if name == "real" else [(128, 128, 128)] * ROWS
         course = work.folder / "course.json"
         fields = {"shape": SHAPE, "vocabulary": VOCABULARY, "batch_rows": BATCH_ROWS}
         folder = str(work.folder / "trl")
         course.write_text(json.dumps({**fields, "rows": drawn(lengths), "folder": folder}), "utf-8")
-        for kind, (title, goal, floor) in KINDS.items():
-            ours, theirs = float("inf"), float("inf")
-            for _ in range(TURNS):
-                ours = min(
-                    ours, run_own("alignment_steps", work.folder, [kind, str(course)])["processor"]
-                )
-                arguments = [kind, str(course)]
-                found = run_peer(python, "alignment_steps", work.folder, arguments)
-                theirs = min(theirs, found["processor"])
-            rates = (ROWS / ours, ROWS / theirs)
-            rows.append(Row(f"{title}, {name}", "TRL 1.16", *rates, "rows/s", goal, floor))
+        asked = [kind, str(course)]
+        ours, theirs = float("inf"), float("inf")
+        for _ in range(TURNS):
+            ours = min(ours, run_own("alignment_steps", work.folder, asked)["processor"])
+            found = run_peer(python, "alignment_steps", work.folder, asked)
+            theirs = min(theirs, found["processor"])
+        title, goal, floor = KINDS[kind]
+        rates = (ROWS / ours, ROWS / theirs)
+        rows.append(Row(f"{title}, {name} lengths", "TRL 1.16", *rates, "rows/s", goal, floor))
     return rows
 
 

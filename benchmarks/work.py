@@ -48,6 +48,12 @@ class Work:
     """Documents of `data`, or of the demo's world."""
     megabytes: float
     """Text to work on, in 10^6 bytes of UTF-8: that of the corpus."""
+    parts: tuple[str, ...] = ()
+    """Words that the rows to be measured have; all rows without one."""
+
+    def has(self, *words: str) -> bool:
+        """Whether a row of these words is to be measured."""
+        return set(self.parts) <= set(words)
 
 
 def run_stage(
