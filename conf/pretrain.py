@@ -93,6 +93,9 @@ class PretrainConfig(Settings):
     training, and the policy is that of the best look; 0 for never, and the policy of the last step."""
     stop_gain: Annotated[float, Field(ge=0)] = 0.0
     """A gain lowers the held-out loss by more than so many nats per token."""
+    keep_best: bool = False
+    """Whether the policy is that of the look with the lowest held-out loss, as with `stop_patience`, though
+    the training goes on to its last step."""
     held_tokens: Annotated[int, Field(ge=0), RUNTIME] = 65_536
     """Held-out tokens per domain, whole documents, on which the loss is followed; 0 for none."""
     evaluate_every_steps: Annotated[int, Field(ge=0), RUNTIME] = 100
@@ -135,7 +138,9 @@ class PretrainConfig(Settings):
             )
         self._refuse_unfit_curriculum()
         wanting = [
-            name for name in ("stop_patience", "prompts", "kept_looks") if getattr(self, name)
+            name
+            for name in ("stop_patience", "keep_best", "prompts", "kept_looks")
+            if getattr(self, name)
         ]
         if wanting and not (self.held_tokens and self.evaluate_every_steps):
             raise ValueError(
@@ -148,8 +153,8 @@ class PretrainConfig(Settings):
         return self
 
     def identity(self) -> dict[str, Any]:
-        """Where looks at the held-out loss end the training, when and at what they look counts, too."""
-        decides = self.stop_patience or self.kept_looks
+        """Where looks at the held-out loss decide what is kept, when and at what they look counts, too."""
+        decides = self.keeps_best or self.kept_looks
         looks = ("held_tokens", "evaluate_every_steps") if decides else ()
         return super().identity() | {name: getattr(self, name) for name in looks}
 
@@ -166,6 +171,11 @@ class PretrainConfig(Settings):
             raise ValueError(
                 "curriculum.domain_order and phases both say which domain comes when; give one of them"
             )
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the policy is that of the best look."""
+        return self.keep_best or self.stop_patience > 0
 
     @property
     def row_tokens(self) -> int:

@@ -8,7 +8,7 @@ import torch
 
 from model.ranks import Ranks
 from model.transformer import Transformer
-from model.weights import load_tensors, save_tensors
+from model.weights import load_tensors, save_tensors, tensor_of
 
 
 @dataclass
@@ -47,4 +47,4 @@ class Best:
     def _score(self) -> float:
         if not self.path.exists():
             return -math.inf
-        return float(load_tensors(self.path)["score"])
+        return float(tensor_of(self.path, "score"))

@@ -18,8 +18,8 @@ from storage.tokens import TokenFiles
 
 
 class Looks:
-    """The looks of one job. The best model so far is kept in `state` where early stopping is asked for, the
-    weights of every so many looks in `kept`."""
+    """The looks of one job. The best model so far is kept in `state` where it is to be the policy, the weights
+    of every so many looks in `kept`."""
 
     def __init__(
         self,
@@ -39,7 +39,7 @@ class Looks:
     def at(self, step: int, model: Transformer) -> dict[str, float]:
         """Figures of the model after so many steps; its answers go to the journal."""
         figures = self._held.losses(model)
-        if self._settings.stop_patience:
+        if self._settings.keeps_best:
             self._best.offer(model, step, -figures["held_loss"])
         if self._settings.prompts and self._ranks.is_first:
             texts = continuations(model, self._files, self._settings)

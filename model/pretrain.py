@@ -78,7 +78,7 @@ def work(job: JobFile, ranks: Ranks, journal: Journal) -> dict[str, Any]:
     # A job that goes on from its last step has not ordered the windows yet.
     prepare(state.step)
     trained = engine.whole()
-    seen = looks.restore(trained) if settings.stop_patience else state.evaluation
+    seen = looks.restore(trained) if settings.keeps_best else state.evaluation
     if ranks.is_first:
         tokenizer = files.folder / TOKENIZER_FOLDER
         save_model(job.files, trained, role="policy", tokenizer=tokenizer)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -96,6 +97,12 @@ def save_tensors(
 def load_tensors(path: Path) -> dict[str, Tensor]:
     """Named tensors of a safetensors file, on the CPU."""
     return load_file(path)
+
+
+def tensor_of(path: Path, name: str) -> Tensor:
+    """One tensor of a safetensors file, without reading the others."""
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor(name)
 
 
 @dataclass(frozen=True)

@@ -138,7 +138,9 @@ def test_what_ends_a_training_early_is_identity() -> None:
     assert stopping.identity()["evaluate_every_steps"] == 100
 
 
-@pytest.mark.parametrize("fields", [{"stop_patience": 2}, {"prompts": ["The"]}])
+@pytest.mark.parametrize(
+    "fields", [{"stop_patience": 2}, {"keep_best": True}, {"prompts": ["The"]}]
+)
 def test_what_needs_looks_is_refused_without_them(fields: dict[str, object]) -> None:
     with pytest.raises(ValidationError, match="set held_tokens and evaluate_every_steps above 0"):
         settings(**fields, evaluate_every_steps=0)

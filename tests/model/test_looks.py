@@ -82,6 +82,22 @@ def test_training_ends_when_held_out_loss_gains_no_more_and_the_best_is_kept(
         assert one.read_bytes() == two.read_bytes(), name
 
 
+def test_the_best_look_is_kept_of_a_training_that_goes_on_to_its_end(
+    tmp_path: Path, tokens: Path
+) -> None:
+    settings = SETTINGS.model_copy(update={"tokens": 40 * 256, "stop_patience": 0})
+    best = settings.model_copy(update={"keep_best": True, "checkpoint_every_steps": 7})
+    figures = run(tokens, tmp_path / "best", best, last=25)
+    seen = looks(tmp_path / "best")
+    assert figures["steps"] == max(seen) == 40
+    kept = min(seen, key=seen.__getitem__)
+    assert figures["kept_step"] == kept < 40
+    run(tokens, tmp_path / "short", settings.model_copy(update={"tokens": kept * 256}))
+    for name in ("model.safetensors", "read.json"):
+        one, two = (tmp_path / attempt / "files" / name for attempt in ("best", "short"))
+        assert one.read_bytes() == two.read_bytes(), name
+
+
 @pytest.mark.parametrize("last", [6, 17])
 def test_a_kill_changes_nothing_of_it(tmp_path: Path, tokens: Path, last: int) -> None:
     settings = SETTINGS.model_copy(update={"checkpoint_every_steps": 5})
