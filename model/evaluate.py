@@ -1,69 +1,44 @@
 """The worker of the evaluate stage: scores documents and continuations, and writes answers.
 
 `python -m model.evaluate JOBFILE`. The work is cut into parts (a few subjects, documents of a domain,
-some questions), which the ranks share. Each is written whole when it is done and skipped when it is
-there already: a run that was ended goes on behind the parts that are done, on any number of ranks.
+some questions), as `model/parts.py` shares and resumes them.
 """
 
 import functools
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from conf.contract import JobFile
 from conf.evaluate import EvaluateConfig
+from model.documents import (
+    Document,
+    document_nats,
+    document_parts,
+    document_rows,
+    held_documents,
+    own_reader,
+    train_documents,
+)
 from model.generate import generate
 from model.journal import Journal
-from model.loop import Stopped
+from model.parts import Part, Rows, run_parts
 from model.ranks import Ranks
-from model.scoring import NO_LABEL, Report, padded, score_requests
+from model.scoring import Report, score_requests
 from model.transformer import Transformer, token_logprobs
 from model.weights import load_model
 from model.worker import run
 from storage.checkpoint import TOKENIZER, kept_looks
 from storage.tokenizer import ChatTokenizer
-from storage.tokens import Split, TokenFiles
+from storage.tokens import TokenFiles
 
-PART_REQUESTS = PART_DOCUMENTS = PART_ANSWERS = 256
+PART_REQUESTS = PART_ANSWERS = 256
 """About so many in a part: enough to fill batches, few enough to lose little. Not a setting: a resumed job
 must cut as the one before."""
-
-Rows = list[dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Window:
-    """A stretch of a document: all of `ids` is read, the last `scored` labels count."""
-
-    document: int
-    ids: list[int]
-    scored: int
-
-
-@dataclass(frozen=True)
-class Document:
-    """A document to be scored, in the ids of the token files."""
-
-    domain: str
-    split: Split
-    ids: npt.NDArray[Any]
-    bytes: int | None
-    """UTF-8 bytes of its text, where the token files tell."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """A stretch of the work, and the file of the attempt's state that its rows are written to."""
-
-    file: str
-    size: int
-    make: Callable[[Report], Rows]
 
 
 def main() -> None:
@@ -77,19 +52,8 @@ def work(job: JobFile, ranks: Ranks, journal: Journal) -> dict[str, Any]:
     Raises Stopped between two parts when the job is asked to stop.
     """
     every = [*_parts(job, ranks)]
-    parts = every[ranks.rank :: ranks.world]
-    done, total = 0, sum(part.size for part in parts)
     with torch.inference_mode():
-        for part in parts:
-            if ranks.is_stopping:
-                raise Stopped(f"stopped before {part.file}; the parts before it are kept")
-            before = done
-
-            def report(now: int, of: int, size: int = part.size, before: int = before) -> None:
-                journal.progress(before + size * now // max(of, 1), total, {}, unit="rows")
-
-            _once(job.state / part.file, part.make, report)
-            done += part.size
+        run_parts(every, job, ranks, journal)
     return {
         kind: sum(part.size for part in every if part.file.startswith(kind))
         for kind in ("scored", "documents", "answers")
@@ -114,13 +78,11 @@ def _parts(job: JobFile, ranks: Ranks) -> Iterator[Part]:
         load = functools.partial(model_of, weights)
         yield from _request_parts(prefix, load, tokenizer, requests, settings)
         if files is not None:
-            documents = [*_documents(files, settings, is_look=step is not None)]
-            for number, start in enumerate(range(0, len(documents), PART_DOCUMENTS)):
-                chosen = documents[start : start + PART_DOCUMENTS]
-                make = functools.partial(
-                    _scored_documents, load, files, tokenizer, chosen, settings
-                )
-                yield Part(f"{prefix}documents-{number:05d}.jsonl", len(chosen), make)
+            documents = [*held_documents(files, settings.held_documents)]
+            if settings.train_documents and step is None:
+                documents += train_documents(files, settings.train_documents)
+            make = functools.partial(_scored_documents, load, files, tokenizer, settings)
+            yield from document_parts(documents, make, prefix)
     yield from _answer_parts(job, settings, functools.partial(model_of, None), tokenizer)
 
 
@@ -150,21 +112,12 @@ def _request_parts(
         yield Part(f"{prefix}scored-{number:05d}.jsonl", len(part), make)
 
 
-def _documents(files: TokenFiles, settings: EvaluateConfig, *, is_look: bool) -> Iterator[Document]:
-    for domain in files.domains:
-        for ids, size in files.held_documents(domain, settings.held_documents):
-            yield Document(domain, "held", ids, size)
-        if settings.train_documents and not is_look:
-            for ids in files.train_documents(domain, settings.train_documents):
-                yield Document(domain, "train", ids, None)
-
-
 def _scored_documents(
     load: Callable[[], Transformer],
     files: TokenFiles,
     tokenizer: ChatTokenizer,
-    documents: Sequence[Document],
     settings: EvaluateConfig,
+    documents: Sequence[Document],
     report: Report,
 ) -> Rows:
     """Nats of each document. A policy with a tokenizer of its own reads the same text in its own tokens."""
@@ -173,69 +126,9 @@ def _scored_documents(
         ids = [document.ids.tolist() for document in documents]
     else:
         ids = tokenizer.encode_batch(texts)
-    nats = document_nats(load(), ids, tokenizer.eos, settings, report)
-    return [
-        {
-            "domain": document.domain,
-            "split": document.split,
-            "bytes": document.bytes or len(text.encode("utf-8")),
-            "characters": len(text),
-            "tokens": len(tokens),
-            "nats": value,
-        }
-        for document, text, tokens, value in zip(documents, texts, ids, nats, strict=True)
-    ]
-
-
-def document_nats(
-    model: Transformer,
-    documents: Sequence[list[int]],
-    separator: int,
-    settings: EvaluateConfig,
-    report: Report,
-) -> list[float]:
-    """Nats of every document, each token scored once, the separator before the first; 0 for an empty one.
-
-    Long documents are read in windows of the model's context; a window after the first scores the
-    last `stride` of it. The document's end token is not scored: it is no byte of the text.
-    """
-    found = [0.0] * len(documents)
-    context = model.shape.context
-    step = max(1, int(context * settings.stride))
-    windows = [
-        window
-        for place, ids in enumerate(documents)
-        if ids
-        for window in windows_of(place, [separator, *ids], context, step)
-    ]
-    windows.sort(key=lambda window: (-len(window.ids), window.document))
-    device = model.embedding.weight.device
-    for start in range(0, len(windows), settings.batch):
-        batch = windows[start : start + settings.batch]
-        ids, labels = padded(
-            [window.ids[:-1] for window in batch],
-            [
-                [NO_LABEL] * (len(window.ids) - 1 - window.scored) + window.ids[-window.scored :]
-                for window in batch
-            ],
-            device,
-        )
-        nats = -token_logprobs(model.head_weight, model.hidden(ids), labels).double().sum(1)
-        for window, value in zip(batch, nats.tolist(), strict=True):
-            found[window.document] += value
-        report(min(start + settings.batch, len(windows)), len(windows))
-    return found
-
-
-def windows_of(document: int, tokens: list[int], context: int, step: int) -> list[Window]:
-    """Windows of at most context + 1 tokens (inputs and their labels) that score each label once."""
-    windows = [Window(document, tokens[: context + 1], min(len(tokens) - 1, context))]
-    done = context + 1
-    while done < len(tokens):
-        end = min(done + step, len(tokens))
-        windows.append(Window(document, tokens[max(0, end - context - 1) : end], end - done))
-        done = end
-    return windows
+    reader = own_reader(load(), tokenizer.eos)
+    nats = document_nats(reader, ids, stride=settings.stride, batch=settings.batch, report=report)
+    return document_rows(documents, texts, ids, nats)
 
 
 def _answer_parts(
@@ -350,15 +243,6 @@ def _prompt_ids(tokenizer: ChatTokenizer, prompt: str, *, is_chat: bool) -> list
         message = {"role": "user", "content": prompt}
         return tokenizer.render([message], for_generation=True).ids
     return [tokenizer.eos, *tokenizer.encode(prompt)]
-
-
-def _once(path: Path, make: Callable[[Report], Rows], report: Report) -> None:
-    """The rows of a part, made and written whole unless the file is there."""
-    if not path.exists():
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in make(report))
-        draft = path.with_suffix(".draft")
-        draft.write_text(text, "utf-8")
-        draft.replace(path)
 
 
 def _read(path: Path) -> list[dict[str, Any]]:

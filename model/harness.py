@@ -15,8 +15,7 @@ from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 
-from conf.evaluate import EvaluateConfig
-from model.evaluate import document_nats
+from model.documents import document_nats, own_reader
 from model.generate import generate
 from model.scoring import NO_LABEL, padded
 from model.weights import load_model
@@ -53,10 +52,10 @@ class BessemerLM(LM):
     @torch.inference_mode()
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
         """Log-probability of each text: every token once, the last window with a full context."""
-        settings = EvaluateConfig(stride=1.0, batch=self._batch)
         texts = [self._tokenizer.encode(request.args[0]) for request in requests]
+        reader = own_reader(self._model, self._tokenizer.eos)
         nats = document_nats(
-            self._model, texts, self._tokenizer.eos, settings, lambda done, total: None
+            reader, texts, stride=1.0, batch=self._batch, report=lambda done, total: None
         )
         return [-value for value in nats]
 

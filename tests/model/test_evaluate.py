@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from conf.shape import ShapeConfig
-from model.evaluate import windows_of
+from model.documents import windows_of
 from model.scoring import score_requests
 from model.transformer import Transformer
 from storage.tokenizer import ChatTokenizer

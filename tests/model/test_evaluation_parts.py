@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from conf.contract import JobFile
 from conf.evaluate import EvaluateConfig
 from conf.shape import ShapeConfig
-from model import evaluate
+from model import documents, evaluate, parts
 from model.journal import Journal
 from model.loop import Stopped
 from model.ranks import Ranks
@@ -22,7 +22,8 @@ from storage.checkpoint import look_path
 from storage.tokens import TokenFiles
 from tasks.exams import Request
 from tests.model.small_jobs import write_job
-from tests.model.small_tokens import documents, write_small_tokens
+from tests.model.small_tokens import documents as small_documents
+from tests.model.small_tokens import write_small_tokens
 from tests.model.tiny import tiny_tokenizer
 
 SHAPE = ShapeConfig(dim=16, layers=1, heads=2, kv_heads=1, context=24)
@@ -31,7 +32,7 @@ SHAPE = ShapeConfig(dim=16, layers=1, heads=2, kv_heads=1, context=24)
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("inputs")
-    tokens = write_small_tokens(root / "tokens", documents(12))
+    tokens = write_small_tokens(root / "tokens", small_documents(12))
     files = TokenFiles(tokens)
     model = Transformer(SHAPE, files.meta.vocabulary, seed=3)
     save_model(root / "policy", model, role="policy", tokenizer=tokens / "tokenizer")
@@ -55,7 +56,7 @@ def job_at(attempt: Path, inputs: dict[str, Path], **fields: object) -> JobFile:
     return JobFile.model_validate_json(path.read_text("utf-8"))
 
 
-def parts(attempt: Path) -> dict[str, list[dict[str, object]]]:
+def rows_of(attempt: Path) -> dict[str, list[dict[str, object]]]:
     return {
         path.name: [json.loads(line) for line in path.read_text("utf-8").splitlines()]
         for path in sorted((attempt / "state").glob("*-*.jsonl"))
@@ -68,8 +69,9 @@ def work(job: JobFile, ranks: Ranks | None = None) -> dict[str, object]:
 
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("PART_REQUESTS", "PART_DOCUMENTS", "PART_ANSWERS"):
-        monkeypatch.setattr(evaluate, name, 2)
+    monkeypatch.setattr(evaluate, "PART_REQUESTS", 2)
+    monkeypatch.setattr(evaluate, "PART_ANSWERS", 2)
+    monkeypatch.setattr(documents, "PART_DOCUMENTS", 2)
 
 
 @pytest.mark.usefixtures("small_parts")
@@ -78,7 +80,7 @@ def test_ranks_share_the_parts_and_give_the_same_rows(
 ) -> None:
     sizes = work(job_at(tmp_path / "one", inputs))
     assert sizes == {"scored": 6, "documents": 6, "answers": 6}
-    one = parts(tmp_path / "one")
+    one = rows_of(tmp_path / "one")
     # Two subjects of three questions; six documents; greedy two, sampled four: two rows a part.
     assert [name.split("-")[0] for name in one] == ["answers"] * 3 + ["documents"] * 3 + [
         "scored"
@@ -86,7 +88,7 @@ def test_ranks_share_the_parts_and_give_the_same_rows(
     two = job_at(tmp_path / "two", inputs)
     for rank in (1, 0):
         work(two, Ranks(rank=rank, world=2))
-    assert parts(tmp_path / "two") == one
+    assert rows_of(tmp_path / "two") == one
 
 
 @pytest.mark.usefixtures("small_parts")
@@ -95,7 +97,7 @@ def test_what_is_done_is_not_done_again(
 ) -> None:
     job = job_at(tmp_path, inputs)
     ranks = Ranks()
-    original, done = evaluate._once, 0  # pyright: ignore[reportPrivateUsage]
+    original, done = parts._once, 0  # pyright: ignore[reportPrivateUsage]
 
     def once(*arguments: object) -> None:
         nonlocal done
@@ -103,7 +105,7 @@ def test_what_is_done_is_not_done_again(
         done += 1
         ranks.is_stopping = done == 4
 
-    monkeypatch.setattr(evaluate, "_once", once)
+    monkeypatch.setattr(parts, "_once", once)
     with pytest.raises(Stopped, match="the parts before it are kept"):
         work(job, ranks)
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "state").glob("*-*.jsonl")}
@@ -111,7 +113,7 @@ def test_what_is_done_is_not_done_again(
     work(job)
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     work(job_at(tmp_path / "whole", inputs))
-    assert parts(tmp_path) == parts(tmp_path / "whole")
+    assert rows_of(tmp_path) == rows_of(tmp_path / "whole")
 
 
 def nats_of(model: Transformer, ids: list[int]) -> float:
@@ -122,6 +124,11 @@ def nats_of(model: Transformer, ids: list[int]) -> float:
     return -float(logprobs[0].gather(1, row[0, 1:, None]).double().sum())
 
 
+def nats_by_windows(model: Transformer, ids: list[list[int]], separator: int) -> list[float]:
+    reader = documents.own_reader(model, separator)
+    return documents.document_nats(reader, ids, stride=1.0, batch=4, report=lambda *_: None)
+
+
 def test_another_tokenizer_reads_the_same_documents(
     tmp_path: Path, inputs: dict[str, Path]
 ) -> None:
@@ -130,7 +137,7 @@ def test_another_tokenizer_reads_the_same_documents(
     model = Transformer(SHAPE.model_copy(update={"context": 512}), other.vocabulary, seed=1)
     save_model(tmp_path / "policy", model, role="policy", tokenizer=tmp_path / "tokenizer")
     work(job_at(tmp_path, {**inputs, "policy": tmp_path / "policy"}, train_documents=2))
-    rows = parts(tmp_path)["documents-00000.jsonl"]
+    rows = rows_of(tmp_path)["documents-00000.jsonl"]
     held = [row for row in rows if row["split"] == "held"]
     texts = [
         files.tokenizer.decode(ids.tolist())
@@ -153,9 +160,8 @@ def test_rolling_loss_of_any_length_is_that_of_windows_by_hand(
 ) -> None:
     model = load_model(inputs["policy"])
     ids = [5 + i % 250 for i in range(length)]
-    settings = EvaluateConfig(stride=1.0)
     with torch.inference_mode():
-        found = evaluate.document_nats(model, [ids], 1, settings, lambda *_: None)
+        found = nats_by_windows(model, [ids], 1)
     # Windows of 24 labels behind one another; the last one reads the 24 tokens before its last label.
     row, wanted = [1, *ids], 0.0
     for start in range(0, length, 24):
@@ -176,9 +182,7 @@ def test_broken_text_is_scored_like_any_other(tmp_path: Path) -> None:
     assert "\ufffd" in tokenizer.decode(half)
     model = Transformer(SHAPE, tokenizer.vocabulary, seed=0)
     with torch.inference_mode():
-        found = evaluate.document_nats(
-            model, [half], tokenizer.eos, EvaluateConfig(), lambda *_: None
-        )
+        found = nats_by_windows(model, [half], tokenizer.eos)
     assert found == [pytest.approx(nats_of(model, [tokenizer.eos, *half]), rel=1e-6)]
 
 
@@ -193,7 +197,7 @@ def test_kept_looks_are_measured_on_the_same(tmp_path: Path, inputs: dict[str, P
         save_tensors(path, weights.state_dict())
     job = job_at(tmp_path, {**inputs, "policy": tmp_path / "policy"}, has_curve=True)
     assert work(job)["scored"] == 6
-    found = parts(tmp_path)
+    found = rows_of(tmp_path)
     for kind in ("scored", "documents"):
         now, first = found[f"{kind}-00000.jsonl"], found[f"look_000000000-{kind}-00000.jsonl"]
         assert found[f"look_000000100-{kind}-00000.jsonl"] == now
