@@ -44,6 +44,9 @@ class EvaluateConfig(Settings):
     """Whether the weights that pretraining kept on its way (`pretrain.kept_looks`) are measured too."""
     prompts: tuple[str, ...] = ()
     """Questions that every checkpoint answers, shown side by side in the report."""
+    held_questions: Annotated[int, Field(ge=0)] = 64
+    """First questions of held-out conversations, spread evenly, that are answered where the input
+    `conversations` is named; 0 for all. Every checkpoint gives one greedy answer."""
     samples: Annotated[int, Field(ge=1)] = 1
     """Answers to each of the world's held-out questions; the fixed prompts get one greedy answer."""
     temperature: Annotated[float, Field(gt=0)] = 1.0

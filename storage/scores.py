@@ -198,8 +198,8 @@ def _ends(values: "npt.NDArray[np.float64]") -> tuple[float, float]:
 @dataclass(frozen=True)
 class Scores(Artifact):
     """Figures in `files/scores.json`; where there are such, in `answers.jsonl` what the model wrote, in
-    `curve.jsonl` some of the figures after so many steps of its training, and in `judgements.jsonl` what
-    a judge, machine or human, said of answers."""
+    `curve.jsonl` some of the figures after so many steps of its training, in `trials.jsonl` what some of the
+    figures are means of, and in `judgements.jsonl` what a judge, machine or human, said of answers."""
 
     kind: ClassVar[str] = "scores"
 
@@ -216,6 +216,11 @@ class Scores(Artifact):
         """`step` and the figures then, in order of the steps."""
         return _rows(self.files / "curve.jsonl")
 
+    def trials(self) -> list[dict[str, Any]]:
+        """`figure`, `id`, `value` and `weight` of every document and question that was scored, so that two
+        checkpoints can be compared on each."""
+        return _rows(self.files / "trials.jsonl")
+
     def judgements(self) -> list[dict[str, Any]]:
         """One row a score (`name`, `score`) or pair (`one`, `other`, `verdict`), with `question`, the id of
         what was answered."""
@@ -228,6 +233,7 @@ class Scores(Artifact):
         answers: Sequence[dict[str, Any]] = (),
         curve: Sequence[dict[str, Any]] = (),
         judgements: Sequence[dict[str, Any]] = (),
+        trials: Sequence[dict[str, Any]] = (),
     ) -> None:
         """Write the files; the interval of a figure without a trial is written as its value."""
         content = {
@@ -239,7 +245,7 @@ class Scores(Artifact):
         (files / "scores.json").write_text(
             json.dumps(content, ensure_ascii=False, indent=1) + "\n", "utf-8"
         )
-        tables = {"answers": answers, "curve": curve, "judgements": judgements}
+        tables = {"answers": answers, "curve": curve, "judgements": judgements, "trials": trials}
         for name, rows in tables.items():
             if rows:
                 lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -10,17 +10,21 @@ from typing import Any
 from conf.evaluate import EvaluateConfig
 from storage.artifact import Artifact
 from storage.checkpoint import Policy, ReadWindows, RewardModel, kept_looks
+from storage.conversations import Conversations, first_user_turn
 from storage.jsonl import read_jsonl
 from storage.scores import Figure, Scores, table_rows
 from storage.tokens import Tokens
 from storage.world import World
 from tasks.evaluation_figures import (
+    HELD,
     PROMPT,
     TASK,
     baseline_figures,
     document_figures,
+    held_figures,
     overfitted,
     request_figures,
+    trials,
     world_figures,
     writing_figures,
 )
@@ -39,7 +43,7 @@ from tasks.stage import Job, stage
 
 
 @stage(
-    version=3,
+    version=4,
     uses_torch=True,
     headlines={
         "bits_per_byte/all": "bits per byte",
@@ -57,6 +61,9 @@ from tasks.stage import Job, stage
         "world/reward": "true reward",
         "world/reward_model": "reward model's score",
         "world/kl": "KL to the reference, nats",
+        "held/ended": "answers to held-out questions that end",
+        "held/reward_model": "reward model's score, held-out questions",
+        "held/kl": "KL to the reference, nats, held-out questions",
     },
 )
 def evaluate(
@@ -67,15 +74,17 @@ def evaluate(
     reference: Policy | None = None,
     reward: RewardModel | None = None,
     world: World | None = None,
+    conversations: Conversations | None = None,
 ) -> Scores:
     """Measure one checkpoint on everything it is given; every figure has n and an interval.
 
-    reads Policy, Tokens (held-out documents), a reference Policy (for the KL), a RewardModel, a World
+    reads Policy, Tokens (held-out documents), a reference Policy (for the KL), a RewardModel, a World,
+    Conversations (held-out questions)
     writes Scores   cost one forward pass of all that is scored, and the generation
     """
     requests, tasks = _requests(job, settings)
     _write_lines(job.state / "requests.jsonl", (asdict(request) for request in requests))
-    _write_lines(job.state / "questions.jsonl", _questions(settings, tasks, world))
+    _write_lines(job.state / "questions.jsonl", _questions(settings, tasks, world, conversations))
     inputs: dict[str, Artifact | None] = {
         "policy": policy,
         "tokens": tokens,
@@ -89,17 +98,20 @@ def evaluate(
             "pretrain.kept_looks, or has_curve to false"
         )
     job.metrics.update(run_worker(job, "model.evaluate", settings, given))
-    figures = _scored_figures(job.state, "", requests)
+    scored, documents = _scored(job.state, "")
+    figures = request_figures(requests, scored) | document_figures(documents)
     if tokens is not None and settings.has_baselines:
         figures |= _baselines(job, policy, tokens, settings)
     answers = _read_parts(job.state, "answers")
-    figures |= world_figures(answers, world) | writing_figures(answers, tasks)
+    figures |= world_figures(answers, world) | held_figures(answers)
+    figures |= writing_figures(answers, tasks)
     curve = [
         {"step": step, **{name: figure.model_dump() for name, figure in found.items()}}
         for step in (kept_looks(policy.files) if settings.has_curve else ())
-        if (found := _scored_figures(job.state, f"look_{step:09d}-", requests))
+        if (found := _look_figures(job.state, step, requests))
     ]
-    Scores.write(job.files, figures, answers, curve)
+    each = [*trials(requests, scored, documents)]
+    Scores.write(job.files, figures, answers, curve, trials=each)
     job.metrics["prompt_hash"] = preset_hash(settings.prompt)
     if domains := overfitted(figures):
         job.metrics["overfitted"] = domains
@@ -112,11 +124,15 @@ def evaluate(
     return Scores(job.path)
 
 
-def _scored_figures(state: Path, prefix: str, requests: Sequence[Request]) -> dict[str, Figure]:
-    """Of the documents and requests that one set of weights was given."""
-    scored = sorted(_read_parts(state, f"{prefix}scored"), key=lambda row: row["request"])
-    documents = _read_parts(state, f"{prefix}documents")
+def _look_figures(state: Path, step: int, requests: Sequence[Request]) -> dict[str, Figure]:
+    scored, documents = _scored(state, f"look_{step:09d}-")
     return request_figures(requests, scored) | document_figures(documents)
+
+
+def _scored(state: Path, prefix: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows of the requests and of the documents that one set of weights was given."""
+    scored = sorted(_read_parts(state, f"{prefix}scored"), key=lambda row: row["request"])
+    return scored, _read_parts(state, f"{prefix}documents")
 
 
 def _baselines(
@@ -160,10 +176,15 @@ def _paths(job: Job, name: str) -> Iterator[Path]:
 
 
 def _questions(
-    settings: EvaluateConfig, tasks: Sequence[Task], world: World | None
+    settings: EvaluateConfig,
+    tasks: Sequence[Task],
+    world: World | None,
+    conversations: Conversations | None,
 ) -> Iterable[dict[str, Any]]:
     asked = [(f"{PROMPT}{index}", prompt) for index, prompt in enumerate(settings.prompts)]
     asked += [(TASK + task.id, task.prompt) for task in tasks]
+    if conversations is not None:
+        asked += _held_questions(conversations, settings.held_questions)
     for name, prompt in asked:
         yield {"id": name, "prompt": prompt, "samples": 1, "is_greedy": True}
     if world is not None:
@@ -174,6 +195,16 @@ def _questions(
                 "samples": settings.samples,
                 "is_greedy": False,
             }
+
+
+def _held_questions(conversations: Conversations, count: int) -> Iterator[tuple[str, str]]:
+    """Id and text of `count` different questions, spread evenly over the held-out side; 0 for all."""
+    firsts = {first_user_turn(row["messages"]): row["id"] for row in conversations.rows("held")}
+    questions = [*firsts.items()]
+    taken = min(count or len(questions), len(questions))
+    for place in range(taken):
+        text, name = questions[place * len(questions) // taken]
+        yield f"{HELD}{name}", text
 
 
 def _write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:

@@ -1,6 +1,6 @@
 """What the rows of an evaluation come to: figures with n, interval and chance."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -27,8 +27,9 @@ OVERFIT_SHARE = 0.1
 """Held-out bits per byte that training documents have to save for their domain to be warned about."""
 PRIMARY = ("subject", "paradigm")
 """Sorts whose parts are named alone, and weigh alike in a macro mean."""
-PROMPT, TASK = "prompt/", "task/"
-"""How ids of the answers to fixed prompts and to one's own tasks begin; the others are the world's."""
+PROMPT, TASK, HELD = "prompt/", "task/", "held/"
+"""How ids of the answers to fixed prompts, one's own tasks and held-out conversations begin; the others are
+the world's."""
 
 Rows = Sequence[dict[str, Any]]
 
@@ -44,10 +45,7 @@ def request_figures(requests: Sequence[Request], scored: Rows) -> dict[str, Figu
     primary: dict[str, set[str]] = {}
     for request, row in zip(requests, scored, strict=True):
         guess = 1 / len(request.continuations)
-        for name, values in _readings(request, row).items():
-            best = max(values)
-            winners = [index for index, value in enumerate(values) if value == best]
-            hit = (request.right in winners) / len(winners)
+        for name, hit in _hits(request, row).items():
             own = [f"{name}/{tag}" for sort in PRIMARY for tag in request.tags.get(sort, ())]
             primary.setdefault(name, set()).update(own)
             others = [
@@ -69,6 +67,28 @@ def request_figures(requests: Sequence[Request], scored: Rows) -> dict[str, Figu
             each = [(hits[part], None) for part in sorted(parts)]
             figures[f"{group}/macro"] = macro_mean(each, chance=figures[name].chance)
     return figures
+
+
+def trials(requests: Sequence[Request], scored: Rows, documents: Rows) -> Iterator[dict[str, Any]]:
+    """What accuracies of whole groups and held-out bits per byte of domains are means of, one by one."""
+    for request, row in zip(requests, scored, strict=True):
+        for name, hit in _hits(request, row).items():
+            yield {"figure": name, "id": request.id, "value": hit, "weight": 1}
+    held = [row for row in documents if row["split"] == "held"]
+    for domain, rows in _by_domain(held).items():
+        for number, (value, size) in enumerate(zip(*_bits(rows), strict=True)):
+            if domain != "all":
+                name = f"{BITS}{domain}"
+                yield {"figure": name, "id": str(number), "value": value, "weight": size}
+
+
+def _hits(request: Request, row: dict[str, Any]) -> dict[str, float]:
+    """Whether the right continuation won under each reading; a share of it where several did."""
+    hits: dict[str, float] = {}
+    for name, values in _readings(request, row).items():
+        winners = [index for index, value in enumerate(values) if value == max(values)]
+        hits[name] = (request.right in winners) / len(winners)
+    return hits
 
 
 def _readings(request: Request, row: dict[str, Any]) -> dict[str, list[float]]:
@@ -199,17 +219,33 @@ def world_figures(answers: Rows, world: World | None) -> dict[str, Figure]:
     judged: dict[str, list[float]] = {}
     clusters: list[str] = []
     for row in answers:
-        if row["id"].startswith((PROMPT, TASK)):
+        if row["id"].startswith((PROMPT, TASK, HELD)):
             continue
         verdict = world.judge(row["id"], row["answer"], ended=row["is_ended"])
         row["judgement"] = asdict(verdict)
         clusters.append(row["id"].split("#")[0])
         for name, value in row["judgement"].items():
             judged.setdefault(f"world/{name}", []).append(float(value))
-        for name in ("kl", "reward_model"):
-            if name in row:
-                judged.setdefault(f"world/{name}", []).append(row[name])
+        for name, value in _told(row).items():
+            judged.setdefault(f"world/{name}", []).append(value)
     return {name: mean(values, clusters=clusters) for name, values in judged.items()}
+
+
+def held_figures(answers: Rows) -> dict[str, Figure]:
+    """Of the answers to the first questions of held-out conversations."""
+    found: dict[str, list[float]] = {}
+    for row in answers:
+        if row["id"].startswith(HELD):
+            for name, value in {"ended": float(row["is_ended"]), **_told(row)}.items():
+                found.setdefault(f"{HELD}{name}", []).append(value)
+    return {name: mean(values) for name, values in found.items()}
+
+
+def _told(row: Mapping[str, Any]) -> dict[str, float]:
+    """What the worker said of an answer: its length, and where they were asked the reference and a reward
+    model."""
+    names = {"answer_tokens": "tokens", "kl": "kl", "reward_model": "reward_model"}
+    return {name: float(row[key]) for name, key in names.items() if key in row}
 
 
 def writing_figures(answers: Rows, tasks: Sequence[Task]) -> dict[str, Figure]:

@@ -12,6 +12,7 @@ from conf.shape import ShapeConfig
 from model.transformer import Transformer
 from model.weights import save_model, save_tensors
 from storage.checkpoint import Policy, look_path
+from storage.conversations import Conversations
 from storage.scores import Scores
 from storage.source import HashCache, resolve
 from storage.store import Store
@@ -54,6 +55,20 @@ def job_at(root: Path, settings: EvaluateConfig) -> Job:
     )
 
 
+def held_conversations(path: Path) -> Conversations:
+    questions = ["0?", "1?", "2?", "0?", "4?"]
+    rows = [
+        {"id": f"c{n}", "messages": [{"role": "user", "content": q}, {"role": "assistant", "content": "!"}]}
+        for n, q in enumerate(questions)
+    ]  # fmt: skip
+    chats = Conversations(path)
+    chats.files.mkdir(parents=True)
+    (chats.files / "held.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows), "utf-8"
+    )
+    return chats
+
+
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.soak)])
 def test_own_tasks_curve_and_watch(
     tmp_path: Path,
@@ -70,13 +85,17 @@ def test_own_tasks_curve_and_watch(
         has_curve=True,
         max_new_tokens=4,
         prompts=("冬天",),
+        held_questions=2,
         launch=LaunchConfig(
             threads=1, processes=processes, engine="plain" if processes == 1 else "ddp"
         ),
     )
     job = job_at(tmp_path, settings)
     policy, tokens = inputs
-    scores = evaluate(job, policy=policy, tokens=tokens, settings=settings)
+    chats = held_conversations(tmp_path / "chats")
+    scores = evaluate(
+        job, policy=policy, tokens=tokens, settings=settings, conversations=chats, reference=policy
+    )
     assert isinstance(scores, Scores)
     figures = scores.figures()
     assert figures["own_mine/accuracy"].n == 1
@@ -88,7 +107,12 @@ def test_own_tasks_curve_and_watch(
     # An untrained model knows training documents no better.
     assert abs(figures["overfit/all"].value) < 0.1 * figures["bits_per_byte/all"].value
     assert "overfitted" not in job.metrics
-    assert [row["id"] for row in scores.answers()] == ["prompt/0", "task/mine/2"]
+    # Of five conversations with four different questions two are asked, the first and the third.
+    asked = ["held/c3", "held/c2"]
+    assert [row["id"] for row in scores.answers()] == ["prompt/0", "task/mine/2", *asked]
+    assert figures["held/answer_tokens"].n == 2
+    assert figures["held/kl"].value == pytest.approx(0.0, abs=1e-5)  # it is its own reference
+    assert len(scores.trials()) == 1 * 2 + figures["bits_per_byte/all"].n
     # The look has the policy's own weights.
     (look,) = scores.curve()
     assert look["step"] == 7

@@ -6,8 +6,10 @@ import pytest
 
 from tasks.evaluation_figures import (
     document_figures,
+    held_figures,
     overfitted,
     request_figures,
+    trials,
     writing_figures,
 )
 from tasks.exams import Request, Task
@@ -56,6 +58,31 @@ def test_accuracy_by_subject_category_and_difficulty() -> None:
     assert found["exam_letter/accuracy/difficulty=college"].value == 0.5
     assert found["exam_letter/macro"].value == 0.5  # physics 1/2, law 1/2
     assert found["exam_letter/centred"].value == 0  # (0.5 - 0.5) / (1 - 0.5)
+
+
+def test_every_trial_of_a_figure_is_told() -> None:
+    requests = [request(0, 0), request(1, 1)]
+    documents = [
+        document("web", "held", 20, 10), document("books", "held", 30, 30),
+        document("web", "train", 5, 10), document("web", "held", 80, 20),
+    ]  # fmt: skip
+    found = [*trials(requests, [scored(-1, -2), scored(-2, -2)], documents)]
+    assert [tuple(row.values()) for row in found] == [
+        ("exam_letter/accuracy", "0", 1.0, 1), ("exam_letter/accuracy", "1", 0.5, 1),
+        ("bits_per_byte/books", "0", pytest.approx(1.0), 30),
+        ("bits_per_byte/web", "0", pytest.approx(2.0), 10),
+        ("bits_per_byte/web", "1", pytest.approx(4.0), 20),
+    ]  # fmt: skip
+
+
+def test_answers_to_held_out_questions_have_figures_of_their_own() -> None:
+    answers = [
+        {"id": "held/a", "is_ended": True, "tokens": 4, "kl": 1.0},
+        {"id": "held/b", "is_ended": False, "tokens": 8, "kl": 2.0},
+        {"id": "prompt/0", "is_ended": False, "tokens": 100, "kl": 9.0},
+    ]
+    values = {name: figure.value for name, figure in held_figures(answers).items()}
+    assert values == {"held/ended": 0.5, "held/answer_tokens": 6.0, "held/kl": 1.5}
 
 
 def test_whole_options_are_compared_per_byte() -> None:
