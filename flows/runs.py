@@ -156,9 +156,10 @@ class Home:
         return self.runs / run_id
 
     def store(self, composed: Mapping[str, Any] | None = None) -> Store:
-        """The store that a recipe names, else the one in this home."""
+        """The store that a recipe names, else `$BESSEMER_STORE`, else the one in this home."""
         named = (composed or {}).get("store")
         url = named.get("url") if isinstance(named, dict) else named
+        url = url or os.environ.get("BESSEMER_STORE")
         if not url:
             return open_store(str(self.path / "store"))
         return open_store(str(url), cache=self.path / "cache")

@@ -39,6 +39,8 @@ IDLE_SECONDS = 900.0
 LOG_TAIL_LINES = 15
 NAMES = ("watcher", "worker", "mlflow", "prefect")
 """In the order in which they are ended: the worker still has to tell the server."""
+EXTERNAL = "BESSEMER_SERVICES"
+"""Set to `external` in a deployment whose services something else starts, such as Docker Compose."""
 QUIET = {
     "DO_NOT_TRACK": "1",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -101,7 +103,9 @@ def ensure_prefect(home: Home) -> str:
 
 
 def up(home: Home) -> list[Service]:
-    """Start what is not running and keep all until `down`."""
+    """Start what is not running and keep all until `down`; nothing where others see to the services."""
+    if os.environ.get(EXTERNAL) == "external":
+        return []
     folder = _folder(home)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "keep").touch()
