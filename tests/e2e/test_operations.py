@@ -87,6 +87,12 @@ def of_tag(bessemer: Command, tag: str) -> list[str]:
     return [run["state_type"] for run in found]
 
 
+def planned(bessemer: Command) -> list[Any]:
+    """Runs that the server has put down for schedules."""
+    body = {"flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}}}
+    return [run for run in bessemer.ask("flow_runs/filter", body) if run["auto_scheduled"]]
+
+
 def shards(bessemer: Command) -> dict[str, int]:
     """Shards of the newest run, built and reused."""
     newest = next(bessemer.home.records())
@@ -167,6 +173,8 @@ def test_a_schedule_is_put_replaced_and_outlives_the_worker(bessemer: Command) -
     (schedule,) = known[0]["schedules"]
     assert schedule["active"]
     assert schedule["schedule"]["cron"] == "0 3 * * *"
+    wait_for(lambda: planned(bessemer))
+    assert all(run["parameters"]["overrides"] == ["seed=3"] for run in planned(bessemer))
     assert bessemer("deploy", "notes.yaml", "--end") == ""
 
 
