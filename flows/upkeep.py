@@ -39,6 +39,10 @@ def check(
         if fingerprints is not None
         else list(store.records())
     )
+    unreadable = [
+        {"fingerprint": name, "stage": "", "node": "", "kind": "", "wrong": reason}
+        for name, reason in store.set_aside.items()
+    ]
     damaged: list[dict[str, str]] = []
     for record in records:
         if wrong := store.verify(record.fingerprint, full=is_full):
@@ -55,7 +59,7 @@ def check(
         # An artifact whose part is missing is whole again when the part has been rebuilt.
         if not all(line.startswith("part ") for line in item["wrong"].split("; ")):
             store.quarantine(item["fingerprint"], item["wrong"])
-    return len(records), damaged
+    return len(records) + len(unreadable), [*unreadable, *damaged]
 
 
 def roots(home: Home, keep_runs: int) -> set[str]:

@@ -10,6 +10,7 @@ still works, and ends soon after the last holder.
 """
 
 import json
+import logging
 import os
 import select
 import socket
@@ -29,6 +30,7 @@ from storage.bucket import Bucket
 LEASE_SECONDS = 60.0
 BEAT_SECONDS = 10.0
 LOOK_SECONDS = 1.0
+_log = logging.getLogger("bessemer.store")
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,8 @@ class RemoteLease:
             stored = self.bucket.get(key_of(self.fingerprint))
             if stored and json.loads(stored.content)["holder"] == self.holder:
                 self.bucket.delete([key_of(self.fingerprint)])
+        except Exception as error:  # noqa: BLE001 - an outage has many types, and what was built is there
+            _log.warning("the lease of %s is left to run out: %s", self.fingerprint, error)
         finally:
             lock.release()
 
@@ -171,8 +175,10 @@ def _beat(bucket: Bucket, task: dict[str, str], beaten: dict[str, float]) -> boo
     stored = bucket.get(key)
     if stored is None or stored.etag != task["etag"]:
         return False
-    content: dict[str, Any] = {**json.loads(stored.content), "beat": uuid.uuid4().hex}
-    etag = bucket.put(key, json.dumps(content).encode(), if_etag=task["etag"])
+    fresh = json.dumps({**json.loads(stored.content), "beat": uuid.uuid4().hex}).encode()
+    etag = bucket.put(key, fresh, if_etag=task["etag"])
+    if etag is None and (stored := bucket.get(key)) and stored.content == fresh:
+        etag = stored.etag  # the client repeated a put whose answer was lost: it is ours
     beaten[fingerprint] = time.monotonic()
     task["etag"] = etag or ""
     return etag is not None

@@ -1,6 +1,7 @@
 """Functions in a user's own file, which a recipe names and whose content enters identity."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,3 +17,22 @@ def own_function(path: Path, name: str, shape: str) -> Callable[..., Any]:
     if not callable(function := names.get(name)):
         raise ValueError(f"{path} has no function `{name}`; it needs {shape}")
     return function
+
+
+def own_scores(paths: Sequence[Path]) -> Callable[[Mapping[str, Any]], float]:
+    """The sum of what the functions `score(answer)` of users' files give an answer.
+
+    Raises ValueError, as does the sum for what is no finite number.
+    """
+    shape = "`def score(answer) -> float`, given a dict with text, is_ended, messages, reference"
+    functions = [(path, own_function(path, "score", shape)) for path in paths]
+
+    def score(path: Path, function: Callable[..., Any], answer: Mapping[str, Any]) -> float:
+        value = function(dict(answer))
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            raise ValueError(
+                f"{path}: score gave {value!r} for the answer {answer['text'][:80]!r}; it must be a finite number"
+            )
+        return float(value)
+
+    return lambda answer: sum(score(*one, answer) for one in functions)

@@ -1,8 +1,19 @@
 """The record of an artifact: what it is, what it was made from, and how."""
 
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+
+def inside(name: str) -> str:
+    """The name, which must lead to a place below the folder that it is joined to. Raises ValueError."""
+    if name.startswith("/") or not set(name.split("/")).isdisjoint(("", ".", "..")):
+        raise ValueError(f"{name!r} leads out of its folder; an artifact holds only its own files")
+    return name
+
+
+Fingerprint = Annotated[str, Field(pattern=r"^[0-9A-Za-z_-]+$")]
+"""Names a folder of the store."""
 
 
 class FileEntry(BaseModel):
@@ -10,7 +21,7 @@ class FileEntry(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str
+    name: Annotated[str, AfterValidator(inside)]
     size: int
     xxh3: str
     """xxh3-128 of the bytes, hexadecimal."""
@@ -30,7 +41,7 @@ class Record(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    fingerprint: str
+    fingerprint: Fingerprint
     kind: str
     stage: str
     digest: str
@@ -38,7 +49,7 @@ class Record(BaseModel):
     identity: dict[str, Any]
     """What the fingerprint is the sha256 of: stage, version, settings, input and source digests."""
     inputs: dict[str, InputEntry | dict[str, InputEntry]] = Field(default_factory=dict)
-    parts: list[str] = Field(default_factory=list)
+    parts: list[Fingerprint] = Field(default_factory=list)
     """Fingerprints of the artifacts (shards) that the files refer to."""
     files: list[FileEntry] = Field(default_factory=list)
     metrics: dict[str, Any] = Field(default_factory=dict)

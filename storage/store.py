@@ -24,7 +24,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -125,13 +124,15 @@ class Store:
             if cache is None:
                 raise ValueError(f"{self.url} needs a local folder too; give the store a cache")
             self.root = cache.absolute()
-            self._remote = Remote(self.url, self.root)
+            self._remote = Remote(self.url, self.root, self.quarantine)
         elif "://" in self.url:
             raise ValueError(f"{self.url} is no store; give a folder or s3://bucket/prefix")
         else:
             self.root = Path(root).expanduser().absolute()
             self.url = str(self.root)
         self._trash = self.root / "trash"
+        self.set_aside: dict[str, str] = {}
+        """Fingerprint -> why, of what this store object has found damaged and moved to quarantine."""
 
     @property
     def sources(self) -> Path:
@@ -165,11 +166,7 @@ class Store:
         if self._remote:
             stored = self._remote.record(_checked(fingerprint))
             return stored.record if stored else None
-        try:
-            return local.read_record(self.path_of(fingerprint))
-        except ValueError as error:
-            self.quarantine(fingerprint, str(error))
-            return None
+        return self._read_record(fingerprint)
 
     def records(self) -> Iterator[Record]:
         """The record of every artifact, in no order."""
@@ -283,11 +280,13 @@ class Store:
         target.parent.mkdir(parents=True, exist_ok=True)
         if self._remote:
             self._remote.quarantine(fingerprint, target.name, reason)
-        if not self.path_of(fingerprint).exists() or not local.try_rename(
-            self.path_of(fingerprint), target
-        ):
-            target.mkdir(parents=True)
+        try:
+            local.try_rename(self.path_of(fingerprint), target)
+        except FileNotFoundError:
+            # Only on S3, or somebody else was faster; the reason is kept in either case.
+            target.mkdir(exist_ok=True)
         local.write_atomically(target / "reason.txt", f"{reason}\n".encode())
+        self.set_aside[fingerprint] = reason
         _log.warning("artifact %s is damaged and was moved aside: %s", fingerprint, reason)
         return target
 
@@ -323,15 +322,9 @@ class Store:
 
     def _find(self, fingerprint: str, seen: set[str]) -> Path | None:
         path = self.path_of(fingerprint)
-        if self._remote and not self._remote.fetch(
-            fingerprint, path, partial(self.quarantine, fingerprint)
-        ):
+        if self._remote and not self._remote.fetch(fingerprint, path):
             return None
-        try:
-            record = local.read_record(path)
-        except ValueError as error:
-            self.quarantine(fingerprint, str(error))
-            return None
+        record = self._read_record(fingerprint)
         if record is None:
             return None
         if wrong := local.wrong_names_and_sizes(path, record):
@@ -342,6 +335,21 @@ class Store:
         seen.add(fingerprint)
         parts = [part for part in record.parts if part not in seen]
         return path if all(self._each(lambda part: self._find(part, seen), parts)) else None
+
+    def _read_record(self, fingerprint: str) -> Record | None:
+        """The record at an artifact's place. What lies there without a readable one is set aside: the
+        place would stay taken otherwise."""
+        path = self.path_of(fingerprint)
+        try:
+            record = local.read_record(path)
+            # Looked at twice: it may have been committed between the two looks.
+            if record or not path.is_dir() or (record := local.read_record(path)):
+                return record
+            reason = f"{local.RECORD}: missing"
+        except ValueError as error:
+            reason = str(error)
+        self.quarantine(fingerprint, reason)
+        return None
 
     def _was_replaced(self, path: Path, record: Record) -> bool:
         """Whether another artifact took the place while we looked; then nothing is damaged."""

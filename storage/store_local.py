@@ -69,13 +69,20 @@ def wrong_names_and_sizes(folder: Path, record: Record) -> list[str]:
     wrong: list[str] = []
     for entry in record.files:
         try:
-            size = (folder / "files" / entry.name).stat().st_size
+            status = (folder / "files" / entry.name).lstat()
         except (FileNotFoundError, NotADirectoryError):
             wrong.append(f"files/{entry.name}: missing, {entry.size} bytes expected")
             continue
-        if size != entry.size:
-            wrong.append(f"files/{entry.name}: {size} bytes found, {entry.size} expected")
+        if not stat.S_ISREG(status.st_mode) or _is_below_link(folder / "files", entry.name):
+            wrong.append(f"files/{entry.name}: a link or device found, a plain file expected")
+        elif status.st_size != entry.size:
+            wrong.append(f"files/{entry.name}: {status.st_size} bytes found, {entry.size} expected")
     return wrong
+
+
+def _is_below_link(files: Path, name: str) -> bool:
+    above = Path(name).parents
+    return any((files / folder).is_symlink() for folder in above)
 
 
 def wrong_bytes(folder: Path, entries: Iterable[FileEntry]) -> list[str]:
@@ -98,11 +105,15 @@ def write_atomically(path: Path, content: bytes) -> None:
     """Replace a file in one step; after a crash it has its old or its new content."""
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    with fresh.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    fresh.replace(path)
+    try:
+        with fresh.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        fresh.replace(path)
+    finally:
+        # On a full disk the draft stays behind otherwise, and takes what is left of the room.
+        fresh.unlink(missing_ok=True)
     flush_folder(path.parent)
 
 

@@ -12,14 +12,25 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import BaseModel, ValidationError
+
 from storage import lease_s3
 from storage import store_local as local
 from storage.bucket import Bucket
 from storage.lease_s3 import LeaseDesk, RemoteLease
-from storage.record import FileEntry, Record
+from storage.record import FileEntry, Fingerprint, Record, inside
 
 FETCH_TRIES = 3
+FOLDERS = ("files", "logs")
+"""What an artifact has beside its record."""
 Found = tuple[str, str, str, int]
+
+
+class _Envelope(BaseModel):
+    """Content of record.json."""
+
+    attempt: Fingerprint
+    record: Record
 
 
 @dataclass(frozen=True)
@@ -39,21 +50,25 @@ class StoredRecord:
 class Remote:
     """A store at `s3://bucket/prefix`, with `home` as the folder in which its artifacts are read."""
 
-    def __init__(self, url: str, home: Path) -> None:
+    def __init__(self, url: str, home: Path, on_damage: Callable[[str, str], object]) -> None:
+        """`on_damage` is told of a damaged artifact, its fingerprint and what is wrong, to set it aside."""
         self.bucket = Bucket(url)
         """All objects of the store."""
         self._home = home
+        self._on_damage = on_damage
         self._desk = LeaseDesk(url, self.bucket, home)
 
     def record(self, fingerprint: str) -> StoredRecord | None:
-        """The record of an artifact, None when there is none."""
+        """The record of an artifact, None when there is none that can be read."""
         stored = self.bucket.get(_record_key(fingerprint))
         if stored is None:
             return None
-        content = json.loads(stored.content)
-        return StoredRecord(
-            content["attempt"], Record.model_validate(content["record"]), stored.etag
-        )
+        try:
+            content = _Envelope.model_validate_json(stored.content)
+        except ValidationError as error:
+            self._on_damage(fingerprint, f"record.json is not a record: {error}")
+            return None
+        return StoredRecord(content.attempt, content.record, stored.etag)
 
     def fingerprints(self) -> list[str]:
         """Everything that has objects, committed or not."""
@@ -67,14 +82,14 @@ class Remote:
         """Whether any machine holds the lease."""
         return lease_s3.is_held(self.bucket, fingerprint)
 
-    def fetch(self, fingerprint: str, path: Path, on_damage: Callable[[str], object]) -> bool:
+    def fetch(self, fingerprint: str, path: Path) -> bool:
         """Have a sound copy of an artifact at `path`; False when the store has no sound one."""
         for _ in range(FETCH_TRIES):
             stored = self.record(fingerprint)
             if stored is None:
                 return False
             if wrong := self._wrong_sizes(stored):
-                on_damage("; ".join(wrong))
+                self._on_damage(fingerprint, "; ".join(wrong))
                 return False
             if _is_copy(path, stored.record):
                 return True
@@ -83,7 +98,7 @@ class Remote:
             except FileNotFoundError:
                 continue  # replaced while we read; the new record names other objects
             if wrong:
-                on_damage("; ".join(wrong))
+                self._on_damage(fingerprint, "; ".join(wrong))
                 return False
             return True
         raise FileNotFoundError(f"{fingerprint} was replaced {FETCH_TRIES} times while it was read")
@@ -91,7 +106,7 @@ class Remote:
     def publish(self, attempt: Path, record: Record, *, replace: bool) -> bool:
         """Upload an attempt and commit it; False when a sound artifact was there first."""
         mine = StoredRecord(uuid.uuid4().hex[:16], record, "")
-        for part in ("files", "logs"):
+        for part in FOLDERS:
             names = local.list_files(attempt / part)
             self.bucket.upload(attempt / part, names, f"{mine.prefix}{part}/")
         content = json.dumps(
@@ -109,7 +124,7 @@ class Remote:
                     self._delete(winner.prefix)
                     return True
             elif wrong := self._wrong_sizes(winner):
-                self.quarantine(record.fingerprint, _quarantine_id(record), "; ".join(wrong))
+                self._on_damage(record.fingerprint, "; ".join(wrong))
             else:
                 self._delete(mine.prefix)
                 return False
@@ -135,7 +150,7 @@ class Remote:
         stored = self.bucket.get(_record_key(fingerprint))
         if stored is None:
             return
-        kept = {"reason": reason, "stored": json.loads(stored.content)}
+        kept = {"reason": reason, "stored": stored.content.decode("utf-8", "backslashreplace")}
         self.bucket.put(f"quarantine/{name}.json", json.dumps(kept, ensure_ascii=False).encode())
         self.bucket.delete([_record_key(fingerprint)])
 
@@ -188,11 +203,13 @@ class Remote:
 
     def _download(self, stored: StoredRecord, path: Path) -> list[str]:
         """Copy an artifact to `path`; what is wrong with the bytes, in words."""
+        names = {part: list(self.bucket.sizes(f"{stored.prefix}{part}/")) for part in FOLDERS}
+        if wrong := _leading_out([name for part in FOLDERS for name in names[part]]):
+            return wrong
         incoming = self._home / "trash" / f"incoming-{uuid.uuid4().hex}"
-        for part in ("files", "logs"):
+        for part in FOLDERS:
             (incoming / part).mkdir(parents=True)
-            names = self.bucket.sizes(f"{stored.prefix}{part}/")
-            self.bucket.download(f"{stored.prefix}{part}/", names, incoming / part)
+            self.bucket.download(f"{stored.prefix}{part}/", names[part], incoming / part)
         if wrong := local.wrong_bytes(incoming, stored.record.files):
             local.move_aside(incoming, self._home / "trash")
             return wrong
@@ -213,8 +230,15 @@ def _record_key(fingerprint: str) -> str:
     return f"artifacts/{fingerprint}/record.json"
 
 
-def _quarantine_id(record: Record) -> str:
-    return f"{record.fingerprint}.{uuid.uuid4().hex[:8]}"
+def _leading_out(names: list[str]) -> list[str]:
+    """What an object's name would write elsewhere, in words: a bucket may hold any name."""
+    wrong: list[str] = []
+    for name in names:
+        try:
+            inside(name)
+        except ValueError as error:
+            wrong.append(str(error))
+    return wrong
 
 
 def _is_copy(path: Path, record: Record) -> bool:

@@ -104,3 +104,39 @@ def test_a_keeper_goes_on_through_an_outage_until_the_lease_has_run_out(
     lease.release()
     assert not lease_s3._beat_through_outages(bucket, task, beaten)
     assert bucket.get(lease_s3.key_of("x")) is None
+
+
+def test_a_beat_whose_answer_was_lost_keeps_the_lease(
+    s3_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock = tmp_path / "x.lock"
+    lease = leases.acquire(lock)
+    bucket = Bucket(f"{s3_server}/{tmp_path.name}")
+    etag = bucket.put(lease_s3.key_of("x"), b'{"holder": "h"}', if_absent=True)
+    task = {"fingerprint": "x", "lock": str(lock), "etag": etag or ""}
+    put = bucket.put
+
+    def twice(key: str, content: bytes, **condition: str) -> str | None:
+        """The client's second try meets what its first one wrote."""
+        put(key, content, **condition)  # pyright: ignore[reportArgumentType]
+        return put(key, content, **condition)  # pyright: ignore[reportArgumentType]
+
+    monkeypatch.setattr(bucket, "put", twice)
+    monkeypatch.setattr(lease_s3, "BEAT_SECONDS", 0.0)
+    for _ in range(2):
+        assert lease_s3._beat(bucket, task, {"x": time.monotonic() - 1})
+    assert lease
+
+
+def test_a_lease_that_cannot_be_freed_harms_nothing(s3_server: str, tmp_path: Path) -> None:
+    store = Store(f"{s3_server}/{tmp_path.name}", cache=tmp_path / "cache")
+    claim = claimed(store, "work")
+    assert store._remote is not None
+
+    def cut_off(key: str) -> None:
+        raise ConnectionError(key)
+
+    get, store._remote.bucket.get = store._remote.bucket.get, cut_off  # type: ignore[method-assign]
+    claim.release()
+    store._remote.bucket.get = get  # type: ignore[method-assign]
+    claimed(store, "work").release()
