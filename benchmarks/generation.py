@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.work import Row, Work, environment, run_own, run_peer
 from conf.shape import ShapeConfig
-from model.generate import generate_batches
+from model.generate import generate
 from model.huggingface import from_hf, to_hf
 from model.transformer import Transformer
 
@@ -97,10 +97,10 @@ def main() -> None:
     model = Transformer(ShapeConfig(**told["shape"]), told["vocabulary"])
     model.load_state_dict(from_hf(load_file(weights)))
     started = time.process_time()
-    found = generate_batches(
+    found = generate(
         model,
         told["prompts"],
-        batch_rows=told["at_once"],
+        at_once=told["at_once"],
         max_new_tokens=told["new_tokens"],
         temperature=1.0,
         seed=int(turn),

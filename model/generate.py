@@ -1,20 +1,24 @@
-"""Answers by sampling with a key-value cache; the noise of a row depends on nothing but its number.
+"""Answers by sampling with a key-value cache; rows come and go, and the noise of each depends on nothing but
+its number.
 
-Letters of tensor shapes: B rows, P prompt tokens (left padded), N new tokens, V vocabulary.
+Letters of tensor shapes: B rows, R prompts, P prompt tokens (right padded), N new tokens, V vocabulary, D
+width.
 """
 
+from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from model.answerer import answerer
-from model.transformer import AttentionMask, Cache, Transformer
+from model.answerer import Answerer, answerer
+from model.lanes import Lanes
+from model.transformer import Transformer
 
-ALIVE_SHARE = 0.75
-"""Rows that are done leave the batch once fewer than this share of it is still going."""
+FULL_SHARE = 0.75
+"""Prompts that wait are read as soon as no more than this share of the rows is being answered."""
 
 GOLDEN = 0x9E3779B97F4A7C15
 MIX_A, MIX_B = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
@@ -22,7 +26,7 @@ MIX_A, MIX_B = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 @dataclass(frozen=True)
 class Generated:
-    """Answers to B prompts, right padded to the longest, N tokens."""
+    """Answers to B prompts, right padded to the longest, N tokens; on the CPU."""
 
     ids: Tensor
     """(B, N) int64; the stop token is included."""
@@ -40,7 +44,6 @@ class Generated:
         return self.ids[row, : length - drop].tolist()
 
 
-@torch.no_grad()
 def generate(
     model: Transformer,
     prompts: Sequence[Sequence[int]],
@@ -51,105 +54,97 @@ def generate(
     eos: int,
     pad: int,
     rows: Sequence[int] | None = None,
+    at_once: int = 0,
 ) -> Generated:
-    """Answer a batch of prompts; temperature 0 takes the likeliest token.
+    """Answer prompts, at most `at_once` of them at a time (0 for all): as some end, others begin.
 
-    An answer is a function of its prompt, the seed and its number in `rows` (0, 1, ... by default),
-    not of the rows beside it, up to rounding. Log-probabilities at temperature 0 are those of 1.
-    Raises ValueError for an empty prompt, or when prompt and answer do not fit the context.
+    An answer is a function of its prompt, the seed and its number in `rows` (0, 1, ... by default), not
+    of the rows beside it, up to rounding. Prompts that begin together and are equal are read once.
+    Temperature 0 takes the likeliest token; log-probabilities are those of 1 then. Raises ValueError for an
+    empty prompt, or when prompt and answer do not fit the context.
     """
     _refuse_unfit(model, prompts, max_new_tokens)
-    device = model.embedding.weight.device
     numbers = range(len(prompts)) if rows is None else rows
-    noise = uniform_noise(seed, numbers, max_new_tokens).to(device)  # (B, N)
-    ids = torch.full((len(prompts), max_new_tokens), pad, dtype=torch.int64, device=device)
-    logprobs = torch.zeros(ids.shape, device=device)
-    lengths = torch.full((len(prompts),), max_new_tokens, device=device)
-    prompt_ids, padding = left_pad(prompts, pad, device)  # (B, P)
-    live = torch.arange(len(prompts), device=device)  # rows of the result that the cache holds
-    is_going = torch.ones(len(prompts), dtype=torch.bool, device=device)
-    cache = Cache(
-        model.shape,
-        len(prompts),
-        prompt_ids.shape[1] + max_new_tokens,
-        device=device,
-        dtype=model.embedding.weight.dtype,
+    noise = uniform_noise(seed, numbers, max_new_tokens).to(model.embedding.weight.device)
+    answers = [_Answer(row, tuple(prompt)) for row, prompt in enumerate(prompts)]
+    with torch.inference_mode():
+        sampler = _Sampler(answerer(model), noise, temperature, eos)
+        _answer_all(sampler, answers, at_once or len(answers))
+    lengths = [len(answer.ids) for answer in answers]
+    longest = max(lengths, default=0)
+    gaps = [longest - length for length in lengths]
+    both, shape = list(zip(answers, gaps, strict=True)), (len(answers), longest)
+    return Generated(
+        torch.tensor([a.ids + [pad] * gap for a, gap in both], dtype=torch.int64).view(shape),
+        torch.tensor([a.logprobs + [0.0] * gap for a, gap in both]).view(shape),
+        torch.tensor(lengths, dtype=torch.int64),
+        torch.tensor([answer.ids[-1] == eos for answer in answers], dtype=torch.bool),
     )
-    step_ids, answering = prompt_ids, answerer(model)
-    for step in range(max_new_tokens):
-        mask = AttentionMask(padding=padding)
-        states = answering.body.hidden(step_ids, mask=mask, cache=cache)[:, -1]
-        token, logprob = _choose(answering.logits(states).float(), temperature, noise[live, step])
-        ids[live, step] = torch.where(is_going, token, pad)
-        logprobs[live, step] = torch.where(is_going, logprob, 0.0)
-        ends = is_going & (token == eos)
-        lengths[live[ends]] = step + 1
-        is_going = is_going & ~ends
-        going = int(is_going.sum())
-        if not going:
-            break
-        if going < ALIVE_SHARE * len(live):
-            kept = is_going.nonzero()[:, 0]
-            cache.select(kept)
-            live, token, is_going = live[kept], token[kept], is_going[kept]
-            padding = None if padding is None else padding[kept]
-        step_ids = token[:, None]
-    longest = int(lengths.max()) if len(prompts) else 0
-    ended = ids.gather(1, (lengths - 1)[:, None])[:, 0] == eos
-    return Generated(ids[:, :longest], logprobs[:, :longest], lengths, ended)
 
 
-def generate_batches(
-    model: Transformer,
-    prompts: Sequence[Sequence[int]],
-    *,
-    batch_rows: int,
-    max_new_tokens: int,
-    temperature: float,
-    seed: int,
-    eos: int,
-    pad: int,
-    rows: Sequence[int] | None = None,
-) -> Generated:
-    """Answer any number of prompts, those of like length together; the order stays.
+@dataclass
+class _Answer:
+    """An answer in the making."""
 
-    `rows` are the numbers that the noise of each prompt depends on, 0, 1, ... by default.
-    """
-    numbers = range(len(prompts)) if rows is None else rows
-    order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
-    shape = (len(prompts), max_new_tokens)
-    ids, logprobs = torch.full(shape, pad, dtype=torch.int64), torch.zeros(shape)
-    lengths = torch.zeros(len(prompts), dtype=torch.int64)
-    ended = torch.zeros(len(prompts), dtype=torch.bool)
-    for start in range(0, len(order), batch_rows):
-        places = order[start : start + batch_rows]
-        part = generate(
-            model,
-            [prompts[place] for place in places],
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            seed=seed,
-            eos=eos,
-            pad=pad,
-            rows=[numbers[place] for place in places],
-        )
-        width = part.ids.shape[1]
-        ids[places, :width], logprobs[places, :width] = part.ids.cpu(), part.logprobs.cpu()
-        lengths[places], ended[places] = part.lengths.cpu(), part.ended.cpu()
-    longest = int(lengths.max()) if len(prompts) else 0
-    return Generated(ids[:, :longest], logprobs[:, :longest], lengths, ended)
+    row: int
+    prompt: tuple[int, ...]
+    ids: list[int] = field(default_factory=list[int])
+    logprobs: list[float] = field(default_factory=list[float])
+    is_done: bool = False
 
 
-def left_pad(
-    rows: Sequence[Sequence[int]], pad: int, device: torch.device | str = "cpu"
-) -> tuple[Tensor, Tensor | None]:
-    """(B, P) ids with the padding at the left, and (B,) how much of it; none where there is none."""
-    longest = max((len(row) for row in rows), default=0)
-    ids = np.full((len(rows), longest), pad, dtype=np.int64)
-    for place, row in enumerate(rows):
-        ids[place, longest - len(row) :] = row
-    padding = torch.tensor([longest - len(row) for row in rows], device=device)
-    return torch.from_numpy(ids).to(device), padding if bool((padding > 0).any()) else None
+@dataclass(frozen=True)
+class _Sampler:
+    """A model, and what decides between the tokens that it offers."""
+
+    model: Answerer
+    noise: Tensor
+    """(B, N) by row and token."""
+    temperature: float
+    eos: int
+
+    def add_tokens(self, answers: Sequence[_Answer], states: Tensor) -> None:
+        """One token to each answer, of its last state (B, D)."""
+        place = [answer.row for answer in answers], [len(answer.ids) for answer in answers]
+        logits = self.model.logits(states).float()  # (B, V)
+        tokens, logprobs = _choose(logits, self.temperature, self.noise[place])
+        both = zip(tokens.tolist(), logprobs.tolist(), strict=True)
+        for answer, (token, logprob) in zip(answers, both, strict=True):
+            answer.ids.append(token)
+            answer.logprobs.append(logprob)
+            answer.is_done = token == self.eos or len(answer.ids) == self.noise.shape[1]
+
+
+def _answer_all(sampler: _Sampler, answers: Sequence[_Answer], at_once: int) -> None:
+    # Prompts of like length begin together, and so do equal ones.
+    waiting = deque(sorted(answers, key=lambda answer: len(answer.prompt)))
+    lanes = Lanes[_Answer](sampler.model.body, at_once)
+    while waiting or lanes.rows:
+        if waiting and len(lanes.rows) <= FULL_SHARE * at_once:
+            free = min(at_once - len(lanes.rows), len(waiting))
+            _begin(sampler, lanes, [waiting.popleft() for _ in range(free)])
+        else:
+            live = lanes.rows
+            states = lanes.read(sampler.model.body, [answer.ids[-1] for answer in live])
+            sampler.add_tokens(live, states)
+        lanes.leave(lambda answer: answer.is_done)
+
+
+def _begin(sampler: _Sampler, lanes: Lanes[_Answer], answers: list[_Answer]) -> None:
+    """The first tokens of answers to prompts that are read together, each once."""
+    prompts = {
+        prompt: place for place, prompt in enumerate(dict.fromkeys(a.prompt for a in answers))
+    }
+    lengths = [len(prompt) for prompt in prompts]
+    padded = [[*prompt, *[0] * (max(lengths) - len(prompt))] for prompt in prompts]
+    cache = lanes.new_cache(len(prompts), max(lengths))
+    # What fills up the right is seen by nothing before it.
+    ids = torch.tensor(padded, device=sampler.noise.device)
+    states = sampler.model.body.hidden(ids, cache=cache)  # (R, P, D)
+    places = [prompts[answer.prompt] for answer in answers]
+    ends = [lengths[place] for place in places]
+    lanes.join(answers, cache, places, ends, max(ends) + sampler.noise.shape[1])
+    sampler.add_tokens(answers, states[places, [end - 1 for end in ends]])
 
 
 def uniform_noise(seed: int, rows: Sequence[int], steps: int) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from conf.contract import JobFile
 from conf.pairs import PairsConfig
 from model.dialogues import Renderer
-from model.generate import generate_batches
+from model.generate import generate
 from model.journal import Journal
 from model.judge import Judge
 from model.opinions import functions
@@ -230,10 +230,10 @@ class Answerer:
         """Ids of each answer; none for one that did not end."""
         settings, ranks = self._settings, self._ranks
         own = range(ranks.rank, len(prompts), ranks.world)
-        found = generate_batches(
+        found = generate(
             self._model,
             [prompts[row] for row in own],
-            batch_rows=settings.batch_rows,
+            at_once=settings.batch_rows,
             max_new_tokens=settings.max_new_tokens,
             temperature=settings.temperature,
             seed=2 * settings.seed + SPLITS.index(split),

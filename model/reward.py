@@ -18,7 +18,7 @@ from model.batches import Batch
 from model.best import Best
 from model.dialogues import Pair, Renderer
 from model.engine import Loss, build_engine
-from model.generate import generate_batches
+from model.generate import generate
 from model.journal import Journal
 from model.loop import Ended, train
 from model.packing import Packing, Sequenced, common_length, pack
@@ -308,10 +308,10 @@ def score_scale(
             f"{len(prompts)} prompts leave room for an answer of max_new_tokens="
             f"{settings.max_new_tokens} in a context of {model.shape.context}; lower max_new_tokens"
         )
-    found = generate_batches(
+    found = generate(
         policy,
         prompts,
-        batch_rows=EVALUATED_ROWS,
+        at_once=EVALUATED_ROWS,
         max_new_tokens=settings.max_new_tokens,
         temperature=settings.temperature,
         seed=settings.seed,

@@ -175,16 +175,45 @@ class Answering:
         """
         models, ranks = self.models(), self.ranks
         own = list(range(len(prompts)))[ranks.rank :: ranks.world]
+        bare = self._answered(models.policy, [prompts[row].ids for row in own], own, seed)
         size = self.micro_batch or max(1, len(own))
         parts = [
-            _roll_out(models, [prompts[row].ids for row in rows], rows, self, seed)
-            for rows in (own[start : start + size] for start in range(0, len(own), size))
+            _judged(models, _rows(bare, range(len(own))[start : start + size]), self)
+            for start in range(0, len(own), size)
         ]
         by_rank = ranks.gather((own, [_as_dict(part) for part in parts]))
         order = [row for rows, _ in by_rank for row in rows]
         whole = _join([Rollout(**part) for _, found in by_rank for part in found])
         places = sorted(range(len(order)), key=lambda place: order[place])
-        return _rows(whole, places, self.tokenizer.pad)
+        return _rows(whole, places)
+
+    def _answered(
+        self, policy: Transformer, prompts: list[list[int]], rows: Sequence[int], seed: int
+    ) -> Rollout:
+        """Answers to prompts of which nobody has said anything yet."""
+        settings, tokenizer = self.settings, self.tokenizer
+        made = generate(
+            policy,
+            prompts,
+            max_new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            seed=seed,
+            eos=tokenizer.im_end,
+            pad=tokenizer.pad,
+            rows=rows,
+            at_once=self.micro_batch,
+        )
+        mask = (torch.arange(made.ids.shape[1]) < made.lengths[:, None]).float()
+        return Rollout(
+            prompts=prompts,
+            answers=made.ids,
+            mask=mask,
+            logprobs=made.logprobs,
+            reference=torch.zeros_like(mask),
+            values=torch.zeros_like(mask),
+            scores=torch.zeros(len(rows)),
+            ended=made.ended.float(),
+        )
 
 
 def earned(rollout: Rollout, extra: Tensor, settings: PpoConfig) -> Rollout:
@@ -236,41 +265,9 @@ def apart(values: Tensor, mask: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _roll_out(
-    models: Models,
-    prompts: list[list[int]],
-    rows: Sequence[int],
-    asking: Answering,
-    seed: int,
-) -> Rollout:
-    settings, tokenizer = asking.settings, asking.tokenizer
-    made = generate(
-        models.policy,
-        prompts,
-        max_new_tokens=settings.max_new_tokens,
-        temperature=settings.temperature,
-        seed=seed,
-        eos=tokenizer.im_end,
-        pad=tokenizer.pad,
-        rows=rows,
-    )
-    places = torch.arange(made.ids.shape[1])
-    mask = (places < made.lengths.cpu()[:, None]).float()
-    bare = Rollout(
-        prompts=prompts,
-        answers=made.ids.cpu(),
-        mask=mask,
-        logprobs=made.logprobs.cpu(),
-        reference=torch.zeros_like(mask),
-        values=torch.zeros_like(mask),
-        scores=torch.zeros(len(rows)),
-        ended=made.ended.float().cpu(),
-    )
-    return _judged(models, bare, settings, asking.ranks.device)
-
-
-def _judged(models: Models, bare: Rollout, settings: PpoConfig, device: torch.device) -> Rollout:
+def _judged(models: Models, bare: Rollout, asking: Answering) -> Rollout:
     """The rollout with what the other models say of it."""
+    settings, device = asking.settings, asking.ranks.device
     rows = range(len(bare.prompts))
     batch = {name: value.to(device) for name, value in bare.packed(rows).items()}
     labels = bare.answers[bare.mask > 0].to(device)
@@ -303,11 +300,10 @@ def _as_dict(rollout: Rollout) -> dict[str, Any]:
     return {part.name: getattr(rollout, part.name) for part in fields(rollout)}
 
 
-def _rows(rollout: Rollout, rows: Sequence[int], pad: int) -> Rollout:
-    """Only those rows, padded with the token `pad`."""
+def _rows(rollout: Rollout, rows: Sequence[int]) -> Rollout:
+    """Only those rows."""
     picked = torch.as_tensor(rows)
     tensors = {n: v[picked] for n, v in _as_dict(rollout).items() if isinstance(v, Tensor)}
-    tensors["answers"] = tensors["answers"].masked_fill(tensors["mask"] == 0, pad)
     return Rollout(prompts=[rollout.prompts[row] for row in rows], **tensors)
 
 

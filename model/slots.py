@@ -13,16 +13,15 @@ from torch import Tensor
 
 from conf.serving import Ask, End, Told
 from model.generate import draw, uniform_noise
-from model.transformer import Cache, Transformer
+from model.lanes import Lanes
+from model.transformer import Transformer
 
 PREFILL_TOKENS = 512
 """Prompt tokens read in a step, padding included, so that nobody waits long for another's prompt."""
-COLUMNS = 64
-"""The cache grows by multiples of so many tokens."""
 
 
 class Slots:
-    """Rows being answered by one model. Live rows are the first ones of the cache, without a gap.
+    """Rows being answered by one model.
 
     An answer is a function of its Ask, not of the rows beside it, up to rounding.
     """
@@ -42,8 +41,7 @@ class Slots:
         self._joining: _Joining | None = None
         self._has_joined = False
         """Whether the last step was for prompts."""
-        self._live: list[_Row] = []
-        self._cache = self._new_cache(0, 0)
+        self._lanes = Lanes[_Row](model, rows)
 
     def add(self, ask: Ask) -> None:
         """Answer it as soon as there is room, in the order of coming.
@@ -61,13 +59,13 @@ class Slots:
         """Answer it no further; nothing is told of it from now on."""
         self._waiting = deque(ask for ask in self._waiting if ask.key != key)
         joining = self._joining.rows if self._joining else []
-        for row in (*self._live, *joining):
+        for row in (*self._lanes.rows, *joining):
             row.is_done = row.is_done or row.ask.key == key
 
     @property
     def is_idle(self) -> bool:
         """Whether there is nothing to do."""
-        return not (self._waiting or self._joining or self._live)
+        return not (self._waiting or self._joining or self._lanes.rows)
 
     @torch.inference_mode()
     def step(self) -> list[Told]:
@@ -80,7 +78,7 @@ class Slots:
             self._has_joined = True
             return told
         self._has_joined = False
-        return self._decode() if self._live else []
+        return self._decode() if self._lanes.rows else []
 
     def _read_prompts(self) -> list[Told]:
         """The first tokens of those whose prompts have been read to their ends."""
@@ -94,73 +92,36 @@ class Slots:
 
     def _decode(self) -> list[Told]:
         """The next token of every live row."""
-        device = self.model.embedding.weight.device
-        ids = torch.tensor([[row.last] for row in self._live], device=device)  # (B, 1)
-        lengths = [row.length for row in self._live]
-        self._cache.length = max(lengths)
-        self._cache.lengths = torch.tensor(lengths, device=device)
-        states = self.model.hidden(ids, cache=self._cache)[:, -1]
-        for row in self._live:
-            row.length += 1
-        told = self._add_tokens(self._live, states)
+        live = self._lanes.rows
+        states = self._lanes.read(self.model, [row.last for row in live])
+        told = self._add_tokens(live, states)
         self._leave()
         return told
 
     def _admit(self) -> "_Joining | None":
         """Those at the head of the queue for which there is room and which are read in one go."""
         joined: list[Ask] = []
-        columns = max((row.ask.places for row in self._live), default=0)
+        columns = max((row.ask.places for row in self._lanes.rows), default=0)
         longest = 0
-        while self._waiting and len(self._live) + len(joined) < self.rows:
+        while self._waiting and len(self._lanes.rows) + len(joined) < self.rows:
             ask = self._waiting[0]
             columns, longest = max(columns, ask.places), max(longest, len(ask.prompt))
-            if (len(self._live) + len(joined) + 1) * columns > self.tokens:
+            if (len(self._lanes.rows) + len(joined) + 1) * columns > self.tokens:
                 break
             if joined and (len(joined) + 1) * longest > PREFILL_TOKENS:
                 break
             joined.append(self._waiting.popleft())
-        return _Joining(self.model, [_Row(ask) for ask in joined]) if joined else None
+        return _Joining(self.model, self._lanes, [_Row(ask) for ask in joined]) if joined else None
 
     def _join(self, joining: "_Joining") -> None:
         places = [place for place, row in enumerate(joining.rows) if not row.is_done]
-        first = len(self._live)
-        self._live += [joining.rows[place] for place in places]
-        self._make_room()
-        for theirs, ours in zip(joining.cache.layers, self._cache.layers, strict=True):
-            for source, target in zip(theirs, ours, strict=True):
-                for slot, place in enumerate(places, start=first):
-                    length = joining.rows[place].length
-                    target[slot, :, :length] = source[place, :, :length]
+        rows = [joining.rows[place] for place in places]
+        lengths = [len(row.ask.prompt) for row in rows]
+        columns = max((row.ask.places for row in rows), default=0)
+        self._lanes.join(rows, joining.cache, places, lengths, columns)
 
     def _leave(self) -> None:
-        """Take out the rows that are done; the last row moves to where one was."""
-        for slot in reversed(range(len(self._live))):
-            if not self._live[slot].is_done:
-                continue
-            moved = self._live.pop()
-            if slot < len(self._live):
-                self._live[slot] = moved
-                for pair in self._cache.layers:
-                    for held in pair:
-                        held[slot, :, : moved.length] = held[len(self._live), :, : moved.length]
-
-    def _make_room(self) -> None:
-        """A cache that holds the live rows to their ends; it never shrinks."""
-        rows, _, columns, _ = self._cache.layers[0][0].shape
-        longest = max((row.ask.places for row in self._live), default=0)
-        if len(self._live) <= rows and longest <= columns:
-            return
-        rows = min(self.rows, max(rows, 2 * len(self._live)))
-        columns = max(columns, -(-longest // COLUMNS) * COLUMNS)
-        larger = self._new_cache(rows, columns)
-        for old, new in zip(self._cache.layers, larger.layers, strict=True):
-            for source, target in zip(old, new, strict=True):
-                target[: source.shape[0], :, : source.shape[2]] = source
-        self._cache = larger
-
-    def _new_cache(self, rows: int, columns: int) -> Cache:
-        weight = self.model.embedding.weight
-        return Cache(self.model.shape, rows, columns, device=weight.device, dtype=weight.dtype)
+        self._lanes.leave(lambda row: row.is_done)
 
     def _add_tokens(self, rows: "Sequence[_Row]", states: Tensor) -> list[Told]:
         """Choose the next token of rows whose last states (B, D) are given."""
@@ -185,8 +146,6 @@ class _Row:
 
     ask: Ask
     noise: list[float] = field(default_factory=list[float])
-    length: int = 0
-    """Tokens of it that the cache holds."""
     made: int = 0
     last: int = 0
     """The token that is to be read next."""
@@ -201,15 +160,13 @@ class _Row:
 class _Joining:
     """Prompts that are being read into a cache of their own, padded at the right."""
 
-    def __init__(self, model: Transformer, rows: list[_Row]) -> None:
+    def __init__(self, model: Transformer, lanes: Lanes[_Row], rows: list[_Row]) -> None:
         weight = model.embedding.weight
         longest = max(len(row.ask.prompt) for row in rows)
         padded = [[*row.ask.prompt, *[0] * (longest - len(row.ask.prompt))] for row in rows]
         self.rows = rows
         self.ids = torch.tensor(padded, device=weight.device)  # (R, T)
-        self.cache = Cache(
-            model.shape, len(rows), longest, device=weight.device, dtype=weight.dtype
-        )
+        self.cache = lanes.new_cache(len(rows), longest)
         self.states = weight.new_zeros(len(rows), model.shape.dim)
         """(R, D): the state behind the last token of each prompt that has been read to its end."""
 
@@ -219,9 +176,9 @@ class _Joining:
         end = min(self.ids.shape[1], start + max(1, PREFILL_TOKENS // len(self.rows)))
         states = model.hidden(self.ids[:, start:end], cache=self.cache)
         for place, row in enumerate(self.rows):
-            row.length = len(row.ask.prompt)
-            if start < row.length <= end:
-                self.states[place] = states[place, row.length - 1 - start]
+            length = len(row.ask.prompt)
+            if start < length <= end:
+                self.states[place] = states[place, length - 1 - start]
         return end == self.ids.shape[1]
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from model.generate import generate_batches
+from model.generate import generate
 from model.transformer import Transformer
 from storage.tokenizer import ChatTokenizer
 
@@ -26,10 +26,10 @@ def soundness(
     prompts = [prompt for prompt in prompts if len(prompt) <= room]
     if not prompts:
         return {}
-    found = generate_batches(
+    found = generate(
         model,
         prompts,
-        batch_rows=ROWS_AT_ONCE,
+        at_once=ROWS_AT_ONCE,
         max_new_tokens=max_new_tokens,
         temperature=1.0,
         seed=seed,

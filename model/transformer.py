@@ -72,8 +72,8 @@ class Noise:
 class Cache:
     """Keys and values of the tokens seen so far, in memory allocated once; `length` of it is filled.
 
-    With `lengths` the rows are filled each to its own length, `length` is the longest one's, and the
-    first rows are extended by one token at a time, as many as there are lengths.
+    With `lengths` the rows are filled each to its own length, `length` is the longest one's, and they are
+    extended by one token at a time. Either way the first rows are extended, as many as there are keys.
     """
 
     def __init__(
@@ -110,10 +110,10 @@ class Cache:
             rows = torch.arange(len(keys), device=keys.device)
             all_keys[rows, :, self.lengths] = keys[:, :, 0].to(all_keys.dtype)
             all_values[rows, :, self.lengths] = values[:, :, 0].to(all_values.dtype)
-            return all_keys[: len(keys), :, :end], all_values[: len(keys), :, :end]
-        all_keys[:, :, self.length : end] = keys
-        all_values[:, :, self.length : end] = values
-        return all_keys[:, :, :end], all_values[:, :, :end]
+        else:
+            all_keys[: len(keys), :, self.length : end] = keys
+            all_values[: len(keys), :, self.length : end] = values
+        return all_keys[: len(keys), :, :end], all_values[: len(keys), :, :end]
 
     def select(self, rows: Tensor) -> None:
         """Keep only those rows, in that order; a number may occur twice."""

@@ -1,10 +1,12 @@
 """Generation: the cache, the padding and the batch change nothing; the noise is a pure function."""
 
+from typing import Any
+
 import pytest
 import torch
 
 from conf.shape import ShapeConfig
-from model.generate import generate, generate_batches, left_pad, uniform_noise
+from model.generate import generate, uniform_noise
 from model.transformer import Transformer, token_logprobs
 
 PAD, EOS = 0, 3
@@ -12,14 +14,18 @@ SHAPE = ShapeConfig(dim=32, layers=2, heads=4, kv_heads=2, context=64)
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14], [15, 16]]
 
 
-@pytest.fixture(scope="module")
-def model() -> Transformer:
-    made = Transformer(SHAPE, 40, seed=3)
+def made_of(shape: ShapeConfig) -> Transformer:
+    made = Transformer(shape, 40, seed=3)
     with torch.no_grad():
         for parameter in made.parameters():  # larger weights: the choice of tokens must matter
             if parameter.dim() > 1:
                 parameter.mul_(12.0)
     return made.requires_grad_(False).eval()
+
+
+@pytest.fixture(scope="module")
+def model() -> Transformer:
+    return made_of(SHAPE)
 
 
 def test_cached_log_probabilities_are_those_of_a_full_forward_pass(model: Transformer) -> None:
@@ -40,9 +46,69 @@ def test_an_answer_does_not_depend_on_the_rows_beside_it(model: Transformer) -> 
     for row, prompt in enumerate(PROMPTS):
         alone = generate(model, [prompt], rows=[row], **settings)  # type: ignore[arg-type]
         assert alone.answer(0, keep_stop=True) == together.answer(row, keep_stop=True)
-    batched = generate_batches(model, PROMPTS, batch_rows=2, **settings)  # type: ignore[arg-type]
-    assert batched.ids.tolist() == together.ids.tolist()
-    assert batched.ended.tolist() == together.ended.tolist()
+
+
+@pytest.fixture(scope="module")
+def exact() -> Transformer:
+    """In float64: which rows are computed together moves no token."""
+    return made_of(SHAPE).double()
+
+
+@pytest.mark.parametrize("at_once", [1, 4, 16])
+def test_who_is_answered_when_changes_no_answer(exact: Transformer, at_once: int) -> None:
+    prompts = [
+        [4 + (5 * row + place) % 30 for place in range(1 + 7 * row % 19)] for row in range(40)
+    ]
+    settings = {"max_new_tokens": 44, "temperature": 4.0, "seed": 3, "eos": EOS, "pad": PAD}
+    whole = generate(exact, prompts, **settings)  # type: ignore[arg-type]
+    found = generate(exact, prompts, at_once=at_once, **settings)  # type: ignore[arg-type]
+    assert 10 < int(whole.ended.sum()) < 40
+    assert found.ids.tolist() == whole.ids.tolist()
+    assert found.ended.tolist() == whole.ended.tolist()
+    torch.testing.assert_close(found.logprobs, whole.logprobs, rtol=0, atol=1e-5)
+
+
+def test_waiting_prompts_take_the_places_of_answers_that_ended(
+    exact: Transformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = [[4 + row] for row in range(30)] * 2
+    settings = {"max_new_tokens": 60, "temperature": 4.0, "seed": 0, "eos": EOS, "pad": PAD}
+    read: list[tuple[int, int]] = []
+    hidden = Transformer.hidden
+
+    def counted(model: Transformer, ids: torch.Tensor, **given: Any) -> torch.Tensor:
+        read.append((ids.shape[0], ids.shape[1]))
+        return hidden(model, ids, **given)
+
+    monkeypatch.setattr(Transformer, "hidden", counted)
+    found = generate(exact, prompts, at_once=8, **settings)  # type: ignore[arg-type]
+    tokens = int(found.lengths.sum())
+    steps = sum(1 for rows, _ in read if rows)
+    assert all(rows <= 8 for rows, _ in read)
+    # Batches that wait for their longest answers need far more steps.
+    apart = sum(int(found.lengths[start : start + 8].max()) for start in range(0, 60, 8))
+    assert steps < 0.7 * apart
+    assert tokens / steps > 0.6 * 8
+
+
+def test_equal_prompts_are_read_once(exact: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    hidden = Transformer.hidden
+
+    def counted(model: Transformer, ids: torch.Tensor, **given: Any) -> torch.Tensor:
+        read.append(ids.numel())
+        return hidden(model, ids, **given)
+
+    monkeypatch.setattr(Transformer, "hidden", counted)
+    prompts = [[5, 6, 7, 8, 9]] * 6 + [[7, 7, 7, 7]] * 6
+    found = generate(exact, prompts, max_new_tokens=8, temperature=1.0, seed=0, eos=EOS, pad=PAD)
+    assert read[0] == 2 * 5
+    assert len({tuple(row) for row in found.ids[:6].tolist()}) > 1
+    for row, prompt in enumerate(prompts):  # each goes on from its own prompt alone
+        alone = generate(
+            exact, [prompt], max_new_tokens=8, temperature=1.0, seed=0, eos=EOS, pad=PAD, rows=[row]
+        )
+        assert alone.answer(0, keep_stop=True) == found.answer(row, keep_stop=True)
 
 
 def test_an_answer_stops_behind_its_stop_token_or_at_the_limit(model: Transformer) -> None:
@@ -94,14 +160,6 @@ def test_noise_is_uniform_and_a_function_of_seed_row_and_step() -> None:
         )
         < 60
     )
-
-
-def test_padding_is_at_the_left_and_absent_where_rows_are_equal() -> None:
-    ids, padding = left_pad([[1, 2, 3], [4]], PAD)
-    assert ids.tolist() == [[1, 2, 3], [PAD, PAD, 4]]
-    assert padding is not None
-    assert padding.tolist() == [0, 2]
-    assert left_pad([[1, 2], [3, 4]], PAD)[1] is None
 
 
 def test_what_does_not_fit_is_refused(model: Transformer) -> None:

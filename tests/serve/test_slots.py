@@ -102,8 +102,9 @@ def test_the_cache_holds_no_more_tokens_than_allowed_and_none_is_overtaken(
     for step in itertools.count():
         for one in slots.step():
             started.setdefault(one.key, step)
-        rows, _, columns, _ = slots._cache.layers[0][0].shape  # pyright: ignore[reportPrivateUsage]
-        assert len(slots._live) * columns <= 128  # pyright: ignore[reportPrivateUsage]
+        lanes = slots._lanes  # pyright: ignore[reportPrivateUsage]
+        rows, columns = lanes.room
+        assert len(lanes.rows) * columns <= 128
         assert rows <= 8
         if slots.is_idle:
             break
