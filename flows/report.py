@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.contract import METRICS
-from flows import charts, drawing
+from flows import alignment_page, charts, drawing
 from flows.headlines import headlines
 from flows.page_parts import Exact, Section, Table, blank, flat, page, read_metrics, series_of
 from flows.runs import RunRecord, StageRecord
@@ -20,16 +20,6 @@ CURVES = (
     ("gradient_norm", "", True),
     ("tokens_per_second", "", False),
 )
-ALIGNMENT_CURVES = {
-    "reward": (("accuracy", "share of pairs"), ("margin", "reward")),
-    "dpo": (("accuracy", "share of pairs"), ("chosen_reward", "nats"), ("rejected_reward", "nats")),
-    "ppo": (
-        ("reward", ""),
-        ("kl", "nats"),
-        ("clip_fraction", "share"),
-        ("ended_share", "share"),
-    ),
-}
 TITLES = {"lr": "learning rate", "kl": "KL to the reference"}
 SHOWN_PROMPTS, MOST_PROMPTS = 12, 60
 CORPUS_STAGES = ("extract", "filter", "dedup", "decontaminate")
@@ -52,9 +42,10 @@ def write_report(run_dir: Path, store: Store) -> Path:
         _corpus(run),
         _tokens(run),
         *_training(run, paths),
-        _language_model(scores),
+        _language_model(alignment_page.without_changes(run, scores)),
         _exams(scores),
         _checkpoints(run, paths),
+        alignment_page.before_and_after(run, scores),
         _judged(run, scores),
         _samples(run, paths),
         _scores(scores),
@@ -239,7 +230,10 @@ def _training(run: RunRecord, paths: Mapping[str, Path]) -> Iterator[Section]:
         if rows:
             by_stage.setdefault(run.stages[name].stage, []).append(name)
     for stage, nodes in by_stage.items():
-        wanted = [*CURVES, *((name, up, False) for name, up in ALIGNMENT_CURVES.get(stage, ()))]
+        wanted = [
+            *CURVES,
+            *((name, up, False) for name, up in alignment_page.CURVES.get(stage, ())),
+        ]
         section = Section(f"training-{stage}", f"Training: {stage}")
         for metric, up, is_log in wanted:
             series = series_of(metric, {node: curves[node] for node in nodes})
@@ -247,24 +241,11 @@ def _training(run: RunRecord, paths: Mapping[str, Path]) -> Iterator[Section]:
                 section.charts.append(
                     charts.lines(series, title=_title(metric), across="step", up=up, is_log=is_log)
                 )
-        if stage == "ppo" and (frontier := _frontier({node: curves[node] for node in nodes})):
-            section.charts.append(
-                charts.lines(frontier, title="reward against KL", across="KL, nats", up="")
-            )
+        if stage == "ppo":
+            section.charts += alignment_page.rewards({node: curves[node] for node in nodes})
         for node in nodes:
             section.tables += [*_stage_tables(run.stages[node]), _figures(run.stages[node])]
         yield section
-
-
-def _frontier(curves: Mapping[str, list[dict[str, Any]]]) -> charts.Series:
-    series = {
-        node: (
-            [row["kl"] for row in rows if "kl" in row],
-            [row["reward"] for row in rows if "kl" in row],
-        )
-        for node, rows in curves.items()
-    }
-    return {node: points for node, points in series.items() if points[0]}
 
 
 def _language_model(scores: Mapping[str, Mapping[str, Figure]]) -> Section:

@@ -14,7 +14,7 @@ from conf.contract import JobFile
 from conf.ppo import PpoConfig
 from model.judge import Judge
 from storage.jsonl import content_id
-from storage.own_code import own_function
+from storage.own_code import own_scores
 from storage.world import Facts
 
 Answer = Mapping[str, Any]
@@ -65,18 +65,8 @@ def functions(paths: Sequence[Path]) -> Opinion:
 
     Raises ValueError, as does the opinion for what is no finite number.
     """
-    shape = "`def score(answer) -> float`, given a dict with text, is_ended, messages, reference"
-    scores = [(path, own_function(path, "score", shape)) for path in paths]
-
-    def score(path: Path, function: Callable[..., Any], answer: Answer) -> float:
-        value = function(dict(answer))
-        if not isinstance(value, int | float) or not math.isfinite(value):
-            raise ValueError(
-                f"{path}: score gave {value!r} for the answer {answer['text'][:80]!r}; it must be a finite number"
-            )
-        return float(value)
-
-    return lambda answers: [sum(score(*one, answer) for one in scores) for answer in answers]
+    score = own_scores(paths)
+    return lambda answers: [score(answer) for answer in answers]
 
 
 class People:

@@ -33,6 +33,7 @@ SHORT = [
     "evaluate_sft.prompts=[Hello]",
     "evaluate_pretrain.max_new_tokens=4",
     "evaluate_sft.max_new_tokens=4",
+    "evaluate_sft.held_questions=2",
 ]
 SHORT_PPO = [
     "reward.max_steps=1",
@@ -47,6 +48,7 @@ SHORT_PPO = [
     "evaluate_ppo.held_documents=2",
     "evaluate_ppo.prompts=[Hello]",
     "evaluate_ppo.max_new_tokens=4",
+    "evaluate_ppo.held_questions=2",
 ]
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from flows.alignment_page import rewards
 from flows.drawing import Mark, graph
 from flows.headlines import headlines
 from flows.report import write_report
@@ -187,3 +188,48 @@ def test_boxes_of_the_graph_do_not_overlap() -> None:
         assert all(abs(x - left) >= width for left, top, _ in boxes[:index] if top == y)
     # n0 is above n1, n1 above n7, n7 above n8, n8 above n11: five rows.
     assert len({y for _, y, _ in boxes}) == 5
+
+
+def test_before_and_after_has_a_chart_for_each_kind_of_figure(
+    run: tuple[RunRecord, Store], tmp_path: Path
+) -> None:
+    record, store = run
+    figures = {
+        "wins/by_reward_model/dpo": Figure(value=0.7, n=9, low=0.6, high=0.8, chance=0.5),
+        "wins/by_truth/dpo": Figure(value=0.6, n=9, low=0.5, high=0.8, chance=0.5),
+        "change/bits_per_byte/all/dpo": Figure(value=0.1, n=9, low=0.05, high=0.2),
+        "change/bits_per_byte/zh/dpo": Figure(value=0.1, n=4, low=0.05, high=0.2),
+        "change/exam_option/accuracy/dpo": Figure(value=-0.1, n=9, low=-0.2, high=0.1),
+        "change/answer_tokens/dpo": Figure(value=3.0, n=9, low=2.0, high=4.0),
+    }
+    fingerprint = committed(
+        store, "d", "effect", "scores", lambda path: Scores.write(path / "files", figures)
+    )
+    record.stages["effect"] = stage(
+        "effect", "effect", "scores", status="built", reads=["asked"], fingerprint=fingerprint,
+        path=str(store.find(fingerprint)),
+    )  # fmt: skip
+    page = page_of(run, tmp_path / "run")
+    section = page[page.index('id="change"') : page.index('id="samples"')]
+    titles = re.findall(r"<dc:title>([^<]*)</dc:title>|<title>([^<]*)</title>", section)
+    names = list(dict.fromkeys(one or other for one, other in titles))
+    assert names == ["answers that are better", "answer tokens", "bits per byte", "accuracy"]
+    for row in ("dpo, by truth", "dpo, zh", "dpo, exam option"):
+        assert row in section
+    # Changes of bits per byte are no bits per byte.
+    assert "change" not in page[page.index('id="bits"') : page.index('id="exams"')]
+    assert "better by the reward model, dpo" in page[page.index('id="effects"') :]
+
+
+def test_rewards_are_drawn_with_the_truth_over_steps_and_over_kl() -> None:
+    rows = [
+        {"step": 0, "held_truth": 0.5, "held_kl": 0.0, "held_reward": 0.1},
+        {"step": 1, "reward": 0.2, "kl": 0.1, "held_truth": 0.6, "held_kl": 0.2, "held_reward": 0.3},
+        {"step": 2, "reward": 0.4, "kl": 0.3},
+    ]  # fmt: skip
+    over_steps, over_kl = rewards({"ppo": rows})
+    for chart in (over_steps, over_kl):
+        for name in ("held truth", "held reward", ">reward<"):
+            assert name in chart
+    assert "KL, nats" in over_kl
+    assert list(rewards({"ppo": [{"step": 1, "loss": 2.0}]})) == []

@@ -1,0 +1,94 @@
+"""What the report shows of alignment: its curves, rewards beside the truth, and the effect on the model."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from flows import charts
+from flows.page_parts import Section
+from flows.runs import RunRecord
+from storage.scores import Figure
+
+CURVES = {
+    "reward": (("accuracy", "share of pairs"), ("margin", "reward")),
+    "dpo": (("accuracy", "share of pairs"), ("chosen_reward", "nats"), ("rejected_reward", "nats")),
+    "ppo": (
+        ("kl", "nats"),
+        ("clip_fraction", "share"),
+        ("ended_share", "share"),
+        ("answer_tokens", "tokens"),
+    ),
+}
+"""Metrics of a stage that are drawn beside those of every training, and their units."""
+REWARDS = {"reward": "kl", "held_reward": "held_kl", "held_truth": "held_kl"}
+"""Metrics of rewards and of the divergence of the same answers."""
+STAGE = "effect"
+WINS = "answers that are better"
+Rows = Sequence[Mapping[str, Any]]
+
+
+def rewards(curves: Mapping[str, Rows]) -> Iterator[str]:
+    """Charts of what answers earn, the truth beside it where it was looked at, over steps and over KL."""
+    over_steps = dict.fromkeys(REWARDS, "step")
+    for title, against, across in (
+        ("reward", over_steps, "step"),
+        ("reward against KL", REWARDS, "KL, nats"),
+    ):
+        series = {
+            " ".join((node if len(curves) > 1 else "", name.replace("_", " "))).strip(): points
+            for node, rows in curves.items()
+            for name, other in against.items()
+            if (points := _points(rows, other, name))[0]
+        }
+        if series:
+            yield charts.lines(series, title=title, across=across, up="")
+
+
+def _points(rows: Rows, across: str, up: str) -> tuple[list[float], list[float]]:
+    known = [row for row in rows if across in row and up in row]
+    return [row[across] for row in known], [row[up] for row in known]
+
+
+def before_and_after(run: RunRecord, scores: Mapping[str, Mapping[str, Figure]]) -> Section:
+    """What stages of `effect` found: one chart for each kind of figure."""
+    section = Section(
+        "change",
+        "Before and after",
+        "Each model against the one it was made from, on the same questions and documents. The mark across is no "
+        "difference: half of the answers better, a change of 0. More bits per byte is forgetting.",
+    )
+    kinds: dict[str, list[charts.Interval]] = {}
+    for node, figures in scores.items():
+        if run.stages[node].stage == STAGE:
+            for name, figure in figures.items():
+                kind, row = _place(name)
+                interval = (row, figure.value, figure.low, figure.high, figure.chance or 0.0)
+                kinds.setdefault(kind, []).append(interval)
+    section.charts = [
+        charts.intervals(
+            rows, title=kind, across="share" if kind == WINS else "afterwards - before"
+        )
+        for kind, rows in sorted(kinds.items(), key=lambda item: item[0] != WINS)
+    ]
+    return section
+
+
+def without_changes(
+    run: RunRecord, scores: Mapping[str, Mapping[str, Figure]]
+) -> dict[str, Mapping[str, Figure]]:
+    """The scores that are no changes of others."""
+    return {name: figures for name, figures in scores.items() if run.stages[name].stage != STAGE}
+
+
+def _place(name: str) -> tuple[str, str]:
+    """The chart that a figure of the stage stands in, and its row there."""
+    what, *parts, who = name.split("/")
+    match parts:
+        case ["bits_per_byte", domain]:
+            return "bits per byte", f"{who}, {domain}"
+        case [group, "accuracy"]:
+            return "accuracy", f"{who}, {group.replace('_', ' ')}"
+        case [one]:
+            told = one.replace("_", " ")
+            return (WINS, f"{who}, {told}") if what == "wins" else (told, who)
+        case _:
+            return "/".join(parts), who
