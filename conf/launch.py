@@ -1,4 +1,5 @@
-"""Where and how the jobs of torch stages run. Nothing here changes what is computed."""
+"""Where and how the jobs of torch stages run. Nothing here changes what is computed, but for
+`resume=weights`, which says so in the log and in the result."""
 
 from typing import Annotated, Any, Literal, Self
 
@@ -101,6 +102,16 @@ class LaunchConfig(Settings):
     accelerator, and measures a CPU."""
     checkpoint_seconds: Annotated[float, Field(gt=0)] = 60.0
     """Longest time between two checkpoints, besides those that the stage's settings ask for."""
+    checkpoints_kept: Annotated[int, Field(ge=1)] = 2
+    """The newest so many checkpoints stay until the job has ended; where a disk has damaged one, the one
+    before it is gone on from."""
+    checkpoints_beside: bool = False
+    """Whether pretraining, SFT, reward and DPO go on while a checkpoint is written, by a thread of its own;
+    that takes a copy of weights and optimizer state in the host's memory (12 bytes a parameter)."""
+    resume: Literal["strict", "weights"] = "strict"
+    """What a job that was cut off goes on with: `strict` with all that it had, so that it ends like an unbroken
+    one; `weights` at the same step with its weights, and an optimizer that begins anew, which is for when its
+    state is suspected. Weights of another run are continued by giving pretrain a `policy`."""
     deadline_seconds: Annotated[float, Field(ge=0)] = 0.0
     """Job is ended after this long; 0 for never. What was reached stays resumable."""
     stall_seconds: Annotated[float, Field(ge=0)] = 1800.0

@@ -1,8 +1,9 @@
 """How gradients become an update: one process, several in step (DDP), or spread over ranks behind the
 same face.
 
-A checkpoint has one form for all of them: every tensor whole, under the name of its parameter. So a
-job may go on with another engine and another number of ranks.
+A checkpoint has one form for all of them, that of model/tensor_files.py: tensors under the names of their
+parameters, whole or in the parts that ranks hold. So a job may go on with another engine and another number
+of ranks.
 """
 
 import contextlib
@@ -10,6 +11,7 @@ import copy
 import math
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -24,11 +26,11 @@ from conf.shape import ShapeConfig
 from model.batches import Batch
 from model.optimizer import LossScale, Precision, Update, UpdateRule, build_optimizers
 from model.ranks import Ranks
+from model.tensor_files import Part, read_whole
 from model.transformer import Transformer
-from model.weights import load_tensors, save_tensors
+from model.weights import Write
 
-MODEL_FILE = "model.safetensors"
-OPTIMIZER_FILE = "optimizer.safetensors"
+WEIGHTS_FOLDER, OPTIMIZER_FOLDER = "weights", "optimizer"
 
 Loss = Callable[[Transformer, Batch, Mapping[str, float]], dict[str, Tensor]]
 """Model, micro-batch and the step's totals -> figures that this micro-batch adds to the step's, already
@@ -68,12 +70,15 @@ class Engine(Protocol):
         """
         ...
 
-    def save(self, folder: Path) -> None:
-        """Write weights and optimizer; all ranks call it."""
+    def snapshot(self, *, is_lasting: bool) -> Write:
+        """What writes weights and optimizer, as they are now, into a folder; all ranks call both.
+
+        `is_lasting` if it may be called while training goes on, which takes a copy in the host's memory.
+        """
         ...
 
-    def load(self, folder: Path) -> None:
-        """Read what `save` wrote, on any engine."""
+    def load(self, folder: Path, *, has_optimizer: bool = True) -> None:
+        """Read what a snapshot of any engine wrote; without its optimizer's state that begins anew."""
         ...
 
 
@@ -226,14 +231,16 @@ class TorchEngine:
     def whole(self) -> Transformer:
         return self.model
 
-    def save(self, folder: Path) -> None:
-        if not self.ranks.is_first:
-            return
+    def snapshot(self, *, is_lasting: bool) -> Write:
         states = states_of(self.model, self._update.optimizers)
-        write_checkpoint(folder, self.model.state_dict(), states, self.scale)
+        return snapshot_of(
+            self.model.state_dict(), states, self.ranks, self.scale, is_lasting=is_lasting
+        )
 
-    def load(self, folder: Path) -> None:
-        self.model.load_state_dict(load_tensors(folder / MODEL_FILE))
+    def load(self, folder: Path, *, has_optimizer: bool = True) -> None:
+        self.model.load_state_dict(read_whole(folder / WEIGHTS_FOLDER))
+        if not has_optimizer:
+            return
         load_states(self.model, self._update.optimizers, optimizer_states(folder))
         if self.scale:
             self.scale.load(folder)
@@ -261,18 +268,28 @@ class Hollow:
         return model
 
 
-def write_checkpoint(
-    folder: Path,
+def snapshot_of(
     weights: Mapping[str, Tensor],
     states: Mapping[str, Tensor],
-    scale: LossScale | None = None,
-) -> None:
-    """Whole tensors by name, the same files from every engine."""
-    folder.mkdir(parents=True, exist_ok=True)
-    save_tensors(folder / MODEL_FILE, weights)
-    save_tensors(folder / OPTIMIZER_FILE, states)
-    if scale:
-        scale.save(folder)
+    ranks: Ranks,
+    scale: LossScale | None,
+    *,
+    is_lasting: bool,
+) -> Write:
+    """What writes them into a folder, as `Engine.snapshot` says; tensors are whole, or DTensors."""
+    parts = {
+        name: Part.of(tensors, ranks, is_copied=is_lasting)
+        for name, tensors in ((WEIGHTS_FOLDER, weights), (OPTIMIZER_FOLDER, states))
+    }
+    scale_now = replace(scale) if scale and ranks.is_first else None
+
+    def write(folder: Path) -> None:
+        for name, part in parts.items():
+            part.write(folder / name, ranks.place)
+        if scale_now:
+            scale_now.save(folder)
+
+    return write
 
 
 def states_of(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
@@ -289,27 +306,27 @@ def load_states(
     model: nn.Module,
     optimizers: Sequence[torch.optim.Optimizer],
     by_name: Mapping[str, Mapping[str, Tensor]],
-    like: Callable[[Tensor, nn.Parameter], Tensor] = lambda whole, example: whole.to(
-        example.device
-    ),
 ) -> None:
-    """Give optimizers the state of a checkpoint, as far as they hold the parameter; `like` lays a tensor
-    out as the parameter is."""
+    """Give optimizers the state of a checkpoint, as far as they hold the parameter."""
     for optimizer in optimizers:
         own = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for name, parameter in model.named_parameters():
             if name in by_name and id(parameter) in own:
                 # The fused update reads the count of steps where it runs.
                 optimizer.state[parameter] = {
-                    key: like(value, parameter) if value.dim() else value.to(parameter.device)
-                    for key, value in by_name[name].items()
+                    key: value.to(parameter.device) for key, value in by_name[name].items()
                 }
 
 
 def optimizer_states(folder: Path) -> dict[str, dict[str, Tensor]]:
     """Optimizer state of each parameter in a checkpoint: name -> key -> tensor."""
+    return by_parameter(read_whole(folder / OPTIMIZER_FOLDER))
+
+
+def by_parameter(states: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """`name|key` -> tensor as name -> key -> tensor."""
     found: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in load_tensors(folder / OPTIMIZER_FILE).items():
+    for name, tensor in states.items():
         parameter, key = name.rsplit("|", 1)
         found.setdefault(parameter, {})[key] = tensor
     return found

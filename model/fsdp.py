@@ -15,7 +15,7 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
@@ -27,14 +27,15 @@ from torch.distributed.tensor.parallel import (
 from conf.launch import LaunchConfig
 from model.batches import Batch
 from model.engine import (
-    MODEL_FILE,
+    OPTIMIZER_FOLDER,
+    WEIGHTS_FOLDER,
     Hollow,
     Loss,
     Objective,
+    by_parameter,
     load_states,
-    optimizer_states,
+    snapshot_of,
     states_of,
-    write_checkpoint,
 )
 from model.optimizer import (
     LossScale,
@@ -44,8 +45,9 @@ from model.optimizer import (
     gradient_norm,
 )
 from model.ranks import Ranks
+from model.tensor_files import outlines_in, read_into
 from model.transformer import Block, Transformer
-from model.weights import load_tensors
+from model.weights import Write
 
 
 class FsdpEngine:
@@ -95,24 +97,25 @@ class FsdpEngine:
     def _weights(self) -> dict[str, Tensor]:
         return {name: _whole(value) for name, value in self.model.state_dict().items()}
 
-    def save(self, folder: Path) -> None:
-        weights = self._weights()
-        states = {
-            name: _whole(value)
-            for name, value in states_of(self.model, self._update.optimizers).items()
-        }
-        if not self.ranks.is_first:
-            return
-        write_checkpoint(folder, weights, states, self.scale)
+    def snapshot(self, *, is_lasting: bool) -> Write:
+        states = states_of(self.model, self._update.optimizers)
+        return snapshot_of(
+            self.model.state_dict(), states, self.ranks, self.scale, is_lasting=is_lasting
+        )
 
-    def load(self, folder: Path) -> None:
-        weights, by_name = load_tensors(folder / MODEL_FILE), optimizer_states(folder)
-        with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                cast("DTensor", parameter).to_local().copy_(
-                    _like(weights[name], parameter).to_local()
-                )
-        load_states(self.model, self._update.optimizers, by_name, _like)
+    def load(self, folder: Path, *, has_optimizer: bool = True) -> None:
+        parameters = dict(self.model.named_parameters())
+        read_into(folder / WEIGHTS_FOLDER, parameters)
+        if not has_optimizer:
+            return
+        states = {
+            name: torch.empty_like(parameters[name.rsplit("|", 1)[0]])
+            if outline.dim()
+            else torch.empty_like(outline, device="cpu")
+            for name, outline in outlines_in(folder / OPTIMIZER_FOLDER).items()
+        }
+        read_into(folder / OPTIMIZER_FOLDER, states)
+        load_states(self.model, self._update.optimizers, by_parameter(states))
         if self.scale:
             self.scale.load(folder)
 
@@ -167,13 +170,3 @@ def _by_mesh(parameters: Iterable[Named]) -> list[list[Named]]:
 
 def _whole(value: Tensor) -> Tensor:
     return value.full_tensor() if isinstance(value, DTensor) else value
-
-
-def _like(whole: Tensor, parameter: Tensor) -> DTensor:
-    """Spread a tensor that every rank holds as a parameter is, and where its part lies."""
-    example = cast("DTensor", parameter.detach())
-    spread = distribute_tensor(whole, example.device_mesh, example.placements, src_data_rank=None)
-    # Of a parameter that is offloaded the part lies elsewhere than the mesh is.
-    found = cast("DTensor", torch.empty_like(example))
-    found.to_local().copy_(spread.to_local())
-    return found

@@ -1,6 +1,7 @@
 """The one training loop: pretrain, SFT, reward and DPO differ in their batches and their loss."""
 
 import math
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -8,9 +9,11 @@ from statistics import fmean, pstdev
 from typing import Any
 
 from conf.contract import ExitCode
+from conf.launch import LaunchConfig
 from model.batches import Batch
 from model.engine import Engine, Loss
 from model.journal import Journal
+from model.ranks import Ranks
 from model.speed import peak_memory
 from model.weights import Checkpoints
 
@@ -60,7 +63,8 @@ class LoopPlan:
     """Update number, from 0 -> rate."""
     checkpoint_steps: int = 0
     """Save every so many steps; 0 for by time alone."""
-    checkpoint_seconds: float = 60.0
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    """Which says when else to save, how, and what to go on with."""
     evaluate_steps: int = 0
     """Evaluate every so many steps, before the first and after the last; 0 for never."""
     bad_steps: int = 5
@@ -106,6 +110,8 @@ class LoopState:
     """Held-out loss of the last evaluation that was better than those before it."""
     looks_in_vain: int = 0
     """Evaluations since then."""
+    fresh_optimizer_step: int | None = None
+    """Behind which the optimizer began anew, if it was told to."""
 
 
 def train(
@@ -124,27 +130,55 @@ def train(
     `evaluate(step)` is called on all ranks after `step` updates. Raises Stopped after SIGTERM, with a
     checkpoint saved, and Diverged.
     """
-    state = _resume(engine, checkpoints, journal)
+    state = _resume(engine, checkpoints, journal, plan.launch)
     run = _Run(engine, batch_at, loss, plan, checkpoints, journal, evaluate, state)
     journal.progress(state.step, plan.steps, state.figures, is_due=True)
     if state.step == 0:
         run.look_before()
-    while state.step < plan.steps and not 0 < plan.patience <= state.looks_in_vain:
-        if state.step and plan.is_over(state.evaluation):
-            break
-        run.advance()
+    try:
+        while state.step < plan.steps and not 0 < plan.patience <= state.looks_in_vain:
+            if state.step and plan.is_over(state.evaluation):
+                break
+            run.advance()
+    finally:
+        checkpoints.settle()
     journal.progress(state.step, plan.steps, state.figures, is_due=True)
     return state
 
 
-def _resume(engine: Engine, checkpoints: Checkpoints, journal: Journal) -> LoopState:
+def _resume(
+    engine: Engine, checkpoints: Checkpoints, journal: Journal, launch: LaunchConfig
+) -> LoopState:
     saved = checkpoints.newest()
     if saved is None:
         journal.cut(0)
         return LoopState()
-    engine.load(saved.path)
+    has_optimizer = takes_optimizer(launch, engine.ranks, saved.step)
+    engine.load(saved.path, has_optimizer=has_optimizer)
     journal.cut(saved.state["metrics_bytes"])
-    return LoopState(**saved.state["loop"])
+    state = LoopState(**saved.state["loop"])
+    if not has_optimizer:
+        state.fresh_optimizer_step = state.step
+    return state
+
+
+def takes_optimizer(launch: LaunchConfig, ranks: Ranks, step: int) -> bool:
+    """Whether who goes on from a checkpoint takes the optimizer's state, too; said where it does not."""
+    if launch.resume == "strict":
+        return True
+    if ranks.is_first:
+        sys.stderr.write(
+            f"launch.resume=weights: goes on behind step {step} with the weights that it had, and with an "
+            f"optimizer that begins anew; the result is not that of an unbroken run\n"
+        )
+        sys.stderr.flush()
+    return False
+
+
+def resume_figures(state: LoopState) -> dict[str, int]:
+    """What a result says of a training whose optimizer began anew on the way."""
+    step = state.fresh_optimizer_step
+    return {} if step is None else {"fresh_optimizer_step": step}
 
 
 @dataclass
@@ -267,7 +301,7 @@ class _Run:
 
     def _save_when_due(self) -> None:
         ranks, plan, step = self.engine.ranks, self.plan, self.state.step
-        is_time = time.monotonic() - self._saved >= plan.checkpoint_seconds
+        is_time = time.monotonic() - self._saved >= plan.launch.checkpoint_seconds
         is_asked, is_late = ranks.add(
             [ranks.is_stopping, is_time and ranks.is_first and step < plan.steps]
         )
@@ -282,7 +316,14 @@ class _Run:
             "loop": asdict(self.state),
             "metrics_bytes": self.journal.offset,
         }
-        self.checkpoints.save(self.state.step, state, self.engine.save)
+        launch = self.plan.launch
+        self.checkpoints.save(
+            self.state.step,
+            state,
+            lambda is_lasting: self.engine.snapshot(is_lasting=is_lasting),
+            kept=launch.checkpoints_kept,
+            is_beside=launch.checkpoints_beside,
+        )
         self._saved = time.monotonic()
 
 

@@ -15,19 +15,20 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGP
 
 from model.batches import Batch
 from model.engine import (
-    MODEL_FILE,
+    WEIGHTS_FOLDER,
     Hollow,
     Loss,
     Objective,
     load_states,
     optimizer_states,
+    snapshot_of,
     states_of,
-    write_checkpoint,
 )
 from model.optimizer import LossScale, Update, UpdateRule, build_optimizers, gradient_norm
 from model.ranks import Ranks
+from model.tensor_files import read_whole
 from model.transformer import Transformer
-from model.weights import load_tensors
+from model.weights import Write
 
 
 class PipelineEngine:
@@ -94,16 +95,16 @@ class PipelineEngine:
     def whole(self) -> Transformer:
         return self._hollow.filled(self._collected(self.model.state_dict()))
 
-    def save(self, folder: Path) -> None:
+    def snapshot(self, *, is_lasting: bool) -> Write:
         weights = self._collected(self.model.state_dict())
         states = self._collected(states_of(self.model, self._update.optimizers))
-        if not self.ranks.is_first:
-            return
-        write_checkpoint(folder, weights, states, self.scale)
+        return snapshot_of(weights, states, self.ranks, self.scale, is_lasting=is_lasting)
 
-    def load(self, folder: Path) -> None:
-        weights = load_tensors(folder / MODEL_FILE)
+    def load(self, folder: Path, *, has_optimizer: bool = True) -> None:
+        weights = read_whole(folder / WEIGHTS_FOLDER)
         self.model.load_state_dict({name: weights[name] for name in self.model.state_dict()})
+        if not has_optimizer:
+            return
         load_states(self.model, self._update.optimizers, optimizer_states(folder))
         if self.scale:
             self.scale.load(folder)

@@ -23,7 +23,7 @@ from model.engine import Engine, Loss, build_engine
 from model.held_answers import HeldAnswers
 from model.journal import Journal
 from model.lessons import Lesson, policy_step_loss, value_step_loss
-from model.loop import Diverged, Stopped, accumulate
+from model.loop import Diverged, Stopped, accumulate, takes_optimizer
 from model.lora import add_lora, merge_lora
 from model.opinions import reward_opinions, truth_opinion
 from model.ranks import Ranks
@@ -35,7 +35,7 @@ from model.rollouts import (
     kl_of,
 )
 from model.tuning import rate_at, update_rule
-from model.weights import Checkpoints, load_model, save_model
+from model.weights import Checkpoints, Write, load_model, save_model
 from model.worker import identity_of_job, run
 from storage.checkpoint import TOKENIZER, RewardScale
 from storage.conversations import read_conversations
@@ -186,9 +186,10 @@ class Trainer:
         """Go on from the newest checkpoint; without one, see how the policy answers before it learns."""
         saved = checkpoints.newest()
         if saved is not None:
-            self.policy.load(saved.path / "policy")
+            has_optimizer = takes_optimizer(self.launch, self.ranks, saved.step)
+            self.policy.load(saved.path / "policy", has_optimizer=has_optimizer)
             if self.value is not None:
-                self.value.load(saved.path / "value")
+                self.value.load(saved.path / "value", has_optimizer=has_optimizer)
             self.journal.cut(saved.state["metrics_bytes"])
             self.state = TrainerState(**saved.state["trainer"])
             self.answering.scales = self.state.scales
@@ -375,13 +376,20 @@ class Trainer:
         return dict.fromkeys(figures, 0.0), 0.0
 
     def _save(self, checkpoints: Checkpoints) -> None:
-        def write(folder: Path) -> None:
-            self.policy.save(folder / "policy")
-            if self.value is not None:
-                self.value.save(folder / "value")
+        engines = {"policy": self.policy} | ({"value": self.value} if self.value else {})
+
+        def snapshot(is_lasting: bool) -> Write:
+            writes = {name: e.snapshot(is_lasting=is_lasting) for name, e in engines.items()}
+
+            def write(folder: Path) -> None:
+                for name, write_one in writes.items():
+                    write_one(folder / name)
+
+            return write
 
         state = {"trainer": asdict(self.state), "metrics_bytes": self.journal.offset}
-        checkpoints.save(self.state.iteration, state, write)
+        kept = self.launch.checkpoints_kept
+        checkpoints.save(self.state.iteration, state, snapshot, kept=kept)
 
 
 def noise_seed(seed: int, iteration: int) -> int:

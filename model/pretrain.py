@@ -27,7 +27,7 @@ from model.head import label_loss
 from model.held_out import document_mask, window_losses
 from model.journal import Journal
 from model.looks import Looks
-from model.loop import LoopPlan, LoopState, train
+from model.loop import LoopPlan, LoopState, resume_figures, train
 from model.optimizer import UpdateRule, learning_rate
 from model.ranks import Ranks
 from model.speed import Peak, device_peak, peak_memory
@@ -147,7 +147,7 @@ def loop_plan(
             stable_level=settings.stable_level,
         ),
         checkpoint_steps=settings.checkpoint_every_steps,
-        checkpoint_seconds=settings.launch.checkpoint_seconds,
+        launch=settings.launch,
         evaluate_steps=settings.evaluate_every_steps if settings.held_tokens else 0,
         bad_steps=settings.bad_steps,
         guard_sigmas=settings.guard_sigmas,
@@ -360,6 +360,7 @@ def figures(state: LoopState, settings: PretrainConfig, samples: Samples) -> dic
         "loss": state.figures["loss"],
         "skipped_steps": state.skipped,
         **({"overflows": state.overflows} if settings.precision == "fp16" else {}),
+        **resume_figures(state),
     }
 
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from conf.launch import LaunchConfig
 
+Group = dist.ProcessGroup
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 """A rank that waits longer for the others gives up, so that one dead rank ends the job."""
 
@@ -65,10 +66,16 @@ class Ranks:
         dist.all_gather_object(values, value)
         return values[:: self.peers]
 
-    def wait(self) -> None:
-        """Until all processes are here."""
+    def wait(self, group: Group | None = None) -> None:
+        """Until all processes are here, or a thread of each, which has a group of its own."""
         if self.processes > 1:
-            dist.barrier()
+            dist.barrier(group)
+
+    def group_of_threads(self) -> Group | None:
+        """Where threads of all processes meet while the processes themselves exchange other things."""
+        if self.processes == 1:
+            return None
+        return cast("Group", dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT))
 
     def stop_on_sigterm(self) -> None:
         """Take SIGTERM as the wish to save and leave."""

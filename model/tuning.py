@@ -10,7 +10,7 @@ import torch
 from conf.launch import LaunchConfig
 from model.batches import Batch, micro_batch_rows
 from model.dialogues import BucketedOrder, EasyFirst
-from model.loop import LoopPlan, LoopState
+from model.loop import LoopPlan, LoopState, resume_figures
 from model.optimizer import UpdateRule, learning_rate
 from model.ranks import Ranks
 
@@ -87,7 +87,7 @@ def loop_plan(settings: Epochs, steps: int, launch: LaunchConfig) -> LoopPlan:
         steps=steps,
         learning_rate=lambda step: rate_at(settings, step, steps, settings.learning_rate),
         checkpoint_steps=settings.checkpoint_every_steps,
-        checkpoint_seconds=launch.checkpoint_seconds,
+        launch=launch,
         evaluate_steps=settings.evaluate_every_steps or steps,
     )
 
@@ -128,6 +128,7 @@ def training_figures(settings: Epochs, steps: int, rows: int, state: LoopState) 
         "skipped_steps": state.skipped,
         "seconds": state.seconds,
         "tokens_per_second": state.tokens / state.seconds,
+        **resume_figures(state),
     }
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from model.ranks import Ranks
+from model.ranks import Group, Ranks
 from model.transformer import Transformer
 from storage.checkpoint import CONFIG, TOKENIZER, WEIGHTS, ModelCard
 from storage.errors import BessemerError
@@ -21,8 +22,11 @@ from storage.identity import differences
 from storage.tokenizer import copy_tokenizer, read_meta
 
 COMPLETE = "complete.json"
-CHECKPOINTS_KEPT = 2
-"""The newest may be damaged by a failing disk; the one before it is the way out."""
+FORM = 2
+"""Of the tensors in a checkpoint; one of another form cannot be gone on from."""
+
+Write = Callable[[Path], None]
+"""Puts this process's tensors into a folder."""
 
 Role = Literal["policy", "reward", "value"]
 
@@ -121,7 +125,10 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, identity: Mapping[str, Any], ranks: Ranks) -> None:
-        self.folder, self.identity, self.ranks = folder, dict(identity), ranks
+        self.folder, self.identity, self.ranks = folder, {"form": FORM, **identity}, ranks
+        self._writer: ThreadPoolExecutor | None = None
+        self._group: Group | None = None
+        self._writing: Future[None] | None = None
 
     def newest(self) -> Saved | None:
         """The newest complete one, if any; the generators of random numbers are set as they were.
@@ -140,40 +147,73 @@ class Checkpoints:
             return Saved(content["step"], path, content["state"])
         return None
 
-    def save(self, step: int, state: Mapping[str, Any], write: Callable[[Path], None]) -> None:
-        """Write one: `write` puts this rank's tensors into the folder that it is given.
+    def save(
+        self,
+        step: int,
+        state: Mapping[str, Any],
+        snapshot: Callable[[bool], Write],
+        *,
+        kept: int = 2,
+        is_beside: bool = False,
+    ) -> None:
+        """Write one, and keep the newest `kept`. `state` holds plain JSON values; the first rank's is kept.
 
-        `state` holds plain JSON values; the first rank's is kept. What is there is complete or absent.
+        `snapshot`, told whether what it takes has to last, gives what writes this rank's tensors.
+        `is_beside` lets that happen in a thread of its own while training goes on; `settle` waits for it,
+        and so does the next save. What is there is complete or absent.
         """
-        target = self.folder / f"step_{step:09d}"
+        self.settle()
         draft = self.folder / f"draft_{step:09d}"
         if self.ranks.is_first:
-            shutil.rmtree(draft, ignore_errors=True)
+            for left in self.folder.glob("draft_*"):
+                shutil.rmtree(left)
             draft.mkdir(parents=True)
         self.ranks.wait()
-        write(draft)
+        write = snapshot(is_beside)
         _save_generators(draft, self.ranks)
-        self.ranks.wait()
-        if self.ranks.is_first:
-            self._complete(draft, target, step, state)
-        self.ranks.wait()
+        content = {"step": step, "identity": self.identity, "state": dict(state)}
+        if not is_beside:
+            self._finish(draft, content, write, kept, None)
+            return
+        if self._writer is None:
+            self._writer = ThreadPoolExecutor(1, "checkpoint")
+            self._group = self.ranks.group_of_threads()
+        self._writing = self._writer.submit(self._finish, draft, content, write, kept, self._group)
 
-    def _complete(self, draft: Path, target: Path, step: int, state: Mapping[str, Any]) -> None:
-        sizes = {
-            str(path.relative_to(draft)): path.stat().st_size
-            for path in sorted(draft.rglob("*"))
-            if path.is_file()
-        }
-        content = {"step": step, "identity": self.identity, "state": dict(state), "sizes": sizes}
-        (draft / COMPLETE).write_text(json.dumps(content), "utf-8")
-        for path in [*sorted(draft.rglob("*")), draft]:
-            _flush(path)
-        if target.exists():
-            shutil.rmtree(target)
-        draft.rename(target)
-        _flush(self.folder)
-        for old in sorted(self.folder.glob("step_*"))[:-CHECKPOINTS_KEPT]:
-            shutil.rmtree(old)
+    def settle(self) -> None:
+        """Wait for what is being written; raises what went wrong there. All ranks call it."""
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
+
+    def _finish(
+        self, draft: Path, content: dict[str, Any], write: Write, kept: int, group: Group | None
+    ) -> None:
+        write(draft)
+        self.ranks.wait(group)
+        if self.ranks.is_first:
+            _complete(draft, content, kept)
+        self.ranks.wait(group)
+
+
+def _complete(draft: Path, content: dict[str, Any], kept: int) -> None:
+    """Make a draft that all ranks have written a checkpoint, and remove those that are too old."""
+    sizes = {
+        str(path.relative_to(draft)): path.stat().st_size
+        for path in sorted(draft.rglob("*"))
+        if path.is_file()
+    }
+    (draft / COMPLETE).write_text(json.dumps({**content, "sizes": sizes}), "utf-8")
+    for path in [*sorted(draft.rglob("*")), draft]:
+        _flush(path)
+    folder = draft.parent
+    target = folder / f"step_{content['step']:09d}"
+    if target.exists():
+        shutil.rmtree(target)
+    draft.rename(target)
+    _flush(folder)
+    for old in sorted(folder.glob("step_*"))[:-kept]:
+        shutil.rmtree(old)
 
 
 def _sound(path: Path) -> dict[str, Any] | None:

@@ -15,17 +15,18 @@ from torch import Tensor, nn
 from conf.launch import LaunchConfig
 from model.batches import Batch
 from model.engine import (
-    MODEL_FILE,
+    WEIGHTS_FOLDER,
     Hollow,
     Loss,
     Objective,
     optimizer_states,
-    write_checkpoint,
+    snapshot_of,
 )
 from model.optimizer import LossScale, UpdateRule, adamw, parameter_groups, set_learning_rate
 from model.ranks import Ranks
+from model.tensor_files import read_whole
 from model.transformer import Transformer
-from model.weights import load_tensors
+from model.weights import Write
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -96,15 +97,13 @@ class ZeroEngine:
         with zero.GatheredParameters(list(self.model.parameters())):
             return {name: value.clone() for name, value in self.model.state_dict().items()}
 
-    def save(self, folder: Path) -> None:
+    def snapshot(self, *, is_lasting: bool) -> Write:
         weights, states = self._weights(), self._whole_states()
-        if not self.ranks.is_first:
-            return
-        write_checkpoint(folder, weights, states)
+        return snapshot_of(weights, states, self.ranks, self.scale, is_lasting=is_lasting)
 
-    def load(self, folder: Path) -> None:
-        self._load_weights(load_tensors(folder / MODEL_FILE))
-        by_name = optimizer_states(folder)
+    def load(self, folder: Path, *, has_optimizer: bool = True) -> None:
+        self._load_weights(read_whole(folder / WEIGHTS_FOLDER))
+        by_name = optimizer_states(folder) if has_optimizer else {}
         if by_name:
             self._allocate_states(next(iter(by_name.values()))["step"])
         for name, parameter in self._learning():

@@ -154,7 +154,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(tmp_path: Path, ki
     assert not (tmp_path / "broken/logs/result.json").exists(), "it ended before its last death"
     finish(start("model.pretrain", broken))
     last = f"state/checkpoints/step_{80:09d}"
-    for name in ("files/model.safetensors", f"{last}/optimizer.safetensors"):
+    for name in ("files/model.safetensors", f"{last}/optimizer/00000.safetensors"):
         whole, mended = (tmp_path / folder / name for folder in ("unbroken", "broken"))
         assert whole.read_bytes() == mended.read_bytes(), f"{name} after {kills} kills, seed {seed}"
     assert drafts >= kills // 4, "hardly a kill met a checkpoint that was being written"

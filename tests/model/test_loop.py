@@ -145,7 +145,7 @@ def test_going_on_from_a_checkpoint_gives_the_same_bits(tmp_path: Path) -> None:
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path: Path) -> None:
     run(tmp_path, fresh_engine(), checkpoint_steps=2)
     newest = tmp_path / "checkpoints" / "step_000000006"
-    (newest / "optimizer.safetensors").unlink()
+    (newest / "optimizer" / "00000.safetensors").unlink()
     saved = Checkpoints(tmp_path / "checkpoints", {"seed": 0}, Ranks()).newest()
     assert saved is not None
     assert saved.step == 4

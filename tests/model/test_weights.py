@@ -76,7 +76,9 @@ def test_a_reward_model_is_no_policy(tmp_path: Path, tokenizer: Path) -> None:
 
 def test_a_draft_left_by_a_kill_is_never_read(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, {}, Ranks())
-    checkpoints.save(3, {"a": 1}, lambda folder: save_tensors(folder / "x", {"w": torch.ones(2)}))
+    checkpoints.save(
+        3, {"a": 1}, lambda _: lambda folder: save_tensors(folder / "x", {"w": torch.ones(2)})
+    )
     draft = tmp_path / "draft_000000004"
     draft.mkdir()
     save_tensors(draft / "x", {"w": torch.zeros(2)})
@@ -88,7 +90,7 @@ def test_a_draft_left_by_a_kill_is_never_read(tmp_path: Path) -> None:
 
 def test_generators_of_random_numbers_go_on_where_they_were(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, {}, Ranks())
-    checkpoints.save(1, {}, lambda folder: None)
+    checkpoints.save(1, {}, lambda _: lambda folder: None)
     wanted = torch.rand(3)
     torch.manual_seed(99)
     checkpoints.newest()
