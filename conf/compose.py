@@ -5,10 +5,12 @@ import json
 import threading
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
+from io import StringIO
 from pathlib import Path
 from typing import Any, cast
 
 from conf.mistakes import Mistake, RecipeError, suggest
+from conf.plain import check_references, read_recipe
 
 FOLDER = Path(__file__).parent
 GROUPS = ("shape", "launch", "store")
@@ -18,6 +20,8 @@ RESERVED = ("data", "defaults", "fanout", "launch", "seed", "shape", "stages", "
 SHORT = {"store": "url", "fanout": "kind"}
 """Keys of which a plain value, as in `store=PATH`, sets one setting."""
 PARTS = "recipe_parts"
+LONGEST_SHOWN = 200
+"""Characters of an argument, and of what is wrong with it, that an error repeats."""
 _lock = threading.Lock()
 """Hydra's state is global to the process: unlocked, concurrent composes fail."""
 
@@ -133,7 +137,8 @@ def _load(path: Path) -> dict[str, Any]:
     from yaml import YAMLError
 
     try:
-        body = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+        loaded = OmegaConf.load(StringIO(read_recipe(path)))
+        body = OmegaConf.to_container(loaded, resolve=False)
     except (YAMLError, UnicodeDecodeError, OSError) as error:
         raise RecipeError(
             [Mistake(path.name, f"is not readable as YAML: {error}", "mend the file")]
@@ -198,9 +203,10 @@ def _sort_overrides(
     for text in overrides:
         try:
             parsed = parser.parse_override(text)
-        except HydraException as error:
-            found = f"is no override ({str(error).splitlines()[0]})"
-            mistakes.append(Mistake(text, found, "write key=value, such as dedup.threshold=0.7"))
+        except (HydraException, RecursionError) as error:
+            found = f"is no override ({str(error).splitlines()[0][:LONGEST_SHOWN]})"
+            mend = "write key=value, such as dedup.threshold=0.7"
+            mistakes.append(Mistake(text[:LONGEST_SHOWN], found, mend))
             continue
         if parsed.is_sweep_override():
             mend = "give one value, or a list as [a,b]"
@@ -248,7 +254,10 @@ def _merge(written: _Written, chosen: dict[str, str], overrides: list[str]) -> d
     try:
         with _lock, _hydra(primary, written.bodies):
             merged = hydra_compose("primary", overrides=overrides)
-        if "${data}" in str(OmegaConf.to_container(merged)) and merged.data is None:
+        raw = cast("dict[str, Any]", OmegaConf.to_container(merged))
+        if mistakes := check_references(raw):
+            raise RecipeError(mistakes)
+        if "${data}" in str(raw) and merged.data is None:
             mend = "say where the files are: data=DIR"
             raise RecipeError([Mistake("data", "the recipe reads ${data}, which is not set", mend)])
         return cast("dict[str, Any]", OmegaConf.to_container(merged, resolve=True))
