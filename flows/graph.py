@@ -13,8 +13,7 @@ from conf.fanout import LOCAL, FanoutConfig
 from conf.launch import DEEPSPEED_ENGINES, LaunchConfig
 from conf.mistakes import Mistake, RecipeError, suggest
 from conf.settings import Settings, SourceSpec
-from conf.shape import ShapeConfig
-from conf.tokenize import MAX_UINT16_VOCABULARY
+from flows.fitting import disagreements
 from storage.artifact import Artifact
 from tasks import stage as registry
 from tasks.stage import InputSpec, StageSpec
@@ -22,9 +21,6 @@ from tasks.stage import InputSpec, StageSpec
 REFERENCE = "artifact:"
 """Start of an input that is an existing artifact rather than a node: `artifact:RUN:NODE`."""
 NODE_KEYS = ("uses", "from", "pin")
-"""Token ids are stored in 16 bits."""
-TOKENIZED = ("tokenizer", "tokens", "policy", "reward_model")
-"""Kinds of artifacts that hold token ids, or weights that belong to one vocabulary."""
 
 Link = str | dict[str, str]
 
@@ -156,9 +152,7 @@ def _build(recipe: str, composed: Mapping[str, Any], base: Path) -> tuple[Graph,
         mistakes += _source_mistakes(node, written, base)
     order = _in_order(nodes, mistakes)
     if not any("cycle" in mistake.found for mistake in mistakes):
-        mistakes += _tokenizer_mistakes(order)
-        mistakes += _shape_mistakes(order)
-        mistakes += _vocabulary_mistakes(order)
+        mistakes += disagreements(order)
     return Graph(recipe, order, composed, fanout), mistakes
 
 
@@ -410,90 +404,3 @@ def _cycle(nodes: Mapping[str, Node]) -> list[str]:
         if following in trail:
             return trail[trail.index(following) :]
         trail.append(following)
-
-
-def _tokenizer_mistakes(order: Mapping[str, Node]) -> Iterator[Mistake]:
-    """Inputs whose token ids come from different vocabularies."""
-    origins: dict[str, set[str]] = {}
-    for node in order.values():
-        read = {
-            link: origins.get(target, set())
-            for link, target in node.links
-            if target in order and order[target].spec.output.kind in TOKENIZED
-        }
-        found = {origin for sets in read.values() for origin in sets}
-        if len(found) > 1:
-            parts = [f"{link} was made with {' and '.join(sorted(o))}" for link, o in read.items()]
-            mend = "let all of them descend from one tokenizer"
-            yield Mistake(f"stages.{node.name}.from", f"mixes tokenizers: {', '.join(parts)}", mend)
-        if getattr(node.settings, "target", "") == "gguf":
-            yield from _gguf_mistakes(node, [order[name] for name in found if name in order])
-        is_tokenizer = node.spec.output.kind == "tokenizer"
-        origins[node.name] = {node.pin or node.name} if is_tokenizer else found
-
-
-def _gguf_mistakes(node: Node, tokenizers: list[Node]) -> Iterator[Mistake]:
-    for made in tokenizers:
-        algorithm = getattr(made.settings, "algorithm", "bpe")
-        if algorithm != "bpe" and not getattr(made.settings, "adopt", ()):
-            found = f"GGUF holds byte-level BPE, {made.name} learns {algorithm}"
-            mend = f"give target: hf, or {made.name} algorithm: bpe"
-            yield Mistake(f"stages.{node.name}.target", found, mend)
-
-
-def _vocabulary_mistakes(order: Mapping[str, Node]) -> Iterator[Mistake]:
-    """Vocabularies whose ids do not fit the token files that are made with them."""
-    for node in order.values():
-        vocabulary = getattr(node.settings, "vocabulary", 0)
-        if vocabulary <= MAX_UINT16_VOCABULARY or getattr(node.settings, "adopt", ()):
-            continue
-        made = [
-            other.name
-            for other in order.values()
-            if other.spec.output.kind == "tokens" and node.name in other.inputs.values()
-        ]
-        wide = [name for name in made if getattr(order[name].settings, "dtype", "") == "uint32"]
-        if made and made == wide:
-            continue
-        name = next((name for name in made if name not in wide), "tokenize")
-        found = (
-            f"{vocabulary:,} tokens do not fit into 16 bits, which hold {MAX_UINT16_VOCABULARY:,}"
-        )
-        mend = f"give vocabulary: {MAX_UINT16_VOCABULARY} or less, or {name} dtype: uint32"
-        yield Mistake(f"stages.{node.name}.vocabulary", found, mend)
-
-
-def _shape_mistakes(order: Mapping[str, Node]) -> Iterator[Mistake]:
-    """Sequences longer than the model was made for, and launches that cannot share it out."""
-    shapes: dict[str, list[ShapeConfig]] = {}
-    for node in order.values():
-        own = getattr(node.settings, "shape", None)
-        above = [shape for _, target in node.links for shape in shapes.get(target, [])]
-        if isinstance(own, ShapeConfig) and not above:
-            above = [own]
-        shapes[node.name] = above
-        if above:
-            yield from _context_mistakes(node, min(shape.context for shape in above))
-        launch = getattr(node.settings, "launch", None)
-        if isinstance(launch, LaunchConfig):
-            yield from _sharing_mistakes(node, launch, above)
-
-
-def _sharing_mistakes(
-    node: Node, launch: LaunchConfig, shapes: Iterable[ShapeConfig]
-) -> Iterator[Mistake]:
-    for shape in shapes:
-        try:
-            launch.refuse_shape(shape)
-        except ValueError as error:
-            found, _, mend = str(error).partition("; ")
-            yield Mistake(f"stages.{node.name}.launch", found, mend)
-            return
-
-
-def _context_mistakes(node: Node, longest: int) -> Iterator[Mistake]:
-    asked = getattr(node.settings, "context", 0)
-    if isinstance(asked, int) and asked > longest:
-        found = f"{asked} tokens are more than the model's context of {longest}"
-        mend = f"give {node.name}.context={longest} or less, or shape.context={asked}"
-        yield Mistake(f"stages.{node.name}.context", found, mend)

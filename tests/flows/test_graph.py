@@ -245,6 +245,17 @@ REAL: list[tuple[str, dict[str, Any], dict[str, Any], str, str]] = [
         "policy was made with tokenizer",
     ),
     (
+        "questions asked that sft has learnt",
+        {
+            "chats": DATA,
+            "sft": {"from": {"policy": "pretrain", "conversations": "chats"}},
+            "pairs": {"from": {"policy": "sft", "conversations": "chats"}, "prompts": "withheld"},
+        },
+        {},
+        "stages.pairs.withheld_share",
+        "it withholds 0; give sft withheld_share: 0.25, or prompts: all",
+    ),
+    (
         "context longer than the model's",
         {"sft": {"from": {"policy": "pretrain", "conversations": "chats"}, "context": 512}},
         {"shape": {"context": 128}},

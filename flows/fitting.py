@@ -1,0 +1,137 @@
+"""What nodes of a recipe have to agree on: tokens, shapes, and the questions that sft leaves to pairs."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from conf.launch import LaunchConfig
+from conf.mistakes import Mistake
+from conf.pairs import PairsConfig
+from conf.sft import SftConfig
+from conf.shape import ShapeConfig
+from conf.tokenize import MAX_UINT16_VOCABULARY
+
+if TYPE_CHECKING:
+    from flows.graph import Node
+
+TOKENIZED = ("tokenizer", "tokens", "policy", "reward_model")
+"""Kinds of artifacts that hold token ids, or weights that belong to one vocabulary."""
+
+
+def disagreements(order: Mapping[str, "Node"]) -> Iterator[Mistake]:
+    """All of them; `order` has every node behind those that it reads."""
+    yield from _tokenizer_mistakes(order)
+    yield from _shape_mistakes(order)
+    yield from _vocabulary_mistakes(order)
+    yield from _withheld_mistakes(order)
+
+
+def _tokenizer_mistakes(order: Mapping[str, "Node"]) -> Iterator[Mistake]:
+    """Inputs whose token ids come from different vocabularies."""
+    origins: dict[str, set[str]] = {}
+    for node in order.values():
+        read = {
+            link: origins.get(target, set())
+            for link, target in node.links
+            if target in order and order[target].spec.output.kind in TOKENIZED
+        }
+        found = {origin for sets in read.values() for origin in sets}
+        if len(found) > 1:
+            parts = [f"{link} was made with {' and '.join(sorted(o))}" for link, o in read.items()]
+            mend = "let all of them descend from one tokenizer"
+            yield Mistake(f"stages.{node.name}.from", f"mixes tokenizers: {', '.join(parts)}", mend)
+        if getattr(node.settings, "target", "") == "gguf":
+            yield from _gguf_mistakes(node, [order[name] for name in found if name in order])
+        is_tokenizer = node.spec.output.kind == "tokenizer"
+        origins[node.name] = {node.pin or node.name} if is_tokenizer else found
+
+
+def _gguf_mistakes(node: "Node", tokenizers: list["Node"]) -> Iterator[Mistake]:
+    for made in tokenizers:
+        algorithm = getattr(made.settings, "algorithm", "bpe")
+        if algorithm != "bpe" and not getattr(made.settings, "adopt", ()):
+            found = f"GGUF holds byte-level BPE, {made.name} learns {algorithm}"
+            mend = f"give target: hf, or {made.name} algorithm: bpe"
+            yield Mistake(f"stages.{node.name}.target", found, mend)
+
+
+def _vocabulary_mistakes(order: Mapping[str, "Node"]) -> Iterator[Mistake]:
+    """Vocabularies whose ids do not fit the token files that are made with them."""
+    for node in order.values():
+        vocabulary = getattr(node.settings, "vocabulary", 0)
+        if vocabulary <= MAX_UINT16_VOCABULARY or getattr(node.settings, "adopt", ()):
+            continue
+        made = [
+            other.name
+            for other in order.values()
+            if other.spec.output.kind == "tokens" and node.name in other.inputs.values()
+        ]
+        wide = [name for name in made if getattr(order[name].settings, "dtype", "") == "uint32"]
+        if made and made == wide:
+            continue
+        name = next((name for name in made if name not in wide), "tokenize")
+        found = (
+            f"{vocabulary:,} tokens do not fit into 16 bits, which hold {MAX_UINT16_VOCABULARY:,}"
+        )
+        mend = f"give vocabulary: {MAX_UINT16_VOCABULARY} or less, or {name} dtype: uint32"
+        yield Mistake(f"stages.{node.name}.vocabulary", found, mend)
+
+
+def _shape_mistakes(order: Mapping[str, "Node"]) -> Iterator[Mistake]:
+    """Sequences longer than the model was made for, and launches that cannot share it out."""
+    shapes: dict[str, list[ShapeConfig]] = {}
+    for node in order.values():
+        own = getattr(node.settings, "shape", None)
+        above = [shape for _, target in node.links for shape in shapes.get(target, [])]
+        if isinstance(own, ShapeConfig) and not above:
+            above = [own]
+        shapes[node.name] = above
+        if above:
+            yield from _context_mistakes(node, min(shape.context for shape in above))
+        launch = getattr(node.settings, "launch", None)
+        if isinstance(launch, LaunchConfig):
+            yield from _sharing_mistakes(node, launch, above)
+
+
+def _sharing_mistakes(
+    node: "Node", launch: LaunchConfig, shapes: Iterable[ShapeConfig]
+) -> Iterator[Mistake]:
+    for shape in shapes:
+        try:
+            launch.refuse_shape(shape)
+        except ValueError as error:
+            found, _, mend = str(error).partition("; ")
+            yield Mistake(f"stages.{node.name}.launch", found, mend)
+            return
+
+
+def _context_mistakes(node: "Node", longest: int) -> Iterator[Mistake]:
+    asked = getattr(node.settings, "context", 0)
+    if isinstance(asked, int) and asked > longest:
+        found = f"{asked} tokens are more than the model's context of {longest}"
+        mend = f"give {node.name}.context={longest} or less, or shape.context={asked}"
+        yield Mistake(f"stages.{node.name}.context", found, mend)
+
+
+def _withheld_mistakes(order: Mapping[str, "Node"]) -> Iterator[Mistake]:
+    """Pairs from questions that sft was to leave out, and has learnt."""
+    for node in order.values():
+        settings = node.settings
+        if not isinstance(settings, PairsConfig) or settings.prompts != "withheld":
+            continue
+        for tuned in _tuned_above(order, node):
+            learnt = tuned.settings
+            if isinstance(learnt, SftConfig) and learnt.withheld_share < settings.withheld_share:
+                found = (
+                    f"asks the {settings.withheld_share:g} of the questions that {tuned.name} withholds; it "
+                    f"withholds {learnt.withheld_share:g}"
+                )
+                mend = f"give {tuned.name} withheld_share: {settings.withheld_share:g}, or prompts: all"
+                yield Mistake(f"stages.{node.name}.withheld_share", found, mend)
+
+
+def _tuned_above(order: Mapping[str, "Node"], node: "Node") -> Iterator["Node"]:
+    """The nodes that a node's policy went through."""
+    above = order.get(str(node.inputs.get("policy")))
+    while above is not None and above.pin is None:
+        yield above
+        above = order.get(str(above.inputs.get("policy")))
