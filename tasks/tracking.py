@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 EVENTS = "tracking.jsonl"
 OUTPUT = "tracking.log"
 LOCK = "tracking.lock"
+TABLES = "tables.json"
+TABLE_ROWS = 1000
+"""Rows of a table that are sent."""
 EXPERIMENT = "bessemer"
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 """Opens the experiment's page on its runs and curves, not on traces of language model calls."""
@@ -307,6 +310,8 @@ class Forwarder:
         self._send_curves(sent)
         if event["logs"] and (samples := Path(event["logs"]) / SAMPLES).is_file():
             self._client.log_artifact(sent.run_id, str(samples))
+        if event["logs"]:
+            self._send_tables(sent, Path(event["logs"]) / TABLES)
         self._send(sent, [{"time": event["time"], "step": 0, **flatten(event["metrics"])}])
         self._client.set_terminated(sent.run_id, _ENDS[event["status"]])
         sent.is_open = False
@@ -365,6 +370,19 @@ class Forwarder:
     def _send_curves(self, sent: Sent) -> None:
         for rows in sent.tail.batches():
             self._send(sent, rows)
+
+    def _send_tables(self, sent: Sent, path: Path) -> None:
+        """The tables that a stage wrote for people, in the form that MLflow's page shows as tables."""
+        if not path.is_file():
+            return
+        shown: list[dict[str, str]] = []
+        for title, rows in json.loads(path.read_text("utf-8")).items():
+            columns = list(dict.fromkeys(column for row in rows for column in row))
+            values = [[row.get(column) for column in columns] for row in rows[:TABLE_ROWS]]
+            place = f"tables/{re.sub(r'\W+', '-', title.lower()).strip('-')}.json"
+            self._client.log_dict(sent.run_id, {"columns": columns, "data": values}, place)
+            shown.append({"path": place, "type": "table"})
+        self._client.set_tag(sent.run_id, "mlflow.loggedArtifacts", json.dumps(shown))
 
     def _send(self, sent: Sent, rows: list[dict[str, Any]]) -> None:
         """Log the numbers of rows; a step that MLflow already has is left out."""

@@ -109,6 +109,8 @@ def test_a_run_with_a_cut_back_curve_and_a_killed_forwarder(home: Path, uri: str
     (attempt / "metrics.jsonl").unlink()
     add(attempt, range(1, 9))
     (attempt / "samples.jsonl").write_text('{"step": 8, "prompt": "冬天", "text": "很冷。"}\n')
+    table = {"样本 (zh)": [{"name": "冬天", "n": 3}, {"name": "雪", "low": 0.5}], "none": []}
+    (attempt / "tables.json").write_text(json.dumps(table))
     attempt.rename(final)
     result = {"loss": 2.0, "shards": {"built": 4}, "note": "words", "is_good": True}
     tracking.stage_ended("train", "built", result, logs=final, fingerprint="f" * 64)
@@ -137,7 +139,14 @@ def test_a_run_with_a_cut_back_curve_and_a_killed_forwarder(home: Path, uri: str
     assert parent["params"] == {"seed": "7", "data": "../数据"}
     assert parent["tags"]["bessemer.recipe"] == "demo"
     assert parent["artifacts"] == ["report.html"]
-    assert train["artifacts"] == ["samples.jsonl"]
+    assert train["artifacts"] == ["samples.jsonl", "tables"]
+    shown = json.loads(train["tags"]["mlflow.loggedArtifacts"])
+    assert shown[0] == {"path": "tables/样本-zh.json", "type": "table"}
+    (table_file,) = home.rglob("样本-zh.json")
+    assert json.loads(table_file.read_text("utf-8")) == {
+        "columns": ["name", "n", "low"],
+        "data": [["冬天", 3, None], ["雪", None, 0.5]],
+    }
 
 
 def test_a_run_of_hits_alone_starts_no_forwarder(tmp_path: Path) -> None:
