@@ -379,7 +379,8 @@ class Forwarder:
         for title, rows in json.loads(path.read_text("utf-8")).items():
             columns = list(dict.fromkeys(column for row in rows for column in row))
             values = [[row.get(column) for column in columns] for row in rows[:TABLE_ROWS]]
-            place = f"tables/{re.sub(r'\W+', '-', title.lower()).strip('-')}.json"
+            name = re.sub(r"\W+", "-", title.lower()).strip("-")
+            place = f"tables/{name}.json"
             self._client.log_dict(sent.run_id, {"columns": columns, "data": values}, place)
             shown.append({"path": place, "type": "table"})
         self._client.set_tag(sent.run_id, "mlflow.loggedArtifacts", json.dumps(shown))
