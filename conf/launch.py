@@ -105,9 +105,9 @@ class LaunchConfig(Settings):
     checkpoints_kept: Annotated[int, Field(ge=1)] = 2
     """The newest so many checkpoints stay until the job has ended; where a disk has damaged one, the one
     before it is gone on from."""
-    checkpoints_beside: bool = False
-    """Whether pretraining, SFT, reward and DPO go on while a checkpoint is written, by a thread of its own;
-    that takes a copy of weights and optimizer state in the host's memory (12 bytes a parameter)."""
+    checkpoints_beside: Literal["auto", "always", "never"] = "auto"
+    """Whether pretraining, SFT, reward and DPO go on while a thread writes a copy of weights and optimizer
+    state, which takes 12 bytes a parameter of the host's memory; `auto` where CUDA computes."""
     resume: Literal["strict", "weights"] = "strict"
     """What a job that was cut off goes on with: `strict` with all that it had, so that it ends like an unbroken
     one; `weights` at the same step with its weights, and an optimizer that begins anew, which is for when its

@@ -316,13 +316,14 @@ class _Run:
             "loop": asdict(self.state),
             "metrics_bytes": self.journal.offset,
         }
-        launch = self.plan.launch
+        launch, device = self.plan.launch, self.engine.ranks.device
+        has_room = launch.checkpoints_beside == "auto" and device.type == "cuda"
         self.checkpoints.save(
             self.state.step,
             state,
             lambda is_lasting: self.engine.snapshot(is_lasting=is_lasting),
             kept=launch.checkpoints_kept,
-            is_beside=launch.checkpoints_beside,
+            is_beside=has_room or launch.checkpoints_beside == "always",
         )
         self._saved = time.monotonic()
 

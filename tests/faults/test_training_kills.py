@@ -119,6 +119,7 @@ def test_everything_killed_twice_gives_the_weights_of_an_unbroken_run(
 
 # Almost all of the time of so small a model goes into its checkpoints.
 BUSY = SETTINGS.model_copy(update={"checkpoint_every_steps": 1, "tokens": 80 * 128})
+BESIDE = BUSY.launch.model_copy(update={"checkpoints_beside": "always"})
 
 
 def kill_once(job: Path, source: random.Random, *, in_write: bool) -> None:
@@ -141,8 +142,14 @@ def kill_once(job: Path, source: random.Random, *, in_write: bool) -> None:
 def test_killed_at_random_moments_it_ends_with_the_same_bytes(tmp_path: Path, kills: int) -> None:
     tokens = write_small_tokens(tmp_path / "tokens")
     unbroken, broken = (
-        write_job(tmp_path / name, "pretrain", BUSY, {"tokens": tokens}, BUSY.launch)
-        for name in ("unbroken", "broken")
+        write_job(
+            tmp_path / name,
+            "pretrain",
+            BUSY.model_copy(update={"launch": launch}),
+            {"tokens": tokens},
+            launch,
+        )
+        for name, launch in (("unbroken", BUSY.launch), ("broken", BESIDE))
     )
     finish(start("model.pretrain", unbroken))
     seed = random.randrange(1 << 30)

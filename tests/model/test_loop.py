@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from conf.shape import ShapeConfig
 from model.batches import Batch
 from model.engine import Engine, build_engine
 from model.journal import Journal
-from model.loop import Diverged, LoopPlan, LoopState, Stopped, train
+from model.loop import Diverged, LoopPlan, LoopState, Stopped, resume_figures, train
 from model.optimizer import UpdateRule
 from model.ranks import Ranks
 from model.transformer import Transformer, token_logprobs
@@ -142,6 +143,39 @@ def test_going_on_from_a_checkpoint_gives_the_same_bits(tmp_path: Path) -> None:
     ]
 
 
+def test_a_checkpoint_beside_training_holds_what_it_held_then(tmp_path: Path) -> None:
+    for how in ("never", "always"):
+        launch = LaunchConfig.model_validate({"checkpoints_beside": how, "checkpoints_kept": 6})
+        run(tmp_path / how, fresh_engine(), checkpoint_steps=1, launch=launch)
+    written = sorted((tmp_path / "never" / "checkpoints").rglob("*.safetensors"))
+    # Six checkpoints of weights, optimizer and random numbers.
+    assert len(written) == 6 * 3
+    for path in written:
+        other = tmp_path / "always" / path.relative_to(tmp_path / "never")
+        assert other.read_bytes() == path.read_bytes(), other
+
+
+def test_weights_alone_go_on_with_a_fresh_optimizer_and_say_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(tmp_path / "six", fresh_engine(), checkpoint_steps=3, steps=3)
+    shutil.copytree(tmp_path / "six", tmp_path / "strict")
+    run(tmp_path / "strict", strict := fresh_engine())
+    weights_alone = LaunchConfig(resume="weights")
+    engine = fresh_engine()
+    state = run(tmp_path / "six", engine, launch=weights_alone)
+    assert resume_figures(state) == {"fresh_optimizer_step": 3}
+    assert "goes on behind step 3" in capsys.readouterr().err
+    # The same as three updates of a new optimizer, on the data of steps 3 to 5.
+    truth = fresh_engine()
+    run(tmp_path / "begun", truth, steps=3)
+    anew = build_engine(truth.model, LaunchConfig(), Ranks(), UpdateRule())
+    run(tmp_path / "anew", anew, steps=3, at=lambda step: batches(8)(step + 3))
+    for name, weight in engine.model.state_dict().items():
+        assert torch.equal(weight, anew.model.state_dict()[name]), name
+    assert not torch.equal(engine.model.embedding.weight, strict.model.embedding.weight)
+
+
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path: Path) -> None:
     run(tmp_path, fresh_engine(), checkpoint_steps=2)
     newest = tmp_path / "checkpoints" / "step_000000006"
@@ -171,7 +205,14 @@ def test_a_request_to_stop_saves_and_the_next_run_goes_on(tmp_path: Path) -> Non
         return batches(8)(step)
 
     with pytest.raises(Stopped, match="stopped after step 3 of 6"):
-        run(tmp_path, fresh_engine(ranks), at=stop_in_third)
+        run(
+            tmp_path,
+            fresh_engine(ranks),
+            at=stop_in_third,
+            launch=LaunchConfig(checkpoints_beside="always"),
+        )
+    # Also one that is written beside is there before the job has ended.
+    assert (tmp_path / "checkpoints" / "step_000000003").is_dir()
     assert run(tmp_path, fresh_engine()).step == 6
     assert [m["step"] for m in metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
 

@@ -1,5 +1,7 @@
 """Models and checkpoints on disk."""
 
+import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,15 @@ import torch
 from conf.shape import ShapeConfig
 from model.ranks import Ranks
 from model.transformer import Transformer
-from model.weights import Checkpoints, load_model, load_tensors, save_model, save_tensors
+from model.weights import (
+    Checkpoints,
+    ForeignCheckpoint,
+    Write,
+    load_model,
+    load_tensors,
+    save_model,
+    save_tensors,
+)
 from storage.checkpoint import ModelCard
 from storage.tokenizer import read_meta
 from tests.model.tiny import tiny_tokenizer
@@ -86,6 +96,66 @@ def test_a_draft_left_by_a_kill_is_never_read(tmp_path: Path) -> None:
     assert saved is not None
     assert (saved.step, saved.state) == (3, {"a": 1})
     assert load_tensors(saved.path / "x")["w"].tolist() == [1.0, 1.0]
+
+
+def ones(folder: Path) -> None:
+    save_tensors(folder / "x", {"w": torch.ones(2)})
+
+
+def test_a_checkpoint_is_written_beside_what_goes_on_and_only_one_at_a_time(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, {}, Ranks())
+    may_write, asked = threading.Event(), list[bool]()
+
+    def snapshot(is_lasting: bool) -> Write:
+        asked.append(is_lasting)
+
+        def write(folder: Path) -> None:
+            assert may_write.wait(60)
+            ones(folder)
+
+        return write
+
+    checkpoints.save(1, {}, lambda _: ones)
+    checkpoints.save(2, {}, snapshot, is_beside=True)
+    # It is being written: who would go on now has the one before.
+    assert [path.name for path in sorted(tmp_path.iterdir())] == [
+        "draft_000000002",
+        "step_000000001",
+    ]
+    threading.Timer(0.05, may_write.set).start()
+    checkpoints.save(3, {}, snapshot, kept=3, is_beside=True)
+    assert (tmp_path / "step_000000002").is_dir()
+    checkpoints.settle()
+    assert sorted(path.name[-1] for path in tmp_path.glob("step_*")) == ["1", "2", "3"]
+    assert asked == [True, True]
+
+
+def test_what_goes_wrong_in_writing_beside_is_raised_and_leaves_the_one_before(
+    tmp_path: Path,
+) -> None:
+    checkpoints = Checkpoints(tmp_path, {}, Ranks())
+    checkpoints.save(1, {}, lambda _: ones)
+
+    def fail(folder: Path) -> None:
+        ones(folder)
+        raise OSError(28, "No space left on device")
+
+    checkpoints.save(2, {}, lambda _: fail, is_beside=True)
+    with pytest.raises(OSError, match="No space left"):
+        checkpoints.settle()
+    saved = Checkpoints(tmp_path, {}, Ranks()).newest()
+    assert saved is not None
+    assert saved.step == 1
+
+
+def test_a_checkpoint_of_an_older_form_is_refused_in_words(tmp_path: Path) -> None:
+    Checkpoints(tmp_path, {}, Ranks()).save(1, {}, lambda _: ones)
+    note = tmp_path / "step_000000001" / "complete.json"
+    content = json.loads(note.read_text("utf-8"))
+    del content["identity"]["form"]
+    note.write_text(json.dumps(content), "utf-8")
+    with pytest.raises(ForeignCheckpoint, match=r"form: .* -> 2.*remove the folder to start anew"):
+        Checkpoints(tmp_path, {}, Ranks()).newest()
 
 
 def test_generators_of_random_numbers_go_on_where_they_were(tmp_path: Path) -> None:
