@@ -1,6 +1,7 @@
 """Runs side by side, model cards and plans as pages, from records made by hand."""
 
 import re
+from base64 import b64decode
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -211,8 +212,17 @@ def test_curves_are_images_that_need_nothing(tmp_path: Path, browser: Browser) -
     (tmp_path / "logs").mkdir()
     rows = "".join(f'{{"step": {step}, "loss": {1 / (step + 1)}}}\n' for step in range(9))
     (tmp_path / "logs" / "metrics.jsonl").write_text(rows)
-    ((title, address),) = pictures("预训练", tmp_path)
+    (tmp_path / "files").mkdir()
+    half = Figure(value=0.5, n=4, low=0.2, high=0.8, chance=0.25)
+    names = ("exam_option/accuracy", "bits_per_byte/web", "wins/dpo_over_sft", "world/kl")
+    Scores.write(tmp_path / "files", dict.fromkeys(names, half))
+    (title, address), *others = pictures("预训练", tmp_path)
     assert title == "loss"
+    # In the order of their names; the KL is of no kind that has an image.
+    assert [title for title, _ in others] == ["bits per byte", "accuracy", "wins"]
+    drawn = [b64decode(image.partition(",")[2]).decode() for _, image in others]
+    for chart, label in zip(drawn, ("web", "exam option", "dpo over sft"), strict=True):
+        assert f">{label}<" in chart
     with opened(browser, "about:blank") as page:
         page.set_content(f'<img src="{address}">')
         page.wait_for_function("document.images[0].complete")
