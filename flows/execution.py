@@ -13,14 +13,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from flows.graph import Graph
 from flows.lookup import Address, Lookup
 from flows.runs import Home, RunRecord, StageRecord, StageStatus
 from storage.artifact import Artifact
 from storage.errors import DamagedArtifact
-from tasks.processes import interrupt
+from tasks.processes import interrupt, start_of
 from tasks.stage import Job, Outcome, execute
 
 DONE: tuple[StageStatus, ...] = ("hit", "built")
@@ -76,8 +74,8 @@ class Execution:
 
     def start(self) -> None:
         """Note that the run goes on, in this process."""
-        process = psutil.Process()
-        self.record.pid, self.record.pid_started = process.pid, process.create_time()
+        self.record.pid = os.getpid()
+        self.record.pid_started = start_of(self.record.pid)
         self.record.started = datetime.now(UTC).isoformat(timespec="seconds")
         for name, node in self.graph.nodes.items():
             self.record.stages[name] = StageRecord(

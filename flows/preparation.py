@@ -10,7 +10,7 @@ from conf.mistakes import Mistake, RecipeError
 from flows.execution import Execution, workers_of
 from flows.graph import REFERENCE, Graph, build_graph, check_selection, load_graph
 from flows.lookup import Lookup
-from flows.runs import Home, RunRecord, find_artifact, new_run_id
+from flows.runs import Home, RunRecord, find_artifact
 from storage.record import Record
 from storage.source import HashCache, resolve
 from storage.store import Store
@@ -70,7 +70,7 @@ def prepare(
     if frozen:
         graph = build_graph(graph.recipe, _with(written, frozen), base=base)
     record = RunRecord(
-        run_id=run_id or new_run_id(),
+        run_id=run_id or home.new_run_id(),
         recipe=graph.recipe,
         recipe_path=request.recipe,
         overrides=request.overrides,

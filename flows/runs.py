@@ -2,7 +2,9 @@
 
 import fcntl
 import itertools
+import logging
 import os
+import re
 import secrets
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -10,16 +12,16 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
 
-import psutil
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from storage.errors import BessemerError
 from storage.record import Record
 from storage.store import Store, open_store
+from tasks import processes
 
 RUN_FILE = "run.json"
-START_TOLERANCE_SECONDS = 2.0
-"""Start times of a process as told by the kernel and as noted differ by at most this."""
+_log = logging.getLogger("bessemer.run")
+_RUN_TIME = re.compile(r"\d{8}-\d{6}-\d{3}")
 SHORTEST_FINGERPRINT = 6
 SHORT = 8
 """Digits of a fingerprint that are shown."""
@@ -174,8 +176,12 @@ class Home:
         if not self.runs.is_dir():
             return
         for folder in sorted(self.runs.iterdir(), reverse=True):
-            if (folder / RUN_FILE).is_file():
+            if not (folder / RUN_FILE).is_file():
+                continue
+            try:
                 yield RunRecord.read(folder)
+            except ValidationError as error:
+                _log.warning("%s cannot be read and is passed over: %s", folder / RUN_FILE, error)
 
     def dead_runs(self) -> list[RunRecord]:
         """Newer runs that died without a word, and of which Prefect has not been told yet."""
@@ -192,6 +198,16 @@ class Home:
             and record.pid != os.getpid()
             and is_alive(record.pid, record.pid_started)
         ]
+
+    def new_run_id(self) -> str:
+        """An id that sorts by time, to the millisecond, and behind all runs so far, should somebody have
+        set the clock back: `20260131-235959-1233f`."""
+        now = datetime.now(UTC)
+        folders = self.runs.iterdir() if self.runs.is_dir() else ()
+        if found := max(filter(_RUN_TIME.match, (path.name for path in folders)), default=""):
+            newest = datetime.strptime(found[:19], "%Y%m%d-%H%M%S-%f").replace(tzinfo=UTC)
+            now = max(now, newest + timedelta(milliseconds=1))
+        return f"{now:%Y%m%d-%H%M%S}-{now.microsecond // 1000:03d}{secrets.token_hex(1)}"
 
     def newest(self, recipe: str | None = None, *, is_complete: bool = False) -> RunRecord | None:
         """The newest run, of a recipe where one is named, and complete where that is asked for."""
@@ -211,20 +227,12 @@ def node_title(node: str, fingerprint: str | None) -> str:
     return f"{node} {fingerprint[:SHORT]}" if fingerprint else node
 
 
-def new_run_id() -> str:
-    """An id that sorts by time, to the millisecond: `20260131-235959-1233f`."""
-    now = datetime.now(UTC)
-    return f"{now:%Y%m%d-%H%M%S}-{now.microsecond // 1000:03d}{secrets.token_hex(1)}"
-
-
 def is_alive(pid: int, started: float) -> bool:
-    """Whether the process with that id is the one that was started then, and not a zombie."""
-    try:
-        process = psutil.Process(pid)
-        is_same = abs(process.create_time() - started) < START_TOLERANCE_SECONDS
-        return is_same and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.Error:
-        return False
+    """Whether the process with that id is the one that was started then, and not a zombie.
+
+    `started` is what `tasks.processes.start_of` told of it.
+    """
+    return processes.start_of(pid) == started and processes.is_alive(pid)
 
 
 def find_artifact(name: str, home: Home, store: Store) -> Record:

@@ -27,6 +27,7 @@ from pydantic import BaseModel, ConfigDict
 
 from flows.runs import FileLock, Home, RunRecord, ServiceError, is_alive
 from flows.watches import watches
+from tasks.processes import start_of
 
 HOST = "127.0.0.1"
 START_SECONDS = 180.0
@@ -217,9 +218,8 @@ def _ensure_process(home: Home, api: str, name: str, module: str, page: str) -> 
     environment = prefect_environment(home, api)
     command = [sys.executable, "-m", module]
     process, _ = _spawn(home, name, command, environment, folder=Path.cwd())
-    started = psutil.Process(process.pid).create_time()
     url = f"{api.removesuffix('/api')}/{page}"
-    _note(home, Service(name=name, pid=process.pid, started=started, url=url))
+    _note(home, Service(name=name, pid=process.pid, started=start_of(process.pid), url=url))
 
 
 def _start_mlflow(home: Home) -> Service:
@@ -237,7 +237,7 @@ def _start_mlflow(home: Home) -> Service:
     service = Service(
         name="mlflow",
         pid=process.pid,
-        started=psutil.Process(process.pid).create_time(),
+        started=start_of(process.pid),
         url=url,
     )
     _note(home, service)
@@ -362,8 +362,7 @@ def serve_prefect(home: Home, idle_seconds: float) -> None:
     server = uvicorn.Server(
         uvicorn.Config(activity, log_level="warning", timeout_graceful_shutdown=3)
     )
-    started = psutil.Process().create_time()
-    _note(home, Service(name="prefect", pid=os.getpid(), started=started, url=url))
+    _note(home, Service(name="prefect", pid=os.getpid(), started=start_of(os.getpid()), url=url))
     threading.Thread(
         target=_watch, args=(home, activity, server, idle_seconds), daemon=True
     ).start()

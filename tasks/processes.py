@@ -64,12 +64,20 @@ def is_alive(pid: int) -> bool:
     return _stat(pid)[0] not in ("", "Z", "X")
 
 
+def start_of(pid: int) -> float:
+    """When a process was started, in seconds since the kernel's own start; 0 for one that is not there.
+
+    Unlike a time of day it stays what it is when somebody sets the clock.
+    """
+    return _stat(pid)[2] / os.sysconf("SC_CLK_TCK")
+
+
 def descendants(pid: int) -> list[int]:
     """Every process below `pid`, zombies left out, nearest first."""
     children: dict[int, list[int]] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
-            status, parent = _stat(int(entry.name))
+            status, parent, _ = _stat(int(entry.name))
             if status not in ("", "Z", "X"):
                 children.setdefault(parent, []).append(int(entry.name))
     found = list(children.get(pid, []))
@@ -78,14 +86,15 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
-def _stat(pid: int) -> tuple[str, int]:
+def _stat(pid: int) -> tuple[str, int, int]:
+    """State, parent and start (in ticks of the kernel's clock); nothing for a process that is gone."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text("utf-8", "replace")
     except (FileNotFoundError, ProcessLookupError):
-        return "", 0
+        return "", 0, 0
     # The name, in parentheses, may itself hold spaces and parentheses.
-    status, parent = text.rpartition(")")[2].split()[:2]
-    return status, int(parent)
+    fields = text.rpartition(")")[2].split()
+    return fields[0], int(fields[1]), int(fields[19])
 
 
 def send(pid: int, number: signal.Signals) -> None:

@@ -59,6 +59,21 @@ class Ending:
     reason: str
 
 
+class Stillness:
+    """How long files have stayed as they are; their times are only compared with one another, for the
+    clock may be set while a job runs."""
+
+    def __init__(self) -> None:
+        self._newest = 0.0
+        self._since = time.monotonic()
+
+    def seconds(self, paths: Iterable[Path]) -> float:
+        """Time since one of the files was last seen to be written, or since the begin."""
+        if (newest := _newest(paths)) != self._newest:
+            self._newest, self._since = newest, time.monotonic()
+        return time.monotonic() - self._since
+
+
 @dataclass
 class Supervisor:
     """One run of one job, or of its part on one of its nodes."""
@@ -68,8 +83,10 @@ class Supervisor:
     node: int | None = None
     """Number of the node; none for the supervisor of the whole job, which stands on the first, or beside
     all of them where Slurm starts them."""
-    started: float = field(default_factory=time.time)
+    started: float = field(default_factory=time.monotonic)
     is_asked: bool = False
+    _unfollowed: Stillness = field(default_factory=Stillness)
+    _standing: Stillness = field(default_factory=Stillness)
     _others: "dict[str, subprocess.Popen[bytes]]" = field(
         default_factory=dict[str, "subprocess.Popen[bytes]"]
     )
@@ -85,7 +102,7 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self._ask)
         placement = self._wait_for_host()
-        waited = time.time() - self.started
+        waited = time.monotonic() - self.started
         if isinstance(placement, Ending):
             ended = self._exit(placement, [])
         else:
@@ -132,6 +149,7 @@ class Supervisor:
 
     def _run_ranks(self, placement: Placement) -> ExitFile:
         begin = time.monotonic()
+        self._standing = Stillness()
         kills = out_of_memory_kills()
         launch, job_file = self.job.launch, self.job.state / JOB
         if self._is_submitted:
@@ -240,12 +258,10 @@ class Supervisor:
         if self.node and self.job.launch.hostfile and (self.job.state / EXIT).exists():
             return Ending(ExitCode.FAILED, "the job has ended on the first node")
         limit = self.job.launch.orphan_seconds
-        if limit and (alone := time.time() - self._last_followed()) > limit:
+        alone = self._unfollowed.seconds((self.job.state / FOLLOWERS).glob("*"))
+        if limit and alone > limit:
             return Ending(ExitCode.REQUEUE, f"nobody has followed the job for {alone:.0f} s")
         return None
-
-    def _last_followed(self) -> float:
-        return max(self.started, _newest((self.job.state / FOLLOWERS).glob("*")))
 
     def _overdue(self, begin: float) -> Ending | None:
         launch = self.job.launch
@@ -255,8 +271,7 @@ class Supervisor:
             )
         if launch.stall_seconds:
             logs = self.job.logs
-            moved = _newest([logs / PROGRESS, *logs.glob("output*.log")])
-            still = min(time.monotonic() - begin, time.time() - moved)
+            still = self._standing.seconds([logs / PROGRESS, *logs.glob("output*.log")])
             if still > launch.stall_seconds:
                 return Ending(
                     ExitCode.FAILED,
@@ -290,7 +305,7 @@ class Supervisor:
             code=ending.code,
             reason=f"{ending.reason}; {saved}; run again to go on from the newest one",
             tail=tail,
-            seconds=time.time() - self.started,
+            seconds=time.monotonic() - self.started,
         )
 
 
@@ -323,7 +338,7 @@ def main() -> None:
     """Supervise the job of the job file named on the command line, run by the module named there."""
     module, job_file = sys.argv[1:3]
     job = JobFile.model_validate_json(Path(job_file).read_text("utf-8"))
-    started = time.time()
+    started = time.monotonic()
 
     def supervise() -> int:
         die_with_parent(signal.SIGTERM)
@@ -342,7 +357,7 @@ def main() -> None:
             reason=f"the supervisor {what} and its ranks were killed with it; "
             "run again to go on from the newest checkpoint",
             tail=tail_of(job.logs / OUTPUT),
-            seconds=time.time() - started,
+            seconds=time.monotonic() - started,
         )
         _replace(job.state / EXIT, ended.model_dump_json(indent=1))
 

@@ -11,7 +11,6 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from flows.runs import FileLock, Home, RunRecord, ServiceError, is_alive
@@ -24,6 +23,7 @@ from flows.services import (
     read_service,
     running,
 )
+from tasks.processes import start_of
 
 
 class Healthy(BaseHTTPRequestHandler):
@@ -61,13 +61,13 @@ def test_a_number_that_another_process_got_is_not_the_service(tmp_path: Path) ->
     home = Home(tmp_path)
     (tmp_path / "services").mkdir()
     # Our own process, but as if the service had been started an hour earlier.
-    started = psutil.Process().create_time() - 3600
+    started = start_of(os.getpid()) - 3600
     service = Service(name="prefect", pid=os.getpid(), started=started, url="http://127.0.0.1:1")
     (tmp_path / "services" / "prefect.json").write_text(service.model_dump_json(), "utf-8")
     assert read_service(home, "prefect") == service
     assert running(home) == []
     assert down(home) == []  # and we are not killed
-    assert is_alive(os.getpid(), psutil.Process().create_time())
+    assert is_alive(os.getpid(), start_of(os.getpid()))
 
 
 def test_everything_of_prefect_is_kept_in_the_home_and_telemetry_is_off(tmp_path: Path) -> None:
@@ -122,7 +122,7 @@ def test_a_file_lock_keeps_a_second_holder_out(tmp_path: Path) -> None:
 def test_down_is_refused_while_a_run_needs_the_services(tmp_path: Path) -> None:
     home = Home(tmp_path)
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
-        started = psutil.Process(process.pid).create_time()
+        started = start_of(process.pid)
         record = RunRecord(
             run_id="20260131-235959-1", recipe="demo", recipe_path="demo", pid=process.pid
         )

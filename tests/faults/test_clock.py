@@ -1,0 +1,79 @@
+"""Somebody sets the clock: nothing that is alive is taken for dead, and the newest stays the newest."""
+
+import os
+import time
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import psutil
+import pytest
+
+from flows.runs import Home, RunRecord, is_alive
+from tasks.processes import start_of
+from tasks.supervisor import Stillness
+
+HOUR = 3600
+
+
+def test_when_a_process_was_started_is_told_by_no_clock_that_can_be_set(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ours = start_of(os.getpid())
+    # psutil adds the time of day at which the kernel started, which moves when the clock is set.
+    assert abs(ours + psutil.boot_time() - psutil.Process().create_time()) < 0.1
+    now = time.time
+    for hours in (-1, 1):
+        with monkeypatch.context() as patch:
+            patch.setattr(time, "time", lambda hours=hours: now() + hours * HOUR)
+            patch.setattr(psutil, "boot_time", lambda: 0.0)
+            assert is_alive(os.getpid(), ours)
+    assert not is_alive(os.getpid(), ours + 1)
+    assert start_of(1 << 30) == 0
+
+
+def run_at(home: Home, when: datetime) -> str:
+    run_id = f"{when:%Y%m%d-%H%M%S}-{when.microsecond // 1000:03d}ff"
+    RunRecord(run_id=run_id, recipe="r", recipe_path="r").write(home.run_folder(run_id))
+    return run_id
+
+
+def test_a_run_after_the_clock_was_set_back_is_the_newest(tmp_path: Path) -> None:
+    home = Home(tmp_path)
+    begin = datetime.now(UTC)
+    first = home.new_run_id()
+    assert begin - timedelta(seconds=1) <= datetime.strptime(first[:15], "%Y%m%d-%H%M%S").replace(
+        tzinfo=UTC
+    )
+    later = run_at(home, begin + timedelta(hours=5))
+    (home.runs / "notes").mkdir()
+    ids = [later]
+    for _ in range(3):
+        ids.append(home.new_run_id())
+        RunRecord(run_id=ids[-1], recipe="r", recipe_path="r").write(home.run_folder(ids[-1]))
+    assert ids == sorted(ids)
+    newest = home.newest()
+    assert newest
+    assert newest.run_id == ids[-1]
+
+
+def test_a_run_whose_record_is_damaged_hides_no_other(tmp_path: Path) -> None:
+    home = Home(tmp_path)
+    sound, damaged = (run_at(home, datetime.now(UTC) - timedelta(hours=n)) for n in (2, 1))
+    (home.run_folder(damaged) / "run.json").write_bytes(b"")
+    assert [record.run_id for record in home.records()] == [sound]
+
+
+@pytest.mark.parametrize("offset", [-HOUR, HOUR])
+def test_a_follower_is_seen_whatever_the_clock_says(tmp_path: Path, offset: float) -> None:
+    mark = tmp_path / "follower"
+    still = Stillness()
+    for _ in range(3):
+        time.sleep(0.02)
+        mark.touch()
+        written = time.time() + offset
+        os.utime(mark, (written, written))
+        assert still.seconds([mark]) < HOUR / 60
+    time.sleep(0.05)
+    assert 0.05 <= still.seconds([mark]) < HOUR / 60
+    mark.unlink()
+    assert still.seconds([]) < HOUR / 60
