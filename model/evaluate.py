@@ -25,6 +25,7 @@ from model.documents import (
     train_documents,
 )
 from model.generate import generate
+from model.held_pairs import pair_parts
 from model.journal import Journal
 from model.parts import Part, Rows, run_parts
 from model.ranks import Ranks
@@ -56,7 +57,7 @@ def work(job: JobFile, ranks: Ranks, journal: Journal) -> dict[str, Any]:
         run_parts(every, job, ranks, journal)
     return {
         kind: sum(part.size for part in every if part.file.startswith(kind))
-        for kind in ("scored", "documents", "answers")
+        for kind in ("scored", "documents", "pairs", "answers")
     }
 
 
@@ -83,7 +84,11 @@ def _parts(job: JobFile, ranks: Ranks) -> Iterator[Part]:
                 documents += train_documents(files, settings.train_documents)
             make = functools.partial(_scored_documents, load, files, tokenizer, settings)
             yield from document_parts(documents, make, prefix)
-    yield from _answer_parts(job, settings, functools.partial(model_of, None), tokenizer)
+    load = functools.partial(model_of, None)
+    if "preferences" in job.inputs:
+        pairs = Path(job.inputs["preferences"])
+        yield from pair_parts(folder, pairs, load, tokenizer, settings.batch)
+    yield from _answer_parts(job, settings, load, tokenizer)
 
 
 def _request_parts(

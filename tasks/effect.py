@@ -28,6 +28,7 @@ Value = Callable[[Row], float | None]
         "change/bits_per_byte/all/*": "change of bits per byte, *",
         "change/exam_letter/accuracy/*": "change of exam, letters, *",
         "change/exam_option/accuracy/*": "change of exam, whole options, *",
+        "change/pairs/accuracy/*": "change of pairs, better answer likelier, *",
         "change/ended/*": "change of answers that end, *",
         "change/answer_tokens/*": "change of answers' tokens, *",
     },

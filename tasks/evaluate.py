@@ -12,6 +12,7 @@ from storage.artifact import Artifact
 from storage.checkpoint import Policy, ReadWindows, RewardModel, kept_looks
 from storage.conversations import Conversations, first_user_turn
 from storage.jsonl import read_jsonl
+from storage.preferences import Preferences
 from storage.scores import Figure, Scores, table_rows
 from storage.tokens import Tokens
 from storage.world import World
@@ -23,6 +24,7 @@ from tasks.evaluation_figures import (
     document_figures,
     held_figures,
     overfitted,
+    pair_figures,
     request_figures,
     trials,
     world_figures,
@@ -43,7 +45,7 @@ from tasks.stage import Job, stage
 
 
 @stage(
-    version=4,
+    version=5,
     uses_torch=True,
     headlines={
         "bits_per_byte/all": "bits per byte",
@@ -56,6 +58,7 @@ from tasks.stage import Job, stage
         "own_*/accuracy": "own task, *",
         "own_*/rouge_l": "own task, ROUGE-L, *",
         "*blimp*/accuracy": "minimal pairs, *",
+        "pairs/accuracy": "held-out pairs, better answer likelier",
         "world/right": "right answers",
         "world/ended": "answers that end",
         "world/reward": "true reward",
@@ -75,11 +78,12 @@ def evaluate(
     reward: RewardModel | None = None,
     world: World | None = None,
     conversations: Conversations | None = None,
+    preferences: Preferences | None = None,
 ) -> Scores:
     """Measure one checkpoint on everything it is given; every figure has n and an interval.
 
     reads Policy, Tokens (held-out documents), a reference Policy (for the KL), a RewardModel, a World,
-    Conversations (held-out questions)
+    Conversations (held-out questions), Preferences (held-out pairs)
     writes Scores   cost one forward pass of all that is scored, and the generation
     """
     requests, tasks = _requests(job, settings)
@@ -90,6 +94,7 @@ def evaluate(
         "tokens": tokens,
         "reference": reference,
         "reward": reward,
+        "preferences": preferences,
     }
     given = {name: artifact for name, artifact in inputs.items() if artifact is not None}
     if settings.has_curve and not kept_looks(policy.files):
@@ -99,7 +104,8 @@ def evaluate(
         )
     job.metrics.update(run_worker(job, "model.evaluate", settings, given))
     scored, documents = _scored(job.state, "")
-    figures = request_figures(requests, scored) | document_figures(documents)
+    pairs = _read_parts(job.state, "pairs")
+    figures = request_figures(requests, scored) | document_figures(documents) | pair_figures(pairs)
     if tokens is not None and settings.has_baselines:
         figures |= _baselines(job, policy, tokens, settings)
     answers = _read_parts(job.state, "answers")
@@ -110,7 +116,7 @@ def evaluate(
         for step in (kept_looks(policy.files) if settings.has_curve else ())
         if (found := _look_figures(job.state, step, requests))
     ]
-    each = [*trials(requests, scored, documents)]
+    each = [*trials(requests, scored, documents, pairs)]
     Scores.write(job.files, figures, answers, curve, trials=each)
     job.metrics["prompt_hash"] = preset_hash(settings.prompt)
     if domains := overfitted(figures):

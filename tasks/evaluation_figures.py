@@ -69,8 +69,31 @@ def request_figures(requests: Sequence[Request], scored: Rows) -> dict[str, Figu
     return figures
 
 
-def trials(requests: Sequence[Request], scored: Rows, documents: Rows) -> Iterator[dict[str, Any]]:
+def pair_figures(pairs: Rows) -> dict[str, Figure]:
+    """How often the chosen answer of a held-out pair is the likelier one, whole and per token."""
+    hits: dict[str, list[float]] = {}
+    for row in pairs:
+        for name, hit in _pair_hits(row).items():
+            hits.setdefault(name, []).append(hit)
+    return {name: mean(values, chance=0.5) for name, values in hits.items()}
+
+
+def _pair_hits(row: dict[str, Any]) -> dict[str, float]:
+    gaps = {
+        "pairs/accuracy": row["chosen"] - row["rejected"],
+        "pairs_per_token/accuracy": row["chosen"] / row["chosen_tokens"]
+        - row["rejected"] / row["rejected_tokens"],
+    }
+    return {name: (gap > 0) + (gap == 0) / 2 for name, gap in gaps.items()}
+
+
+def trials(
+    requests: Sequence[Request], scored: Rows, documents: Rows, pairs: Rows
+) -> Iterator[dict[str, Any]]:
     """What accuracies of whole groups and held-out bits per byte of domains are means of, one by one."""
+    for row in pairs:
+        for name, hit in _pair_hits(row).items():
+            yield {"figure": name, "id": row["id"], "value": hit, "weight": 1}
     for request, row in zip(requests, scored, strict=True):
         for name, hit in _hits(request, row).items():
             yield {"figure": name, "id": request.id, "value": hit, "weight": 1}

@@ -79,7 +79,7 @@ def test_ranks_share_the_parts_and_give_the_same_rows(
     tmp_path: Path, inputs: dict[str, Path]
 ) -> None:
     sizes = work(job_at(tmp_path / "one", inputs))
-    assert sizes == {"scored": 6, "documents": 6, "answers": 6}
+    assert sizes == {"scored": 6, "documents": 6, "pairs": 0, "answers": 6}
     one = rows_of(tmp_path / "one")
     # Two subjects of three questions; six documents; greedy two, sampled four: two rows a part.
     assert [name.split("-")[0] for name in one] == ["answers"] * 3 + ["documents"] * 3 + [

@@ -8,6 +8,7 @@ from tasks.evaluation_figures import (
     document_figures,
     held_figures,
     overfitted,
+    pair_figures,
     request_figures,
     trials,
     writing_figures,
@@ -66,13 +67,22 @@ def test_every_trial_of_a_figure_is_told() -> None:
         document("web", "held", 20, 10), document("books", "held", 30, 30),
         document("web", "train", 5, 10), document("web", "held", 80, 20),
     ]  # fmt: skip
-    found = [*trials(requests, [scored(-1, -2), scored(-2, -2)], documents)]
+    pairs = [
+        {"id": "p", "chosen": -6.0, "rejected": -4.0, "chosen_tokens": 6, "rejected_tokens": 2},
+        {"id": "q", "chosen": -4.0, "rejected": -4.0, "chosen_tokens": 4, "rejected_tokens": 4},
+    ]
+    found = [*trials(requests, [scored(-1, -2), scored(-2, -2)], documents, pairs)]
+    # The first pair is wrong as a whole, and right at -1 a token against -2.
     assert [tuple(row.values()) for row in found] == [
+        ("pairs/accuracy", "p", 0.0, 1), ("pairs_per_token/accuracy", "p", 1.0, 1),
+        ("pairs/accuracy", "q", 0.5, 1), ("pairs_per_token/accuracy", "q", 0.5, 1),
         ("exam_letter/accuracy", "0", 1.0, 1), ("exam_letter/accuracy", "1", 0.5, 1),
         ("bits_per_byte/books", "0", pytest.approx(1.0), 30),
         ("bits_per_byte/web", "0", pytest.approx(2.0), 10),
         ("bits_per_byte/web", "1", pytest.approx(4.0), 20),
     ]  # fmt: skip
+    values = {name: figure.value for name, figure in pair_figures(pairs).items()}
+    assert values == {"pairs/accuracy": 0.25, "pairs_per_token/accuracy": 0.75}
 
 
 def test_answers_to_held_out_questions_have_figures_of_their_own() -> None:
