@@ -50,12 +50,13 @@ class Host:
         default_factory=dict[str, "subprocess.Popen[bytes]"]
     )
 
-    def start(self, name: str) -> None:
-        """Start a service; its output goes to NAME.log."""
-        with (self.folder / f"{name}.log").open("ab") as output:
-            self.running[name] = subprocess.Popen(
-                self.command(name), stdout=output, stderr=output, start_new_session=True
-            )
+    def start(self, *names: str) -> None:
+        """Start services; the output of each goes to NAME.log."""
+        for name in names:
+            with (self.folder / f"{name}.log").open("ab") as output:
+                self.running[name] = subprocess.Popen(
+                    self.command(name), stdout=output, stderr=output, start_new_session=True
+                )
 
     def stop(self, name: str, number: signal.Signals = signal.SIGTERM) -> None:
         """End a service with all its processes, as Docker ends a container."""
@@ -66,7 +67,7 @@ class Host:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
 
-    def run(self, name: str, command: Sequence[str] = (), seconds: float = 600) -> str:
+    def run(self, name: str, command: Sequence[str] = (), seconds: float = 1200) -> str:
         """Run a service that ends, or a command beside one that does not; what it wrote."""
         ended = subprocess.run(
             self.command(name, command), capture_output=True, text=True, timeout=seconds
@@ -80,7 +81,7 @@ class Host:
         command = ["sh", "-c", *test] if kind == "CMD-SHELL" else test
         return subprocess.run(self.command(name, command), capture_output=True).returncode == 0
 
-    def wait(self, *names: str, seconds: float = 300) -> None:
+    def wait(self, *names: str, seconds: float = 1200) -> None:
         """Until services are healthy."""
         for name in names:
             started = time.monotonic()
@@ -88,7 +89,7 @@ class Host:
                 said = (self.folder / f"{name}.log").read_text("utf-8", "replace")[-3000:]
                 assert self.running[name].poll() is None, said
                 assert time.monotonic() - started < seconds, said
-                time.sleep(3)
+                time.sleep(5)
 
     def inside(self, call: Callable[[], Result]) -> Result:
         """What a call gives whose sockets are opened on this host."""

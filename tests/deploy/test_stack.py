@@ -1,0 +1,192 @@
+"""The deployment, started by hand with the commands of docker-compose.yml, is used as a team uses it."""
+
+import json
+import os
+import secrets
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.deploy.compose import read
+from tests.deploy.containers import Host, initialise_postgres, open_host
+from tests.deploy.test_compose import SECRETS as REQUIRED
+
+pytestmark = [
+    pytest.mark.soak,
+    pytest.mark.timeout(3600),
+    pytest.mark.skipif(
+        os.geteuid() != 0 or not all(map(shutil.which, ("initdb", "redis-server", "setpriv"))),
+        reason="needs root, and Postgres and Redis of the distribution",
+    ),
+]
+SECRETS = {name: secrets.token_hex(12) for name in REQUIRED}
+LONGEST_SECONDS = 1200.0
+RECIPE = """
+seed: 0
+launch: {threads: 1}
+shape: {dim: 32, layers: 1, heads: 2, kv_heads: 1, context: 128}
+stages:
+  world: {warcs: 2, good_pages: 24, animals: 6, chats: 60, pairs: 60, held_pairs: 10}
+  extract:
+    sources: [{node: world, path: "crawl/*.warc.gz", domain: web}]
+    bucket_bytes: 65536
+  tokenizer: {from: {corpus: extract}, vocabulary: 300}
+  tokenize: {from: {corpus: extract, tokenizer: tokenizer}}
+  pretrain:
+    from: {tokens: tokenize}
+    tokens: 81920
+    batch_tokens: 512
+    held_tokens: 1000
+    evaluate_every_steps: 0
+    checkpoint_every_steps: 10
+"""
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
+    """The whole stack, brought up in the order that the Compose file asks for."""
+    folder = tmp_path_factory.mktemp("host")
+    folder.chmod(0o755)
+    project = folder / "project"
+    project.mkdir()
+    (project / "tiny.yaml").write_text(RECIPE, "utf-8")
+    spec = read({**SECRETS, "BESSEMER_PROJECT": str(project)})
+    with open_host(folder, spec["services"]) as host:
+        initialise_postgres(host)
+        host.start("postgres", "redis", "s3")
+        host.wait("postgres", "redis", "s3")
+        for once in ("databases", "databases", "prefect-database", "buckets", "buckets"):
+            host.run(once)  # what is done twice does no harm
+        host.start("prefect", "mlflow")
+        host.wait("prefect", "mlflow")
+        host.start("prefect-services")
+        for once in ("deployments", "deployments"):
+            host.run(once)
+        host.start("worker-cpu", "watcher")
+        host.wait("prefect-services", "worker-cpu", "watcher")
+        yield host
+
+
+def ask(host: Host, path: str, body: Any = None, auth: str = SECRETS["PREFECT_PASSWORD"]) -> Any:
+    """What Prefect's API answers."""
+    url, user = f"http://127.0.0.1:4200/api/{path}", ("bessemer", auth)
+    method = "GET" if body is None else "POST"
+
+    def call() -> httpx.Response:
+        for _ in range(20):
+            answer = httpx.request(method, url, json=body, auth=user, timeout=60)
+            if answer.status_code < 500:  # Postgres may be away for a moment
+                return answer
+            time.sleep(3)
+        return answer
+
+    return host.inside(call).raise_for_status().json()
+
+
+def begin(host: Host, **parameters: Any) -> str:
+    """Start a run as the page does; its id."""
+    full = ask(host, "deployments/name/bessemer/full")
+    asked = {"parameters": {**parameters, "part": "full"}}
+    return ask(host, f"deployments/{full['id']}/create_flow_run", asked)["id"]
+
+
+def wait_until(condition: Callable[[], Any]) -> Any:
+    started = time.monotonic()
+    while not (found := condition()):
+        assert time.monotonic() - started < LONGEST_SECONDS
+        time.sleep(3)
+    return found
+
+
+def ended(host: Host, run: str) -> dict[str, Any]:
+    """The state in which a run ends."""
+
+    def state() -> Any:
+        found = ask(host, f"flow_runs/{run}")["state"]
+        return found if found["type"] in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED") else None
+
+    return wait_until(state)
+
+
+def status(host: Host, url: str, auth: tuple[str, str] | None = None) -> int:
+    return host.inside(lambda: httpx.get(url, auth=auth, timeout=60).status_code)
+
+
+def test_nothing_answers_without_its_password(host: Host) -> None:
+    prefect, mlflow = "http://prefect:4200/api", "http://mlflow:5000"
+    runs = f"{mlflow}/api/2.0/mlflow/experiments/search?max_results=1"
+    right = ("bessemer", SECRETS["PREFECT_PASSWORD"])
+    assert status(host, "http://127.0.0.1:4200/api/ready") == 200
+    local = prefect.replace("prefect", "127.0.0.1")
+    for path in ("admin/settings", "metrics", "deployments/name/bessemer/full"):
+        assert status(host, f"{local}/{path}") == 401
+        assert status(host, f"{local}/{path}", ("bessemer", "wrong")) == 401
+        assert status(host, f"{local}/{path}", right) == 200
+    local = runs.replace("mlflow:5000", "127.0.0.1:5000")
+    assert status(host, local) == 401
+    assert status(host, local, ("bessemer", "wrong")) == 401
+    assert status(host, local, ("bessemer", SECRETS["MLFLOW_PASSWORD"])) == 200
+    shell = ["sh", "-c", "REDISCLI_AUTH= redis-cli ping 2>&1"]
+    assert "NOAUTH" in host.run("redis", shell)
+    for database, refusal in (("prefect", ""), ("mlflow", "permission denied")):
+        shell = [
+            "sh",
+            "-c",
+            f"PGUSER=prefect PGPASSWORD=$PREFECT_DATABASE_PASSWORD psql -c 'select 1' {database} 2>&1 || true",
+        ]
+        assert (refusal or "1 row") in host.run("databases", shell)
+
+
+def test_a_run_goes_on_through_a_restart_of_postgres_and_ends_on_s3(host: Host) -> None:
+    run = begin(host, recipe="tiny.yaml")
+    logs = {"logs": {"flow_run_id": {"any_": [run]}}, "limit": 200}
+    wait_until(lambda: any("step" in line["message"] for line in ask(host, "logs/filter", logs)))
+    host.stop("postgres")
+    time.sleep(5)
+    host.start("postgres")
+    host.wait("postgres")
+    state = ended(host, run)
+    assert state["type"] == "COMPLETED", state
+    listing = [
+        "python",
+        "-c",
+        "import boto3; print(*[o['Key'] for b in ('bessemer', 'mlflow') for o in boto3.client('s3').list_objects_v2(Bucket=b).get('Contents', [])], sep='\\n')",
+    ]
+    keys = host.run("buckets", listing).split()
+    assert sum(key.endswith("/record.json") for key in keys) >= 5
+    assert any(key.endswith("report.html") for key in keys)
+    again = begin(host, recipe="tiny.yaml")
+    assert ended(host, again)["type"] == "COMPLETED"
+    told = json.loads(host.run("worker-cpu", ["bessemer", "plan", "tiny.yaml", "--json"]))
+    assert {stage["status"] for stage in told["stages"].values()} == {"hit"}
+
+
+def test_a_run_that_fails_is_told(host: Host) -> None:
+    heard: list[bytes] = []
+
+    class Hook(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            heard.append(self.rfile.read(int(self.headers["content-length"])))
+            self.send_response(204)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:  # type: ignore[override]
+            """Quiet."""
+
+    with host.inside(lambda: HTTPServer(("127.0.0.1", 9099), Hook)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        notify = ["python", "/opt/bessemer/deploy/notify.py", "http://127.0.0.1:9099/hook"]
+        for _ in range(2):  # said again, it replaces what it made
+            host.run("worker-cpu", notify)
+        run = begin(host, recipe="tiny.yaml", overrides=["tokenizer.vocabulary=1"])
+        assert ended(host, run)["type"] == "FAILED"
+        wait_until(lambda: heard)
+        server.shutdown()
+    assert len(heard) == 1
+    assert "full of tiny.yaml ended as Failed" in json.loads(heard[0])["text"]
