@@ -1,13 +1,14 @@
-"""Attention: its definition, one query a row, and packed documents each on its own.
+"""Attention: its definition, one query a row, packed documents each on its own, blocks of queries.
 
 Letters of tensor shapes: B rows, T new tokens, S tokens that are seen, H query heads, K key and value
 heads, E width of a head.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,10 @@ from torch import Tensor
 Attention = Literal["sdpa", "eager", "flash"]
 LEAST_TOKENS = 16
 """Tokens of a document, on average, from which calling a kernel for each is faster than one mask."""
+
+
+BLOCK_QUERIES = 64
+"""Queries whose scores exist at a time in `blockwise_attention`; a CPU has them from its cache."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +123,99 @@ def one_token_attention(query: Tensor, key: Tensor, value: Tensor, allowed: Tens
     scores = (grouped @ key.transpose(-2, -1)).float() / math.sqrt(width)
     shares = scores.masked_fill(~allowed, -math.inf).softmax(-1).to(value.dtype)
     return (shares @ value).view(rows, heads, 1, width)
+
+
+@torch.library.custom_op("bessemer::blockwise_attention", mutates_args=())
+def blockwise_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Causal attention (B, H, T, E) of queries (B, H, T, E), keys and values (B, K, T, E); for bfloat16.
+
+    Products and softmax are oneDNN's, a block of queries at a time; the backward pass computes the
+    softmax again. On a CPU torch's fused kernel takes twice as long in bfloat16. An operator of its own,
+    so that compiled code calls it and does not unroll it. Source: Dao et al. 2022 (FlashAttention),
+    section 3.1, with whole rows of scores.
+    """
+    mixed = torch.empty_like(query)
+    into, values = _by_key_head(mixed, key), value.flatten(0, 1)
+    for block in _blocks(query, key):
+        found = block.shares @ values[:, : block.end]
+        into[..., block.places, :] = found.view(into[..., block.places, :].shape)
+    return mixed
+
+
+@torch.library.custom_op("bessemer::blockwise_attention_gradients", mutates_args=())
+def _blockwise_gradients(
+    by_mixed: Tensor, query: Tensor, key: Tensor, value: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """By query, key and value; what blocks add to the latter two is summed in float32 at least."""
+    by_query = torch.empty_like(query)
+    into, above = _by_key_head(by_query, key), _by_key_head(by_mixed, key)
+    keys, values = key.flatten(0, 1), value.flatten(0, 1)
+    by_key = torch.zeros_like(keys, dtype=torch.promote_types(key.dtype, torch.float32))
+    by_value = torch.zeros_like(by_key)
+    for block in _blocks(query, key):
+        shares, seen = block.shares, slice(block.end)
+        by_block = above[..., block.places, :].reshape(block.queries.shape)
+        by_shares = by_block @ values[:, seen].transpose(1, 2)
+        by_scores = torch.ops.aten._softmax_backward_data(by_shares, shares, -1, shares.dtype)
+        by_value[:, seen] += shares.transpose(1, 2) @ by_block
+        by_key[:, seen] += by_scores.transpose(1, 2) @ block.queries
+        found = by_scores @ keys[:, seen]
+        into[..., block.places, :] = found.view(into[..., block.places, :].shape)
+    scale = query.shape[-1] ** -0.5
+    by_key = by_key.mul_(scale).to(key.dtype).view(key.shape)
+    return by_query.mul_(scale), by_key, by_value.to(value.dtype).view(value.shape)
+
+
+@blockwise_attention.register_fake
+def _(query: Tensor, _key: Tensor, _value: Tensor) -> Tensor:
+    return torch.empty_like(query)
+
+
+@_blockwise_gradients.register_fake
+def _(_by_mixed: Tensor, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+    return torch.empty_like(query), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+def _keep_inputs(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, by_mixed: Tensor) -> tuple[Tensor, ...]:
+    return _blockwise_gradients(by_mixed, *ctx.saved_tensors)
+
+
+blockwise_attention.register_autograd(_backward, setup_context=_keep_inputs)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Some queries and what they take from all tokens up to them; heads of a group are rows."""
+
+    places: slice
+    end: int
+    queries: Tensor
+    """(B K, rows, E)"""
+    shares: Tensor
+    """(B K, rows, end): softmax of the scores."""
+
+
+def _blocks(query: Tensor, key: Tensor) -> Iterator[_Block]:
+    grouped = _by_key_head(query, key)
+    groups, tokens, width = grouped.shape[2:]
+    keys, nothing = key.flatten(0, 1).transpose(1, 2), query.new_empty(())
+    later = query.new_full((BLOCK_QUERIES, BLOCK_QUERIES), -math.inf).triu_(1)
+    for start in range(0, tokens, BLOCK_QUERIES):
+        end = min(tokens, start + BLOCK_QUERIES)
+        places, size = slice(start, end), end - start
+        queries = grouped[..., places, :].reshape(-1, groups * size, width)
+        scores = torch.baddbmm(nothing, queries, keys[..., :end], beta=0, alpha=width**-0.5)
+        scores.view(-1, size, end)[..., places] += later[:size, :size]
+        yield _Block(places, end, queries, scores.softmax(-1))
+
+
+def _by_key_head(x: Tensor, key: Tensor) -> Tensor:
+    """(B, K, H / K, T, E) of (B, H, T, E), the same memory."""
+    return x.unflatten(1, (key.shape[1], -1))
 
 
 def _end_to_end(x: Tensor) -> Tensor:

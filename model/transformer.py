@@ -20,6 +20,7 @@ from model.attention import (
     Attention,
     Documents,
     attention_one_by_one,
+    blockwise_attention,
     eager_attention,
     flash_attention,
     one_token_attention,
@@ -129,7 +130,11 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+        normed = F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+        # Once, and not by autocast for each product that reads it.
+        kind = x.device.type
+        is_mixed = torch.is_autocast_enabled(kind)
+        return normed.to(torch.get_autocast_dtype(kind)) if is_mixed else normed
 
 
 class Block(nn.Module):
@@ -213,6 +218,8 @@ class Block(nn.Module):
         elif cache is not None and cache.lengths is not None:
             assert allowed is not None, "rows of unequal lengths have a mask"
             mixed = one_token_attention(query, key, value, allowed)
+        elif is_causal and query.device.type == "cpu" and query.dtype == torch.bfloat16:
+            mixed = blockwise_attention(query, key.to(query.dtype), value.to(query.dtype))
         else:
             mixed = F.scaled_dot_product_attention(
                 query,
