@@ -8,6 +8,7 @@ import pytest
 import tokenizers
 import torch
 
+from conf.shape import ShapeConfig
 from model.dialogues import (
     NO_LABEL,
     BucketedOrder,
@@ -15,9 +16,12 @@ from model.dialogues import (
     LearnFrom,
     Renderer,
     dialogue_tensors,
+    labelled_logprobs,
     pair_tensors,
+    right_pad,
 )
-from storage.conversations import Conversation
+from model.transformer import Transformer
+from storage.conversations import Conversation, Message
 from storage.preferences import Preference
 from storage.tokenizer import MODEL_FILE, ChatTokenizer, write_tokenizer
 from tests.model.small_world import write_world
@@ -196,6 +200,25 @@ def test_an_answer_is_never_cut_but_its_row_left_out(tokenizer: ChatTokenizer) -
     assert renderer.counts.take() == {"rows": 2, "shortened": 0, "left_out": 1}
     assert renderer.pairs([pair("cat?", "fish", LONG), pair("cat?", LONG, "fish")]) == []
     assert renderer.counts.take() == {"rows": 2, "shortened": 0, "left_out": 2}
+
+
+def test_of_an_empty_answer_its_end_is_learnt(tokenizer: ChatTokenizer) -> None:
+    question: list[Message] = [{"role": "user", "content": "猫？"}]
+    [pair] = Renderer(tokenizer, 64).pairs(
+        [{"id": "", "prompt": question, "chosen": "", "rejected": "no", "margin": None, "domain": ""}]
+    )  # fmt: skip
+    assert pair.chosen == [tokenizer.im_end]
+    labels = pair_tensors([pair])["labels"]
+    assert labels[0].tolist() == [tokenizer.im_end] + [-1] * (len(pair.rejected) - 1)
+    assert labels[1].tolist() == pair.rejected
+    both = right_pad([[*pair.prompt, *pair.chosen], [*pair.prompt, *pair.rejected]], 0)
+    model = Transformer(
+        ShapeConfig(dim=16, layers=1, heads=2, kv_heads=1, context=64), tokenizer.vocabulary
+    )
+    found = labelled_logprobs(model, pair_tensors([pair])).sum(-1)
+    alone = model.logits(model.hidden(both)).log_softmax(-1)
+    end = alone[0, len(pair.prompt) - 1, tokenizer.im_end]
+    torch.testing.assert_close(found[0], end)
 
 
 def test_both_answers_follow_the_same_tokens(tokenizer: ChatTokenizer) -> None:

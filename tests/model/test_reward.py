@@ -170,6 +170,18 @@ def test_it_learns_to_rank_and_says_how_well(world: Path, tmp_path: Path) -> Non
     assert [line["step"] for line in metrics(job) if "held_accuracy" in line] == [0, 20, 40, 57]
 
 
+@pytest.mark.parametrize("loss", ["last_token", "from_divergence"])
+def test_micro_batches_change_nothing_but_rounding(loss: str, world: Path, tmp_path: Path) -> None:
+    losses: list[list[float]] = []
+    for size in (0, 3):
+        settings = changed(loss=loss, max_steps=3, learning_rate=1e-3, scale_answers=2)
+        job = make_job(tmp_path / str(size), "reward", settings, inputs(world))
+        launch = job.launch.model_copy(update={"micro_batch": size})
+        run_here(work, job.model_copy(update={"launch": launch}))
+        losses.append([line["loss"] for line in metrics(job) if "loss" in line])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
 def test_shuffled_labels_teach_nothing(world: Path, tmp_path: Path) -> None:
     rows = [Pair([1], [number], [5000 + number], 0.0, str(number)) for number in range(1000)]
     swapped = sum(row.chosen[0] >= 5000 for row in shuffled_labels(rows, 5))

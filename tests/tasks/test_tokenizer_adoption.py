@@ -101,6 +101,11 @@ def test_its_pad_and_eos_may_be_named(folder: Path) -> None:
     assert found.meta.vocabulary == theirs().get_vocab_size() + 1
 
 
+def test_padding_that_ends_documents_is_refused(folder: Path) -> None:
+    with pytest.raises(ValueError, match="each must have one of its own"):
+        adopt(folder.parent, "hf", adopted_special={"pad": "<|endoftext|>"})
+
+
 def test_vocab_and_merges_are_adopted(folder: Path) -> None:
     theirs().model.save(str(folder))
     for name in ("tokenizer.json", "tokenizer_config.json"):
