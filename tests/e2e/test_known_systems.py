@@ -10,13 +10,11 @@ from conf.pretrain import PretrainConfig
 from conf.tokenizer import TokenizerConfig
 from conf.world import WorldConfig
 from flows.graph import load_graph
-from flows.lookup import Lookup
 from storage.artifact import Artifact
 from storage.checkpoint import Export, Policy
-from storage.source import HashCache
-from storage.store import Store
-from tasks.stage import Job, execute
+from tasks.stage import Job
 from tasks.world import world
+from tests.e2e.building import build
 
 SHORT = [
     "launch.threads=1",
@@ -65,25 +63,6 @@ def data(folder: Path) -> Path:
     return folder
 
 
-def run(recipe: str, overrides: list[str], folder: Path) -> dict[str, Artifact]:
-    """Build every node, as a run does, without Prefect."""
-    graph = load_graph(recipe, ["data=data", *overrides], base=folder)
-    lookup = Lookup(graph, Store(folder / "store"), folder, HashCache(), True)
-    for name, node in graph.nodes.items():
-        address = lookup.address(name)
-        outcome = execute(
-            node.spec,
-            node=name,
-            settings=node.settings,
-            inputs=address.inputs,
-            sources=address.sources,
-            store=lookup.store,
-            workers=1,
-        )
-        lookup.artifacts[name] = outcome.artifact
-    return lookup.artifacts
-
-
 def counted(policy: Artifact) -> tuple[int, ...]:
     assert isinstance(policy, Policy)
     shape = policy.card.shape
@@ -118,7 +97,9 @@ def test_they_are_sound_and_have_the_sizes_that_they_are_known_by(
 
 @pytest.mark.soak
 def test_baby_llama2_pretrains_fine_tunes_and_leaves(tmp_path: Path) -> None:
-    built = run("baby_llama2", [*SHORT, "pretrain.batch_tokens=1024"], data(tmp_path))
+    built = build(
+        "baby_llama2", ["data=data", *SHORT, "pretrain.batch_tokens=1024"], data(tmp_path)
+    )
     assert counted(built["pretrain"]) == counted(built["sft"]) == (512, 8, 8, 1376, 512)
     assert not {"reward", "ppo", "dpo"} & set(built)
     assert isinstance(built["export"], Export)
@@ -126,7 +107,7 @@ def test_baby_llama2_pretrains_fine_tunes_and_leaves(tmp_path: Path) -> None:
 
 @pytest.mark.soak
 def test_zero_chatgpt_goes_on_to_ppo(tmp_path: Path) -> None:
-    overrides = [*SHORT, *SHORT_PPO, "pretrain.batch_tokens=2048"]
-    built = run("zero_chatgpt", overrides, data(tmp_path))
+    overrides = ["data=data", *SHORT, *SHORT_PPO, "pretrain.batch_tokens=2048"]
+    built = build("zero_chatgpt", overrides, data(tmp_path))
     assert counted(built["ppo"]) == (512, 16, 16, 2752, 1024)
     assert isinstance(built["export"], Export)

@@ -1,0 +1,29 @@
+"""Other ways to align the demo's model do what they are for, by the world's own truth."""
+
+from pathlib import Path
+
+import pytest
+
+from storage.artifact import Artifact
+from storage.scores import Figure, Scores
+from tests.e2e.building import build
+
+
+def figures(built: dict[str, Artifact], node: str) -> dict[str, Figure]:
+    scores = built[node]
+    assert isinstance(scores, Scores)
+    return scores.figures()
+
+
+@pytest.mark.soak
+def test_kto_and_starts_from_the_pretrained_model_learn_what_is_better(tmp_path: Path) -> None:
+    built = build("demo_methods", [], tmp_path, until=["effect_methods", "reward_from_pretrained"])
+    change = figures(built, "effect_methods")
+    assert change["change/truth/dpo_kto"].low > 0
+    assert change["wins/by_truth/dpo_kto"].low > 0.5
+    assert change["change/pairs/accuracy/dpo_kto"].low > 0
+    learnt = figures(built, "evaluate_dpo_from_pretrained")
+    assert learnt["pairs/accuracy"].low > 0.6
+    assert learnt["world/ended"].low > 0.9
+    accuracy = built["reward_from_pretrained"].record.metrics["accuracy"]["held"]
+    assert accuracy["low"] > 0.6
