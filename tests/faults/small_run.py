@@ -7,8 +7,8 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,8 @@ class Place:
     """A working folder with the recipe, and the command line in it; stores are told apart by name."""
 
     folder: Path
+    environment: Mapping[str, str] = field(default_factory=dict[str, str])
+    """What the commands find set, beside what they need."""
 
     def __post_init__(self) -> None:
         (self.folder / "small.yaml").write_text(RECIPE, "utf-8")
@@ -105,6 +107,11 @@ class Place:
             if json.loads((path / "record.json").read_bytes())["node"] in without:
                 shutil.rmtree(path)
 
+    def written(self, store: str) -> dict[str, int]:
+        """When each artifact of a store was committed."""
+        records = self.store(store).glob("artifacts/*/record.json")
+        return {path.parent.name: path.stat().st_mtime_ns for path in records}
+
     def attempt(self, store: str, stage: str) -> Path | None:
         """Folder of a torch stage's unfinished attempt, once its job is described."""
         for path in self.store(store).glob("attempts/*/*/state/job.json"):
@@ -131,6 +138,7 @@ class Place:
                 "BESSEMER_HOME": str(self.folder / "home"),
                 "BESSEMER_TRACKING": "off",
                 "BESSEMER_WORKERS": "1",
+                **self.environment,
             },
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -144,6 +152,16 @@ def finish(process: "subprocess.Popen[str]", expect: int = 0) -> Told:
     out, err = process.communicate(timeout=500)
     assert process.returncode == expect, out + err
     return json.loads(out.splitlines()[-1])
+
+
+def digests(told: Told) -> dict[str, str]:
+    """Node -> digest of its artifact."""
+    return {name: stage["digest"] for name, stage in told["stages"].items()}
+
+
+def built(told: Told) -> set[str]:
+    """Nodes that were built."""
+    return {name for name, stage in told["stages"].items() if stage["status"] == "built"}
 
 
 def steps_of(attempt: Path) -> int:

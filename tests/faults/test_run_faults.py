@@ -15,6 +15,8 @@ from tests.faults.small_run import (
     Place,
     Told,
     below,
+    built,
+    digests,
     finish,
     is_fanned_out,
     kill_flow,
@@ -40,23 +42,10 @@ def unbroken(place: Place) -> Told:
     return place.run("unbroken")
 
 
-def digests(told: Told) -> dict[str, str]:
-    return {name: stage["digest"] for name, stage in told["stages"].items()}
-
-
-def built(told: Told) -> set[str]:
-    return {name for name, stage in told["stages"].items() if stage["status"] == "built"}
-
-
 def attempt_at(place: Place, store: str, stage: str, step: int) -> Path | None:
     """The attempt at a stage, once its job is that far."""
     attempt = place.attempt(store, stage)
     return attempt if attempt and steps_of(attempt) > step else None
-
-
-def written(artifacts: Path) -> dict[str, int]:
-    """When each artifact of a store was committed."""
-    return {path.parent.name: path.stat().st_mtime_ns for path in artifacts.glob("*/record.json")}
 
 
 def interrupt(flow: "subprocess.Popen[str]") -> Told:
@@ -157,10 +146,10 @@ def test_what_is_damaged_is_named_and_rebuilt_and_nothing_else(
     }
     assert "shard.parquet" in damaged[shard]["wrong"]
     assert "tokenizer.json" in damaged[tokenizer]["wrong"]
-    before = written(artifacts)
+    before = place.written("damaged")
     again = place.run("damaged")
     assert built(again) == {"extract", "tokenizer"}
-    after = written(artifacts)
+    after = place.written("damaged")
     assert {name for name in after if after[name] != before.get(name)} == set(damaged)
     assert digests(again) == digests(unbroken)
 
