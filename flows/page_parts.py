@@ -39,9 +39,11 @@ class Section:
     charts: list[str] = field(default_factory=list[str])
     tables: list[Table] = field(default_factory=list[Table])
     details: list[dict[str, str]] = field(default_factory=list[dict[str, str]])
+    links: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
+    """What is said, and the address relative to the page."""
 
     def __bool__(self) -> bool:
-        return bool(self.wide or self.charts or self.tables or self.details)
+        return bool(self.wide or self.charts or self.tables or self.details or self.links)
 
 
 def page(title: str, subtitle: str, sections: Sequence[Section]) -> str:

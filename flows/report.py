@@ -1,6 +1,7 @@
 """The report of a run: one self-contained page, made from the records alone; a failed run has one too."""
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ CURVES = (
     ("tokens_per_second", "", False),
 )
 TITLES = {"lr": "learning rate", "kl": "KL to the reference"}
+RATING_PAGE = "rate.html"
 SHOWN_PROMPTS, MOST_PROMPTS = 12, 60
 CORPUS_STAGES = ("extract", "filter", "dedup", "decontaminate")
 
@@ -46,7 +48,7 @@ def write_report(run_dir: Path, store: Store) -> Path:
         _exams(scores),
         _checkpoints(run, paths),
         alignment_page.before_and_after(run, scores),
-        _judged(run, scores),
+        _judged(run, paths, scores, run_dir),
         _samples(run, paths),
         _scores(scores),
         _costs(run),
@@ -312,12 +314,21 @@ def _checkpoints(run: RunRecord, paths: Mapping[str, Path]) -> Section:
     return section
 
 
-def _judged(run: RunRecord, scores: Mapping[str, Mapping[str, Figure]]) -> Section:
-    """What a judge and people said of answers: one chart for each kind of figure."""
+def _judged(
+    run: RunRecord,
+    paths: Mapping[str, Path],
+    scores: Mapping[str, Mapping[str, Figure]],
+    run_dir: Path,
+) -> Section:
+    """What a judge and people said of answers: one chart for each kind of figure, and the page to rate on."""
     section = Section("judged", "Answers as they were judged", "The mark across is chance.")
     for node, figures in scores.items():
         if run.stages[node].stage not in ("judge", "rate"):
             continue
+        if (rating := paths[node] / "files" / RATING_PAGE).is_file():
+            told = run.stages[node].metrics
+            said = f"{node}: rate {told['pairs']} blind pairs ({told['ratings']} ratings so far)"
+            section.links.append((said, os.path.relpath(rating, run_dir)))
         kinds: dict[str, list[charts.Interval]] = {}
         for name, figure in figures.items():
             kind, _, who = name.partition("/")
