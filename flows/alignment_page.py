@@ -1,10 +1,11 @@
 """What the report shows of alignment: its curves, rewards beside the truth, and the effect on the model."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from flows import charts
-from flows.page_parts import Section
+from flows.page_parts import Section, stage_tables
 from flows.runs import RunRecord
 from storage.scores import Figure
 
@@ -21,7 +22,7 @@ CURVES = {
 """Metrics of a stage that are drawn beside those of every training, and their units."""
 REWARDS = {"reward": "kl", "held_reward": "held_kl", "held_truth": "held_kl"}
 """Metrics of rewards and of the divergence of the same answers."""
-STAGE = "effect"
+STAGE, ANSWERS = "effect", "answers before and after"
 WINS = "answers that are better"
 Rows = Sequence[Mapping[str, Any]]
 
@@ -58,17 +59,20 @@ def before_and_after(run: RunRecord, scores: Mapping[str, Mapping[str, Figure]])
     )
     kinds: dict[str, list[charts.Interval]] = {}
     for node, figures in scores.items():
-        if run.stages[node].stage == STAGE:
-            for name, figure in figures.items():
-                kind, row = _place(name)
-                interval = (row, figure.value, figure.low, figure.high, figure.chance or 0.0)
-                kinds.setdefault(kind, []).append(interval)
-    section.charts = [
-        charts.intervals(
-            rows, title=kind, across="share" if kind == WINS else "afterwards - before"
-        )
-        for kind, rows in sorted(kinds.items(), key=lambda item: item[0] != WINS)
-    ]
+        if (stage := run.stages[node]).stage != STAGE:
+            continue
+        for name, figure in figures.items():
+            kind, row = _place(name)
+            interval = (row, figure.value, figure.low, figure.high, figure.chance or 0.0)
+            kinds.setdefault(kind, []).append(interval)
+        section.tables += [
+            replace(table, is_samples=True, is_detail=True)
+            for table in stage_tables(stage)
+            if table.title.endswith(ANSWERS)
+        ]
+    for kind, rows in sorted(kinds.items(), key=lambda item: item[0] != WINS):
+        across = "share" if kind == WINS else "afterwards - before"
+        section.charts.append(charts.intervals(rows, title=kind, across=across))
     return section
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from flows import charts
+from flows.runs import StageRecord
 
 LONG_TABLE_ROWS = 14
 MAX_POINTS = 400
@@ -57,6 +58,7 @@ def page(title: str, subtitle: str, sections: Sequence[Section]) -> str:
         trim_blocks=True,
     )
     environment.filters["figure"] = number
+    environment.filters["soft"] = soft
     return environment.get_template("report.html").render(
         title=title, subtitle=subtitle, sections=[section for section in sections if section]
     )
@@ -75,6 +77,13 @@ def number(value: float) -> str:
     if abs(value) >= 1000:
         return f"{value:,.0f}"
     return f"{value:.4g}" if abs(value) >= 1e-3 else f"{value:.2e}"
+
+
+def soft(name: Any) -> Any:
+    """A name as HTML that may be broken behind its underscores, and nowhere else within a word."""
+    from markupsafe import Markup, escape
+
+    return escape(name).replace("_", Markup("_<wbr>"))
 
 
 def blank(value: Any) -> Any:
@@ -136,5 +145,19 @@ def series_of(metric: str, curves: Mapping[str, list[dict[str, Any]]]) -> charts
 
 def _thinned(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
     step = -(-len(points) // MAX_POINTS) or 1
-    chosen = [*points[::step], *points[-1:]]
+    chosen = [*points[: len(points) - 1 : step], *points[-1:]]
     return [x for x, _ in chosen], [y for _, y in chosen]
+
+
+def stage_tables(stage: StageRecord) -> Iterator[Table]:
+    """The small tables that a stage wrote for people."""
+    if stage.path is None or not (path := Path(stage.path) / "logs" / "tables.json").exists():
+        return
+    for title, rows in json.loads(path.read_text("utf-8")).items():
+        if rows:
+            columns = list(dict.fromkeys(key for row in rows for key in row))
+            yield Table(
+                f"{stage.node}: {title}",
+                columns,
+                [[blank(row.get(column)) for column in columns] for row in rows],
+            )

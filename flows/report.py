@@ -1,6 +1,5 @@
 """The report of a run: one self-contained page, made from the records alone; a failed run has one too."""
 
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -9,7 +8,17 @@ from typing import Any
 from conf.contract import METRICS
 from flows import alignment_page, charts, drawing
 from flows.headlines import headlines
-from flows.page_parts import Exact, Section, Table, blank, flat, page, read_metrics, series_of
+from flows.page_parts import (
+    Exact,
+    Section,
+    Table,
+    blank,
+    flat,
+    page,
+    read_metrics,
+    series_of,
+    stage_tables,
+)
 from flows.runs import RunRecord, StageRecord
 from storage.scores import Figure, Scores
 from storage.store import Store
@@ -180,7 +189,7 @@ def _corpus(run: RunRecord) -> Section:
             )
         )
     for stage in nodes:
-        section.tables += _stage_tables(stage)
+        section.tables += stage_tables(stage)
     return section
 
 
@@ -195,25 +204,11 @@ def _count(metrics: Mapping[str, Any], *names: str) -> float | None:
     return None
 
 
-def _stage_tables(stage: StageRecord) -> Iterator[Table]:
-    """The small tables that a stage wrote for people."""
-    if stage.path is None or not (path := Path(stage.path) / "logs" / "tables.json").exists():
-        return
-    for title, rows in json.loads(path.read_text("utf-8")).items():
-        if rows:
-            columns = list(dict.fromkeys(key for row in rows for key in row))
-            yield Table(
-                f"{stage.node}: {title}",
-                columns,
-                [[blank(row.get(column)) for column in columns] for row in rows],
-            )
-
-
 def _tokens(run: RunRecord) -> Section:
     section = Section("tokens", "Tokenizer and tokens")
     for stage in run.stages.values():
         if stage.stage in ("tokenizer", "tokenize"):
-            section.tables += _stage_tables(stage)
+            section.tables += stage_tables(stage)
             section.tables.append(_figures(stage))
     return section
 
@@ -246,7 +241,7 @@ def _training(run: RunRecord, paths: Mapping[str, Path]) -> Iterator[Section]:
         if stage == "ppo":
             section.charts += alignment_page.rewards({node: curves[node] for node in nodes})
         for node in nodes:
-            section.tables += [*_stage_tables(run.stages[node]), _figures(run.stages[node])]
+            section.tables += [*stage_tables(run.stages[node]), _figures(run.stages[node])]
         yield section
 
 

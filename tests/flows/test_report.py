@@ -202,9 +202,17 @@ def test_before_and_after_has_a_chart_for_each_kind_of_figure(
         "change/exam_option/accuracy/dpo": Figure(value=-0.1, n=9, low=-0.2, high=0.1),
         "change/answer_tokens/dpo": Figure(value=3.0, n=9, low=2.0, high=4.0),
     }
-    fingerprint = committed(
-        store, "d", "effect", "scores", lambda path: Scores.write(path / "files", figures)
-    )
+
+    def write(path: Path) -> None:
+        Scores.write(path / "files", figures)
+        (path / "logs").mkdir(exist_ok=True)
+        tables = {
+            "other": [{"figure": "no"}],
+            "answers before and after": [{"answer after": "在山上。"}],
+        }
+        (path / "logs" / "tables.json").write_text(json.dumps(tables))
+
+    fingerprint = committed(store, "d", "effect", "scores", write)
     record.stages["effect"] = stage(
         "effect", "effect", "scores", status="built", reads=["asked"], fingerprint=fingerprint,
         path=str(store.find(fingerprint)),
@@ -214,7 +222,7 @@ def test_before_and_after_has_a_chart_for_each_kind_of_figure(
     titles = re.findall(r"<dc:title>([^<]*)</dc:title>|<title>([^<]*)</title>", section)
     names = list(dict.fromkeys(one or other for one, other in titles))
     assert names == ["answers that are better", "answer tokens", "bits per byte", "accuracy"]
-    for row in ("dpo, by truth", "dpo, zh", "dpo, exam option"):
+    for row in ("dpo, by truth", "dpo, zh", "dpo, exam option", "在山上。"):
         assert row in section
     # Changes of bits per byte are no bits per byte.
     assert "change" not in page[page.index('id="bits"') : page.index('id="exams"')]
