@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -154,7 +154,7 @@ def _working_folder(spec: dict[str, Any]) -> str:
 
 
 @contextlib.contextmanager
-def open_host(folder: Path, services: dict[str, Any]) -> Iterator[Host]:
+def open_host(folder: Path, services: dict[str, Any]) -> Generator[Host]:
     """A host with none of the services running."""
     for name in ("root", "volumes"):
         (folder / name).mkdir(exist_ok=True)

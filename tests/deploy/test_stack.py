@@ -73,9 +73,9 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
         yield host
 
 
-def ask(host: Host, path: str, body: Any = None, auth: str = SECRETS["PREFECT_PASSWORD"]) -> Any:
+def ask(host: Host, path: str, body: Any = None) -> Any:
     """What Prefect's API answers."""
-    url, user = f"http://127.0.0.1:4200/api/{path}", ("bessemer", auth)
+    url, user = f"http://127.0.0.1:4200/api/{path}", ("bessemer", SECRETS["PREFECT_PASSWORD"])
     method = "GET" if body is None else "POST"
 
     def call() -> httpx.Response:
@@ -119,19 +119,19 @@ def status(host: Host, url: str, auth: tuple[str, str] | None = None) -> int:
 
 
 def test_nothing_answers_without_its_password(host: Host) -> None:
-    prefect, mlflow = "http://prefect:4200/api", "http://mlflow:5000"
-    runs = f"{mlflow}/api/2.0/mlflow/experiments/search?max_results=1"
-    right = ("bessemer", SECRETS["PREFECT_PASSWORD"])
-    assert status(host, "http://127.0.0.1:4200/api/ready") == 200
-    local = prefect.replace("prefect", "127.0.0.1")
-    for path in ("admin/settings", "metrics", "deployments/name/bessemer/full"):
-        assert status(host, f"{local}/{path}") == 401
-        assert status(host, f"{local}/{path}", ("bessemer", "wrong")) == 401
-        assert status(host, f"{local}/{path}", right) == 200
-    local = runs.replace("mlflow:5000", "127.0.0.1:5000")
-    assert status(host, local) == 401
-    assert status(host, local, ("bessemer", "wrong")) == 401
-    assert status(host, local, ("bessemer", SECRETS["MLFLOW_PASSWORD"])) == 200
+    prefect, mlflow = "http://127.0.0.1:4200/api", "http://127.0.0.1:5000"
+    asked = {
+        f"{prefect}/admin/settings": "PREFECT_PASSWORD",
+        f"{prefect}/metrics": "PREFECT_PASSWORD",
+        f"{prefect}/deployments/name/bessemer/full": "PREFECT_PASSWORD",
+        f"{mlflow}/api/2.0/mlflow/experiments/search?max_results=1": "MLFLOW_PASSWORD",
+        f"{mlflow}/": "MLFLOW_PASSWORD",
+    }
+    for url, secret in asked.items():
+        assert status(host, url) == 401
+        assert status(host, url, ("bessemer", "wrong")) == 401
+        assert status(host, url, ("bessemer", SECRETS[secret])) == 200
+    assert status(host, f"{prefect}/ready") == status(host, f"{mlflow}/health") == 200
     shell = ["sh", "-c", "REDISCLI_AUTH= redis-cli ping 2>&1"]
     assert "NOAUTH" in host.run("redis", shell)
     for database, refusal in (("prefect", ""), ("mlflow", "permission denied")):
