@@ -18,6 +18,8 @@ WIDTH = 3.8
 """Inches; the page scales a chart to its column, so a narrow one has large letters."""
 BOTTOM, TOP, LINE = 0.46, 0.32, 0.17
 """Inches below and above the axes, and of a line of the legend."""
+TICK = 0.55
+"""Inches that the number at a tick may take."""
 LONGEST_LEGEND = 20
 """Signs of a name from which a legend has one column."""
 
@@ -101,7 +103,7 @@ def _canvas(
     axes.set_facecolor("none")
     axes.grid(visible=True, color=PALETTE[7], alpha=0.25, linewidth=0.6)
     axes.tick_params(colors=INK, labelsize=8)
-    axes.xaxis.set_major_locator(MaxNLocator(6))
+    axes.xaxis.set_major_locator(MaxNLocator(int((WIDTH - left) / TICK)))
     axes.xaxis.label.set_color(INK)
     axes.xaxis.label.set_fontsize(8)
     for side, spine in axes.spines.items():

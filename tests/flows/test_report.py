@@ -11,6 +11,7 @@ import pytest
 from flows.alignment_page import rewards
 from flows.drawing import Mark, graph
 from flows.headlines import headlines
+from flows.page_parts import series_of, soft
 from flows.report import write_report
 from flows.runs import RunRecord, StageRecord
 from storage.record import Record
@@ -160,6 +161,18 @@ def test_the_first_table_holds_what_the_stages_call_telling(
     assert "0.680 to 0.810" in first
     assert ">152<" in first
     assert "animals" not in first
+
+
+def test_a_curve_keeps_its_ends_and_one_step_is_one_point() -> None:
+    rows = [{"step": step, "loss": -step} for step in range(1000)]
+    x, y = series_of("loss", {"sft": rows})["sft"]
+    assert (x[0], x[-1], y[-1]) == (0, 999, -999)
+    assert len(x) == len(set(x)) <= 401
+    assert series_of("loss", {"sft": rows[:1]}) == {"sft": ([0], [0])}  # drawn as a dot
+
+
+def test_names_break_behind_underscores_and_stay_text() -> None:
+    assert soft("evaluate_<b>") == "evaluate_<wbr>&lt;b&gt;"
 
 
 def test_nested_figures_are_words(run: tuple[RunRecord, Store], tmp_path: Path) -> None:
