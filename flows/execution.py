@@ -24,6 +24,7 @@ from tasks.stage import Job, Outcome, execute
 DONE: tuple[StageStatus, ...] = ("hit", "built")
 WAKE_SECONDS = 1.0
 CANCELLED = "cancelled; run again to go on from here"
+ABANDONED = "Prefect did not run it, its server may not answer; run again, what was built is kept"
 
 Report = Callable[[float, float, str], None]
 _log = logging.getLogger("bessemer.run")
@@ -193,6 +194,13 @@ class Execution:
         while self._threads and time.monotonic() < deadline:
             time.sleep(0.05)
         return not self._threads
+
+    def abandon(self, names: Iterable[str]) -> None:
+        """Note as failed what nobody will run any more, though its turn had come: others wait for it."""
+        for name in names:
+            is_left = name not in self._threads and not self.is_cancelled
+            if is_left and self.record.stages[name].status in ("waiting", "running"):
+                self._set(name, status="failed", error=ABANDONED)
 
     def _is_ready(self, name: str) -> bool:
         return all(

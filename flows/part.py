@@ -51,6 +51,8 @@ def run_part(flow: str) -> State[Any]:
             name=execution.graph.nodes[name].spec.name, task_run_name=title
         )
         futures.append(named.submit(name))
+        # A task that Prefect could not begin, its server being gone, has told nobody.
+        futures[-1].add_done_callback(lambda _, name=name: execution.abandon([name]))
     for future in futures:
         future.wait()
     return verdict(execution, names)

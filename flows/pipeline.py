@@ -95,10 +95,16 @@ def pipeline() -> State[Any]:
 
 def _start(part: Any) -> threading.Thread:
     """Run a flow in a thread that knows which flow run it belongs to."""
-    context = contextvars.copy_context()
-    thread = threading.Thread(
-        target=context.run, args=(lambda: part(return_state=True),), daemon=True
-    )
+    context, execution = contextvars.copy_context(), current.get()
+    nodes = [name for name in execution.selected if execution.graph.nodes[name].flow == part.name]
+
+    def run() -> None:
+        try:
+            context.run(part, return_state=True)
+        finally:
+            execution.abandon(nodes)
+
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
     return thread
 

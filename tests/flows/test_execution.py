@@ -52,6 +52,32 @@ def test_the_second_run_builds_nothing_and_ends_with_the_same_bytes(place: Place
     assert digests[0] == digests[1]
 
 
+def test_a_node_whose_turn_nobody_takes_holds_up_no_other(place: Place) -> None:
+    execution = start(place)
+    execution.start()
+    assert execution.next_ready(execution.selected) == "mine"
+    execution.run("mine")
+    # `coarse` is given out, and its task never begins: the server is gone.
+    assert {execution.next_ready(execution.selected) for _ in range(2)} == {"coarse", "other"}
+    execution.run("other")
+    execution.abandon(["mine", "coarse", "other"])
+    while name := execution.next_ready(execution.selected):
+        execution.run(name)
+    execution.finish(0.0)
+    assert execution.record.status == "failed"
+    assert statuses(execution) == {
+        "mine": "built",
+        "coarse": "failed",
+        "fine": "skipped",
+        "other": "built",
+        "blend": "skipped",
+    }
+    assert "run again" in str(execution.record.stages["coarse"].error)
+    assert place.ran() == ["mine", "other"]
+    go(place)
+    assert place.ran() == ["blend", "coarse", "fine"]
+
+
 def test_a_setting_rebuilds_what_it_changes_and_stops_where_bytes_are_equal(place: Place) -> None:
     go(place)
     place.ran()
