@@ -26,6 +26,8 @@ TextDocuments = Literal["blank_line", "file", "line"]
 MAX_CSV_CHARS = 1 << 28
 MAX_TEXT_CHARS = 1 << 28
 """More of one text is not read; the setting `max_record_chars` refuses it."""
+MOST_UNFOLDING = 100
+"""A compressed file that unfolds more than so many times is no text; text unfolds 3 to 20 times."""
 _HTML_NAMES = re.compile(r"\.x?html?$", re.IGNORECASE)
 _TAR_NAME = re.compile(r"\.(tar(\.\w+)?|tgz)$", re.IGNORECASE)
 
@@ -154,12 +156,15 @@ def _lines(stream: IO[str]) -> Iterator[str]:
 
 def _paragraph_blocks(lines: Iterable[str]) -> Iterator[str]:
     block: list[str] = []
+    size = 0
     for line in lines:
         if line.strip():
             block.append(line)
-        elif block:
+            size += len(line)
+        # One that is longer than a text may be comes in pieces, too.
+        if block and (size > MAX_TEXT_CHARS or not line.strip()):
             yield "".join(block)
-            block = []
+            block, size = [], 0
     if block:
         yield "".join(block)
 
@@ -173,7 +178,13 @@ def _text_stream(path: Path) -> Generator[IO[str]]:
         if _begins_as_utf8(head):
             yield io.TextIOWrapper(stream, "utf-8-sig", errors="replace", newline=None)
         else:
-            yield io.StringIO(decode(stream.read()), newline=None)
+            most = max(MAX_TEXT_CHARS, MOST_UNFOLDING * path.stat().st_size)
+            content = stream.read(most + 1)
+            if len(content) > most:
+                raise ValueError(
+                    f"{path.name} unfolds to more than {most} bytes in no known coding"
+                )
+            yield io.StringIO(decode(content), newline=None)
 
 
 def _begins_as_utf8(head: bytes) -> bool:
