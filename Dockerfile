@@ -24,10 +24,10 @@ FROM base AS worker
 RUN apt-get update \
     && apt-get install -y --no-install-recommends g++ \
     && rm -rf /var/lib/apt/lists/*
-# Where torch is taken from: a package index of CPU builds, or of builds for another CUDA; empty is the
-# usual index. Alone and first, for DeepSpeed's build imports it and an open range would pull others.
+# A package index of CPU builds of torch, or of builds for another CUDA, whose `+cpu` and the like go before
+# the usual index's. Alone and first, for DeepSpeed's build imports it and an open range would pull others.
 ARG TORCH_INDEX=""
-RUN pip install -c constraints.txt ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} torch
+RUN pip install -c constraints.txt ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} torch
 # What Bessemer needs, before Bessemer: a change of the code leaves these layers as they are.
 COPY pyproject.toml README.md LICENSE ./
 RUN python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; e = p['optional-dependencies']; print(*p['dependencies'], *e['s3'], *e['unigram'], sep='\n')" > /tmp/needs.txt \
