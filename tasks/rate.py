@@ -24,7 +24,7 @@ VERDICTS = ("left", "right", "tie")
 
 
 @stage(
-    version=1,
+    version=2,
     headlines={
         "wins/*": "preferred by people, *",
         "wins_at_equal_length/*": "preferred by people at equal length, *",
