@@ -52,16 +52,8 @@ class Load:
 
 def measure(work: Work) -> list[Row]:
     """Rates under each load; for the first token, how many of them fit into a second."""
-    export = work.folder / "served"
-    prompts = [text[:PROMPT_CHARS] for text in texts_of(work.corpus)[:200]]
-    settings = TokenizerConfig(vocabulary=VOCABULARY)
-    made = run_stage(tokenizer, settings, {"corpus": work.corpus}, work.folder)
-    assert isinstance(made, Tokenizer)
-    shape = ShapeConfig.model_validate(yaml.safe_load((ROOT / "conf/shape/20m.yaml").read_text()))
-    model = Transformer(shape, made.meta.vocabulary, seed=1)
-    with torch.no_grad():
-        model.embedding.weight[: len(SPECIAL_TOKENS)] = 0.0
-    write_hf(export, model, made.files)
+    export = export_model(work)
+    prompts = prompts_of(work)
     seconds = float(os.environ.get("SECONDS_PER_LOAD", "10"))
     ours, theirs = (
         {clients: asyncio.run(loaded(url, name, clients, prompts, seconds)) for clients in CLIENTS}
@@ -78,13 +70,38 @@ def measure(work: Work) -> list[Row]:
     return rows
 
 
-def _each(export: Path) -> Iterator[tuple[str, str]]:
-    """Address of each server, and what it calls the model, while it runs."""
+def export_model(work: Work) -> Path:
+    """The model that is served, as a Hugging Face folder."""
+    settings = TokenizerConfig(vocabulary=VOCABULARY)
+    made = run_stage(tokenizer, settings, {"corpus": work.corpus}, work.folder)
+    assert isinstance(made, Tokenizer)
+    shape = ShapeConfig.model_validate(yaml.safe_load((ROOT / "conf/shape/20m.yaml").read_text()))
+    model = Transformer(shape, made.meta.vocabulary, seed=1)
+    with torch.no_grad():
+        model.embedding.weight[: len(SPECIAL_TOKENS)] = 0.0
+    write_hf(work.folder / "served", model, made.files)
+    return work.folder / "served"
+
+
+def prompts_of(work: Work) -> list[str]:
+    """What the clients say."""
+    return [text[:PROMPT_CHARS] for text in texts_of(work.corpus)[:200]]
+
+
+@contextmanager
+def our_server(export: Path) -> Generator[tuple[str, str, int]]:
+    """Address of `bessemer serve`, what it calls the model, and its process, while it runs."""
     port = _free_port()
     entry = "from flows.cli import main; main()"
     ours = [sys.executable, "-c", entry, "serve", f"m={export}", "--port", str(port)]
-    with _server(ours, port, export.parent):
-        yield f"http://127.0.0.1:{port}", "m"
+    with _server(ours, port, export.parent) as process:
+        yield f"http://127.0.0.1:{port}", "m", process
+
+
+def _each(export: Path) -> Iterator[tuple[str, str]]:
+    """Address of each server, and what it calls the model, while it runs."""
+    with our_server(export) as (url, name, _):
+        yield url, name
     port = _free_port()
     packages = [f"{name}=={metadata.version(name)}" for name in ("torch", "fastapi")]
     python = environment(
@@ -99,8 +116,8 @@ def _each(export: Path) -> Iterator[tuple[str, str]]:
 
 
 @contextmanager
-def _server(command: list[str], port: int, folder: Path) -> Generator[None]:
-    """Runs until the block ends; the block begins when something answers on the port."""
+def _server(command: list[str], port: int, folder: Path) -> Generator[int]:
+    """Runs until the block ends, which begins when something answers on the port; its process."""
     quiet = {"HF_HUB_OFFLINE": "1", "BESSEMER_HOME": str(folder / "home")}
     log = folder / "server.log"
     with log.open("wb") as output:
@@ -113,7 +130,7 @@ def _server(command: list[str], port: int, folder: Path) -> Generator[None]:
             if process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"{command[0]} does not serve:\n{log.read_text()[-3000:]}")
             time.sleep(0.2)
-        yield
+        yield process.pid
     finally:
         process.terminate()
         process.wait()
