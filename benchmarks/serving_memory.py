@@ -1,0 +1,74 @@
+"""Memory of `bessemer serve` under load: `python -m benchmarks.serving_memory [--minutes N] [--clients N]`.
+
+What the server and its model's process hold (resident) is read every few seconds while clients ask for
+streamed answers. The first fifth of the time is left out of the slope: caches fill then. Ends with status 1
+where the memory grew by more than 2 %.
+"""
+
+import argparse
+import asyncio
+import statistics
+import tempfile
+import threading
+from pathlib import Path
+
+import psutil
+
+from benchmarks.serving import export_model, loaded, our_server, prompts_of
+from benchmarks.work import Work, corpus_of
+
+EVERY_SECONDS = 5.0
+SETTLED = 0.2
+MOST_GROWTH = 0.02
+
+
+def main() -> None:
+    """Measure, and say whether memory stayed flat."""
+    parser = argparse.ArgumentParser(prog="benchmarks.serving_memory", description=__doc__)
+    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--clients", type=int, default=8)
+    parser.add_argument("--data", type=Path, help="folder of data; without it the demo's world")
+    parser.add_argument("--megabytes", type=float, default=4.0, help="text of the tokenizer")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="bessemer-bench-") as folder:
+        corpus, megabytes = corpus_of(Path(folder), given.data, given.megabytes)
+        work = Work(Path(folder), given.data, corpus, megabytes)
+        with our_server(export_model(work)) as (url, name, process):
+            sizes: list[tuple[float, int]] = []
+            done = threading.Event()
+            watcher = threading.Thread(target=_watch, args=(process, sizes, done))
+            watcher.start()
+            load = asyncio.run(
+                loaded(url, name, given.clients, prompts_of(work), given.minutes * 60)
+            )
+            done.set()
+            watcher.join()
+    raise SystemExit(_told(sizes, given.clients, load.tokens_per_second))
+
+
+def _watch(process: int, sizes: list[tuple[float, int]], done: threading.Event) -> None:
+    """Minutes since the beginning, and bytes."""
+    parent, passed = psutil.Process(process), 0.0
+    while True:
+        family = [parent, *parent.children(recursive=True)]
+        sizes.append((passed / 60, sum(one.memory_info().rss for one in family)))
+        if done.wait(EVERY_SECONDS):
+            return
+        passed += EVERY_SECONDS
+
+
+def _told(sizes: list[tuple[float, int]], clients: int, rate: float) -> int:
+    settled = sizes[int(len(sizes) * SETTLED) :]
+    minutes, held = zip(*settled, strict=True)
+    slope = statistics.linear_regression(minutes, held).slope / 2**20
+    grown = slope * (minutes[-1] - minutes[0]) * 2**20 / held[0]
+    print(
+        f"{clients} clients, {sizes[-1][0]:.1f} minutes, {rate:.0f} tokens/s: "
+        f"{sizes[0][1] / 2**20:.0f} MiB at the start, {held[0] / 2**20:.0f} settled, "
+        f"{held[-1] / 2**20:.0f} at the end; {slope:+.2f} MiB a minute ({grown:+.1%})"
+    )
+    return int(grown > MOST_GROWTH)
+
+
+if __name__ == "__main__":
+    main()
