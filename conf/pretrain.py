@@ -131,11 +131,6 @@ class PretrainConfig(Settings):
                 f"optimizer=muon needs whole matrices, which launch.engine={self.launch.engine} cuts into "
                 f"pieces; use launch.engine=fsdp or optimizer=adamw"
             )
-        if self.precision == "fp16" and self.launch.engine in DEEPSPEED_ENGINES:
-            raise ValueError(
-                f"precision=fp16 does not run on launch.engine={self.launch.engine}; use precision=bf16 or "
-                f"launch.engine=fsdp"
-            )
         self._refuse_unfit_curriculum()
         wanting = [
             name

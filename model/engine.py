@@ -125,11 +125,6 @@ def refuse_impossible(
             f"engine {launch.engine} cuts what Muon needs whole into pieces; use launch.engine=fsdp, or "
             f"optimizer=adamw"
         )
-    if launch.engine.startswith("zero") and rule.precision == "fp16":
-        raise ValueError(
-            f"engine {launch.engine} does not run in fp16 here; use precision=bf16, or "
-            f"launch.engine=fsdp"
-        )
     is_cuda = ranks.device.type == "cuda"
     if is_cuda and rule.precision == "bf16" and torch.cuda.get_device_capability()[0] < 8:
         raise ValueError(

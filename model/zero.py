@@ -32,14 +32,17 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class ZeroEngine:
-    """DeepSpeed with weights in fp32. Source: Rajbhandari et al. 2020, section 5."""
+    """DeepSpeed with weights in fp32, also where it computes in fp16, with our scale of the loss.
+
+    Source: Rajbhandari et al. 2020, section 5.
+    """
 
     def __init__(
         self, model: Transformer, ranks: Ranks, rule: UpdateRule, launch: LaunchConfig
     ) -> None:
         stage = int(launch.engine.removeprefix("zero"))
         self.model, self.ranks, self.rule, self.stage = model, ranks, rule, stage
-        self.scale: LossScale | None = None
+        self.scale = LossScale() if rule.precision == "fp16" else None
         self._is_torch = launch.adamw == "torch"
         self._hollow = Hollow(model) if stage == 3 else None
         self._objective = Objective(model, rule, ranks.device)
@@ -53,27 +56,34 @@ class ZeroEngine:
         self, loss: Loss, batch: Batch, totals: Mapping[str, float], *, is_last: bool
     ) -> dict[str, Tensor]:
         self._engine.set_gradient_accumulation_boundary(is_last)
+        if self.scale:
+            # It divides the gradients by it again before it clips them.
+            self._zero.override_loss_scale(self.scale.value)
         figures = self._engine(loss, batch, totals)
         # Ranks are averaged; the loss is already this rank's share of the sum.
         self._engine.backward(figures["loss"] * self.ranks.world, scale_wrt_gas=False)
         return {name: value.detach() for name, value in figures.items()}
 
     def step(self, learning_rate: float, limit: float = math.inf) -> float:
-        if limit < math.inf and (norm := self._norm()) > limit:
+        if limit < math.inf and limit < (norm := self._norm()) < math.inf:
             self.discard()
-            return norm
-        set_learning_rate(self._zero.param_groups, learning_rate)
-        # A norm that is not finite is found inside, and the update left out.
-        self._engine.step()
-        return float(self._engine.get_global_grad_norm())
+        else:
+            set_learning_rate(self._zero.param_groups, learning_rate)
+            # A norm that is not finite is found inside, and the update left out.
+            self._engine.step()
+            norm = float(self._engine.get_global_grad_norm())
+        if self.scale:
+            self.scale.note(is_finite=math.isfinite(norm))
+        return norm
 
     def _norm(self) -> float:
         """Norm of all gradients, before the step that would tell it; -1 where it is not finite."""
         if self.stage < 3:
-            return float(self._zero.scaled_global_norm())
+            return float(self._zero.scaled_global_norm()) / self._zero.loss_scale
         from deepspeed.runtime.zero.stage3 import combine_grad_norm_groups
 
-        return float(combine_grad_norm_groups(self._zero._get_norm_groups()))
+        norm = combine_grad_norm_groups(self._zero._get_norm_groups())
+        return float(norm) / self._zero.loss_scale
 
     def discard(self) -> None:
         self._zero.zero_grad(set_to_none=True)
@@ -109,6 +119,8 @@ class ZeroEngine:
         for name, parameter in self._learning():
             for key in MOMENTS if name in by_name else ():
                 self._set_state(parameter, key, by_name[name][key])
+        if self.scale and has_optimizer:
+            self.scale.load(folder)
         self._check_groups()
 
     def _set_state(self, parameter: nn.Parameter, key: str, whole: Tensor) -> None:

@@ -81,7 +81,6 @@ def test_what_an_engine_does_not_offer_is_refused(launch: dict[str, object], wor
             {"optimizer": "muon", "launch": {"engine": "zero2"}},
             "use launch.engine=fsdp or optimizer=adamw",
         ),
-        ({"precision": "fp16", "launch": {"engine": "zero1"}}, "use precision=bf16 or"),
         ({"exclude": ["web"]}, "should match pattern"),
         ({"cycle": 1.5}, "less than or equal to 1.25"),
     ],

@@ -23,6 +23,7 @@ from conf.pretrain import PhaseConfig, PretrainConfig
 from conf.shape import ShapeConfig
 from model import loop
 from model.journal import Journal
+from model.optimizer import LossScale
 from model.pretrain import work
 from model.ranks import Ranks, join_ranks
 from tests.model.small_jobs import write_job
@@ -72,12 +73,20 @@ LAUNCHES: dict[str, dict[str, Any]] = {
     "zero3_offload": {"engine": "zero3", "deepspeed": BUCKETS, "offload": "optimizer"},
     "zero2_fused_adam": {"engine": "zero2", "adamw": "deepspeed"},
     "zero3_cpu_adam": {"engine": "zero3", "adamw": "deepspeed", "offload": "parameters"},
+    "plain_fp16": {"engine": "plain"},
+    "fsdp_fp16": {"engine": "fsdp"},
+    "zero1_fp16": {"engine": "zero1", "deepspeed": BUCKETS},
+    "zero2_fp16": {"engine": "zero2", "deepspeed": BUCKETS},
+    "zero3_fp16": {"engine": "zero3", "deepspeed": BUCKETS},
     "plain_muon": {"engine": "plain"},
     "ddp_muon": {"engine": "ddp"},
     "fsdp_muon": {"engine": "fsdp"},
     "tensor_muon": {"engine": "fsdp", "tensor_parallel": 2},
     "pipeline_muon": {"engine": "ddp", "pipeline_stages": 2},
 }
+
+
+FIRST_SCALE = 2.0**24
 
 
 class Killed(BaseException):
@@ -121,8 +130,9 @@ def run(
 ) -> None:
     """The whole job, or up to the step at which it dies."""
     launch, ranks = placed(name, ranks)
-    optimizer = "muon" if name.endswith("_muon") else "adamw"
-    chosen = SETTINGS.model_copy(update={"launch": launch, "optimizer": optimizer, **settings})
+    kind = {"optimizer": "muon"} if name.endswith("_muon") else {}
+    kind |= {"precision": "fp16"} if name.endswith("_fp16") else {}
+    chosen = SETTINGS.model_copy(update={"launch": launch, **kind, **settings})
     if ranks.is_first:
         write_job(attempt, "pretrain", chosen, {"tokens": tokens}, launch)
     ranks.wait()
@@ -131,7 +141,10 @@ def run(
         attempt / "logs", is_writer=ranks.is_first, last=last or -1, is_killed=is_killed
     )
     try:
-        work(job, ranks, journal)
+        # In fp16 the first steps overflow; by what ranks are averaged over, each multiplies its loss.
+        first = (FIRST_SCALE / ranks.world, 0, 2000)
+        with patch.object(LossScale.__init__, "__defaults__", first):
+            work(job, ranks, journal)
     except Killed:
         assert last, "only a run that is to be killed dies"
     ranks.wait()
