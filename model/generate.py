@@ -172,7 +172,7 @@ def _choose(logits: Tensor, temperature: float, noise: Tensor) -> tuple[Tensor, 
     if temperature == 0:
         token, shares = logits.argmax(-1), logits.softmax(-1)
     else:
-        shares = (logits / temperature).softmax(-1)
+        shares = (logits if temperature == 1 else logits / temperature).softmax(-1)
         token = draw(shares, noise)
     return token, shares.gather(-1, token[:, None])[:, 0].log()
 

@@ -1,4 +1,4 @@
-"""TRL's PPO: `python ppo_step.py COURSE.json WEIGHTS TURN ANSWER.json`.
+"""TRL's PPO: `python ppo_step.py COURSE.json WEIGHTS ANSWER.json`.
 
 Runs in an environment with torch, transformers and trl 1.12, which are imported by name. Gradient
 checkpointing and bfloat16, which it turns on by itself, are off, as on our side.
@@ -17,17 +17,15 @@ import torch
 
 
 def main() -> None:
-    """Measure, and write tokens and seconds."""
-    course, weights, turn, answer = sys.argv[1:]
+    """Measure, and write the seconds of all iterations but the first."""
+    course, weights, answer = sys.argv[1:]
     told = json.loads(Path(course).read_text("utf-8"))
     torch.set_num_threads(1)
-    trl = importlib.import_module("trl.experimental.ppo.ppo_trainer")
-    tokens = _counting(trl, told["pad"])
-    callback = _clock(tokens)
+    callback = _clock()
     llama = importlib.import_module("generation").llama  # beside this file
     policy, reference = (llama(told, weights) for _ in range(2))
-    trainer = trl.PPOTrainer(
-        args=_arguments(told, int(turn)),
+    trainer = importlib.import_module("trl.experimental.ppo").PPOTrainer(
+        args=_arguments(told),
         processing_class=SimpleNamespace(pad_token_id=told["pad"], eos_token_id=told["end"]),
         model=policy,
         ref_model=reference,
@@ -39,12 +37,11 @@ def main() -> None:
         callbacks=[callback],
     )
     trainer.train()
-    (begun, seconds), (all_tokens, all_seconds) = callback.marks[0], callback.marks[-1]
-    found = {"tokens": all_tokens - begun, "processor": all_seconds - seconds}
+    found = {"processor": callback.marks[-1] - callback.marks[0]}
     Path(answer).write_text(json.dumps(found), "utf-8")
 
 
-def _arguments(told: dict[str, Any], seed: int) -> Any:
+def _arguments(told: dict[str, Any]) -> Any:
     return importlib.import_module("trl.experimental.ppo").PPOConfig(
         output_dir=told["folder"],
         per_device_train_batch_size=told["rollout_rows"],
@@ -64,7 +61,6 @@ def _arguments(told: dict[str, Any], seed: int) -> Any:
         report_to="none",
         save_strategy="no",
         disable_tqdm=True,
-        seed=seed,
     )
 
 
@@ -80,29 +76,15 @@ def _padded(pad: int, rows: list[dict[str, list[int]]]) -> dict[str, torch.Tenso
     return {"input_ids": torch.tensor([[pad] * (longest - len(p)) + p for p in prompts])}
 
 
-def _counting(trl: Any, pad: int) -> list[int]:
-    """A list that gets the tokens of the answers of every rollout."""
-    tokens: list[int] = []
-    truncate = trl.truncate_response
-
-    def counted(stop: int, fill: int, responses: torch.Tensor) -> torch.Tensor:
-        cut = truncate(stop, fill, responses)
-        tokens.append(int((cut != pad).sum()))
-        return cut
-
-    trl.truncate_response = counted
-    return tokens
-
-
-def _clock(tokens: list[int]) -> Any:
-    """A callback with tokens and seconds of the processor at the end of each step, in `marks`."""
+def _clock() -> Any:
+    """A callback with the seconds of the processor at the end of each iteration, in `marks`."""
 
     class Clock(importlib.import_module("transformers").TrainerCallback):
         def __init__(self) -> None:
-            self.marks: list[tuple[int, float]] = []
+            self.marks: list[float] = []
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            self.marks.append((sum(tokens), time.process_time()))
+            self.marks.append(time.process_time())
 
     return Clock()
 

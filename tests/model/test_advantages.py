@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from conf.ppo import PpoConfig
 from model.advantages import (
     generalised_advantages,
     group_advantages,
@@ -14,6 +15,7 @@ from model.advantages import (
     value_loss,
 )
 from model.lessons import token_entropies
+from model.rollouts import Rollout, advantages_of
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -46,6 +48,35 @@ def test_group_advantages_by_hand() -> None:
     # Of three, 0, 3 and 6, the others' means are 4.5, 3 and 1.5.
     three = group_advantages(torch.tensor([0.0, 3.0, 6.0]), "rloo", 3)
     assert three.tolist() == pytest.approx([-4.5, 0.0, 4.5])
+
+
+@pytest.mark.parametrize(("method", "kl_in"), [("rloo", "reward"), ("grpo", "loss")])
+def test_two_answers_to_a_prompt_by_hand(method: str, kl_in: str) -> None:
+    rollout = Rollout(
+        prompts=[[4], [4]],
+        answers=torch.tensor([[5, 3], [3, 0]]),
+        mask=torch.tensor([[1.0, 1.0], [1.0, 0.0]]),
+        logprobs=torch.tensor([[-1.0, -2.0], [-0.5, 0.0]]),
+        reference=torch.tensor([[-1.5, -2.5], [-1.5, 0.0]]),
+        values=torch.zeros(2, 2),
+        scores=torch.tensor([2.0, 1.0]),
+        ended=torch.ones(2),
+    )
+    settings = PpoConfig.model_validate(
+        {"method": method, "samples_per_prompt": 2, "kl_in": kl_in, "kl_estimator": "k2"}
+    )
+    advantages, returns = advantages_of(rollout, settings, 0.4)
+    if kl_in == "reward":
+        # Log ratios of 0.5, 0.5 and 1 cost 0.4 / 2 times their squares: 0.1 and 0.2 an answer. Each is
+        # compared with the other: 1.9 - 0.8.
+        assert returns[:, 0].tolist() == pytest.approx([1.9, 0.8])
+        expected = 1.1
+    else:
+        # Half a unit from the mean, in deviations of sqrt(1 / 2).
+        assert returns[:, 0].tolist() == [2.0, 1.0]
+        expected = 0.5 / (math.sqrt(0.5) + 1e-4)
+    assert advantages.flatten().tolist() == pytest.approx([expected, expected, -expected, 0.0])
+    assert returns[1, 1] == 0
 
 
 def test_estimators_of_divergence_by_hand() -> None:
