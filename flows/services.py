@@ -38,6 +38,9 @@ WATCH_SECONDS = 5.0
 HEALTH_SECONDS = 5.0
 IDLE_SECONDS = 900.0
 LOG_TAIL_LINES = 15
+AUTH = "PREFECT_SERVER_API_AUTH_STRING"
+"""Environment variable: `NAME:PASSWORD`, which the embedded server asks everyone for; set it for every
+command of the home."""
 NAMES = ("watcher", "worker", "mlflow", "prefect")
 """In the order in which they are ended: the worker still has to tell the server."""
 EXTERNAL = "BESSEMER_SERVICES"
@@ -73,8 +76,10 @@ def prefect_environment(home: Home, url: str) -> dict[str, str]:
     folder.mkdir(parents=True, exist_ok=True)
     logging_file = folder / "logging.yml"
     logging_file.write_text(json.dumps(_LOGGING), "utf-8")
+    password = os.environ.get("PREFECT_API_AUTH_STRING") or os.environ.get(AUTH)
     return {
         **QUIET,
+        **({"PREFECT_API_AUTH_STRING": password} if password else {}),
         "PREFECT_API_URL": url,
         "PREFECT_HOME": str(folder),
         "PREFECT_LOGGING_SETTINGS_PATH": str(logging_file),
