@@ -54,17 +54,18 @@ def before_and_after(run: RunRecord, scores: Mapping[str, Mapping[str, Figure]])
     section = Section(
         "change",
         "Before and after",
-        "Each model against the one it was made from, on the same questions and documents. The mark across is no "
-        "difference: half of the answers better, a change of 0. More bits per byte is forgetting.",
+        "Each model against an earlier one, on the same questions and documents. The mark across is no difference: "
+        "half of the answers better, a change of 0. More bits per byte is forgetting.",
     )
     kinds: dict[str, list[charts.Interval]] = {}
     for node, figures in scores.items():
         if (stage := run.stages[node]).stage != STAGE:
             continue
         for name, figure in figures.items():
-            kind, row = _place(name)
-            interval = (row, figure.value, figure.low, figure.high, figure.chance or 0.0)
-            kinds.setdefault(kind, []).append(interval)
+            if place := _place(name):
+                kind, row = place
+                interval = (row, figure.value, figure.low, figure.high, figure.chance or 0.0)
+                kinds.setdefault(kind, []).append(interval)
         section.tables += [
             replace(table, is_samples=True, is_detail=True)
             for table in stage_tables(stage)
@@ -83,16 +84,10 @@ def without_changes(
     return {name: figures for name, figures in scores.items() if run.stages[name].stage != STAGE}
 
 
-def _place(name: str) -> tuple[str, str]:
-    """The chart that a figure of the stage stands in, and its row there."""
+def _place(name: str) -> tuple[str, str] | None:
+    """The chart that a figure of the stage stands in, and its row there; none for a single domain."""
     what, *parts, who = name.split("/")
-    match parts:
-        case ["bits_per_byte", domain]:
-            return "bits per byte", f"{who}, {domain}"
-        case [group, "accuracy"]:
-            return "accuracy", f"{who}, {group.replace('_', ' ')}"
-        case [one]:
-            told = one.replace("_", " ")
-            return (WINS, f"{who}, {told}") if what == "wins" else (told, who)
-        case _:
-            return "/".join(parts), who
+    if parts[0] == "bits_per_byte" and parts[1:] != ["all"]:
+        return None
+    told = " ".join(parts).replace("_", " ").removesuffix(" all")
+    return (WINS, f"{who}, {told}") if what == "wins" else (told, who)
