@@ -21,8 +21,8 @@ class OutsideConfig(Settings):
     """Step between the windows of a long document, as a share of the context."""
     context: Annotated[int, Field(ge=0)] = 0
     """Longest window in tokens; 0 for as long as the model's own positions reach."""
-    batch: Annotated[int, Field(ge=1), RUNTIME] = 8
-    """Windows read together."""
+    batch: Annotated[int, Field(ge=1), RUNTIME] = 4
+    """Windows read together; their logits take batch x context x vocabulary x 4 bytes."""
     launch: Annotated[LaunchConfig, RUNTIME] = LaunchConfig()
     """Where and how the job runs; several processes share the documents."""
 

@@ -138,12 +138,13 @@ def refuse_what_looks_ahead(model: Any, device: torch.device) -> None:
 
 def window_nats(model: Any, ids: Tensor, labels: Tensor) -> Tensor:
     """(B,) nats of the labels, float64. Rows are padded on the right, where a causal model does not look."""
-    logits = model(ids).logits  # (B, T, V)
-    places = labels != NO_LABEL
-    each = functional.cross_entropy(logits[places].float(), labels[places], reduction="none")
-    found = torch.zeros(labels.shape, dtype=torch.float64, device=labels.device)
-    found[places] = each.double()
-    return found.sum(1)
+    found = torch.zeros(len(ids), dtype=torch.float64, device=ids.device)
+    # Row by row: the logits of a batch with a large vocabulary take enough room without a copy.
+    for row, (logits, wanted) in enumerate(zip(model(ids).logits, labels, strict=True)):  # (T, V)
+        places = wanted != NO_LABEL
+        each = functional.cross_entropy(logits[places].float(), wanted[places], reduction="none")
+        found[row] = each.double().sum()
+    return found
 
 
 def _rows(
