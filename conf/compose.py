@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from conf.mistakes import Mistake, RecipeError, suggest
-from conf.plain import check_references, read_recipe
+from conf.plain import check_values, read_recipe
 
 FOLDER = Path(__file__).parent
 GROUPS = ("shape", "launch", "store")
@@ -255,7 +255,7 @@ def _merge(written: _Written, chosen: dict[str, str], overrides: list[str]) -> d
         with _lock, _hydra(primary, written.bodies):
             merged = hydra_compose("primary", overrides=overrides)
         raw = cast("dict[str, Any]", OmegaConf.to_container(merged))
-        if mistakes := check_references(raw):
+        if mistakes := check_values(raw):
             raise RecipeError(mistakes)
         if "${data}" in str(raw) and merged.data is None:
             mend = "say where the files are: data=DIR"

@@ -15,6 +15,11 @@ MOST_NODES = 100_000
 MOST_DEPTH = 50
 _REFERENCE = re.compile(r"\$\{([^{}:]*)\}")
 _SIGN = "${"
+_PASSWORD = re.compile(r"\w://[^/\s@]*:[^/\s@]+@")
+KEEP = (
+    "leave it out: keys of endpoints belong into the environment variable that key_variable names, those of "
+    "S3 into AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+)
 
 
 def read_recipe(path: Path) -> str:
@@ -63,8 +68,21 @@ def _unfolding(text: str) -> str | None:
     return None
 
 
-def check_references(composed: dict[str, Any]) -> list[Mistake]:
-    """What the references of a composed, unresolved recipe must not do."""
+def check_values(composed: dict[str, Any]) -> list[Mistake]:
+    """What the values of a composed, unresolved recipe must not hold: secrets, and more than references."""
+    mistakes = [
+        Mistake(
+            ".".join(place),
+            "is an address with a password, and recipes are kept for all to read",
+            KEEP,
+        )
+        for place, text in _texts(composed, ())
+        if _PASSWORD.search(text)
+    ]
+    return mistakes or _check_references(composed)
+
+
+def _check_references(composed: dict[str, Any]) -> list[Mistake]:
     mend = (
         "a recipe reads neither the environment nor the clock; write ${NAME} of another value, or give "
         "the value on the command line as KEY=VALUE"

@@ -177,7 +177,7 @@ class Tracking:
 def _start_forwarder(run_dir: Path, uri: str) -> "subprocess.Popen[bytes]":
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     folder = str(run_dir.absolute())
-    arguments = [folder, "--uri", uri, "--pid", str(os.getpid())]
+    arguments = [folder, "--pid", str(os.getpid())]
     with (run_dir / OUTPUT).open("ab") as output:
         return subprocess.Popen(
             [sys.executable, "-m", "tasks.tracking", *arguments],
@@ -187,6 +187,8 @@ def _start_forwarder(run_dir: Path, uri: str) -> "subprocess.Popen[bytes]":
             start_new_session=True,
             env={
                 **os.environ,
+                # Not an argument, which all users of the host can read: it may hold a password.
+                "MLFLOW_TRACKING_URI": uri,
                 "PYTHONPATH": path,
                 "PYTHONSAFEPATH": "1",
                 "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -448,12 +450,11 @@ def main() -> None:
     """Forward the events of one run until it has ended or its flow is gone."""
     parser = argparse.ArgumentParser(prog="python -m tasks.tracking")
     parser.add_argument("run_dir", type=Path)
-    parser.add_argument("--uri", required=True)
     parser.add_argument("--pid", type=int, required=True, help="process of the flow")
     arguments = parser.parse_args()
     lock = _only_one(arguments.run_dir)
     try:
-        _forward(arguments.run_dir, arguments.uri, arguments.pid)
+        _forward(arguments.run_dir, os.environ["MLFLOW_TRACKING_URI"], arguments.pid)
     finally:
         lock.release()
 

@@ -220,8 +220,13 @@ def test_an_unreachable_server_costs_the_flow_nothing_and_loses_nothing(
     lost.kill()
     assert len((run_dir / EVENTS).read_text().splitlines()) == 4
 
-    arguments = [str(run_dir), "--uri", uri, "--pid", str(os.getpid())]
-    subprocess.run([sys.executable, "-m", "tasks.tracking", *arguments], check=True, cwd=ROOT)
+    arguments = [str(run_dir), "--pid", str(os.getpid())]
+    subprocess.run(
+        [sys.executable, "-m", "tasks.tracking", *arguments],
+        check=True,
+        cwd=ROOT,
+        env={**os.environ, "MLFLOW_TRACKING_URI": uri},
+    )
     found = runs(uri, "third")
     assert [step for step, _ in found["train"]["steps"]["loss"]] == [1, 2, 3]
     assert found["third"]["status"] == "FINISHED"
