@@ -25,12 +25,7 @@ Value = Callable[[Row], float | None]
         "wins/by_truth/*": "better by the true reward, *",
         "wins/by_reward_model/*": "better by the reward model, *",
         "wins/by_functions/*": "better by functions, *",
-        "change/bits_per_byte/all/*": "change of bits per byte, *",
-        "change/exam_letter/accuracy/*": "change of exam, letters, *",
-        "change/exam_option/accuracy/*": "change of exam, whole options, *",
-        "change/pairs/accuracy/*": "change of pairs, better answer likelier, *",
-        "change/ended/*": "change of answers that end, *",
-        "change/answer_tokens/*": "change of answers' tokens, *",
+        "change/bits_per_byte/all/*": "forgotten, bits per byte, *",
     },
 )
 def effect(job: Job, before: Scores, after: dict[str, Scores], settings: EffectConfig) -> Scores:
