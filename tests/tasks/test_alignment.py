@@ -107,7 +107,13 @@ def test_the_whole_chain_commits_and_hits(bench: Bench) -> None:
     assert dpo.record.parts == other.record.parts
     assert dpo.record.digest != other.record.digest
     ppo_settings = PpoConfig(
-        iterations=2, rollout_rows=8, minibatch_rows=4, max_new_tokens=8, launch=LAUNCH
+        iterations=2,
+        rollout_rows=8,
+        minibatch_rows=4,
+        max_new_tokens=8,
+        on_gate="fail",
+        gate_accuracy=reward.record.metrics["accuracy"]["held"]["value"],
+        launch=LAUNCH,
     )
     ppo = bench.run(
         "ppo",
