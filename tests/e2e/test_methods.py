@@ -28,3 +28,13 @@ def test_kto_and_starts_from_the_pretrained_model_learn_what_is_better(tmp_path:
         assert change[f"change/{name}/dpo_from_pretrained"].low > 0
     accuracy = built["reward_from_pretrained"].record.metrics["accuracy"]["held"]
     assert accuracy["low"] > 0.6
+
+
+@pytest.mark.soak
+def test_answers_compared_with_each_other_teach_what_is_better(tmp_path: Path) -> None:
+    built = build("demo_methods", [], tmp_path, until=["effect_groups"])
+    change = figures(built, "effect_groups")
+    for node in ("ppo_grpo", "ppo_rloo"):
+        # Of 2.0 in all; measured 1.1 before, 1.6 and 1.8 behind 45 iterations.
+        assert change[f"change/truth/{node}"].low > 0.15
+        assert change[f"wins/by_truth/{node}"].low > 0.5
