@@ -7,10 +7,9 @@ a block of Prefect's; said again, the new address replaces the old.
 import sys
 from datetime import timedelta
 
-from prefect.automations import Automation
 from prefect.blocks.notifications import CustomWebhookNotificationBlock
 from prefect.client.orchestration import get_client
-from prefect.events import EventTrigger, Posture, SendNotification
+from prefect.events import AutomationCore, EventTrigger, Posture, SendNotification
 
 NAME = "bessemer-failed"
 BODY = "{{ flow_run.name }} ended as {{ flow_run.state.name }}: {{ flow_run.state.message }}\n{{ flow_run|ui_url }}"
@@ -38,7 +37,7 @@ def main(url: str) -> None:
     with get_client(sync_client=True) as client:
         for known in client.read_automations_by_name(NAME):
             client.delete_automation(known.id)
-        client.create_automation(Automation(name=NAME, trigger=trigger, actions=[action]))
+        client.create_automation(AutomationCore(name=NAME, trigger=trigger, actions=[action]))
 
 
 if __name__ == "__main__":

@@ -58,10 +58,11 @@ class Host:
                     self.command(name), stdout=output, stderr=output, start_new_session=True
                 )
 
-    def stop(self, name: str, number: signal.Signals = signal.SIGTERM) -> None:
+    def stop(self, name: str) -> None:
         """End a service with all its processes, as Docker ends a container."""
         process = self.running.pop(name)
-        process.send_signal(number)
+        # What the image of Postgres asks for; at SIGTERM it would wait for its clients to go.
+        process.send_signal(signal.SIGINT if name == "postgres" else signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(60)
         with contextlib.suppress(ProcessLookupError):
@@ -111,7 +112,7 @@ class Host:
         settings |= spec.get("environment") or {}
         script = "\n".join(["set -e", *self._mounts(name, user), 'exec "$@"'])
         return [
-            *("nice", "-n", "10", "nsenter", f"--net=/proc/{self.holder.pid}/ns/net"),
+            *("nsenter", f"--net=/proc/{self.holder.pid}/ns/net"),
             *("unshare", "--mount", "--propagation", "private", "sh", "-c", script, "sh"),
             *("chroot", str(self.folder / "root"), "setpriv", "--reuid", user, "--regid"),
             *(group or user, "--clear-groups", "--no-new-privs", "--bounding-set", "-all"),
