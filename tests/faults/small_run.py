@@ -63,6 +63,8 @@ stages:
     checkpoint_every_iterations: 3
 """
 
+PATIENCE_SECONDS = 1200
+"""Of a busy machine; a run whose Prefect server is gone tells it so for some minutes."""
 Told = dict[str, Any]
 """What `run --json` prints."""
 
@@ -74,19 +76,23 @@ class Place:
     folder: Path
     environment: Mapping[str, str] = field(default_factory=dict[str, str])
     """What the commands find set, beside what they need."""
+    within: Sequence[str] = ()
+    """What stands before the command, such as that it runs in another network."""
+    bucket: str = ""
+    """`s3://` address below which the stores are; folders beside the home where it is empty."""
 
     def __post_init__(self) -> None:
+        self.folder.mkdir(exist_ok=True)
         (self.folder / "small.yaml").write_text(RECIPE, "utf-8")
 
     def store(self, name: str) -> Path:
-        """Folder of a store."""
-        return self.folder / name
+        """Folder of a store, or of what is built and read of one on S3."""
+        return self.folder / "home" / "cache" if self.bucket else self.folder / name
 
     def start(self, store: str, *arguments: str) -> "subprocess.Popen[str]":
         """`bessemer run small.yaml` in a process group of its own."""
-        return self._bessemer(
-            "run", "small.yaml", f"store={self.store(store)}", *arguments, "--json"
-        )
+        address = f"{self.bucket}/{store}" if self.bucket else self.store(store)
+        return self._bessemer("run", "small.yaml", f"store={address}", *arguments, "--json")
 
     def run(self, store: str, *arguments: str) -> Told:
         """A run that has to end well."""
@@ -131,13 +137,14 @@ class Place:
     def _bessemer(self, *arguments: str) -> "subprocess.Popen[str]":
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "BESSEMER_"))}
         return subprocess.Popen(
-            [str(Path(sys.executable).with_name("bessemer")), *arguments],
+            [*self.within, str(Path(sys.executable).with_name("bessemer")), *arguments],
             cwd=self.folder,
             env={
                 **kept,
                 "BESSEMER_HOME": str(self.folder / "home"),
                 "BESSEMER_TRACKING": "off",
                 "BESSEMER_WORKERS": "1",
+                "BESSEMER_RESERVE_GB": "off",  # full disks are filled here, not foreseen
                 **self.environment,
             },
             stdout=subprocess.PIPE,
@@ -149,7 +156,7 @@ class Place:
 
 def finish(process: "subprocess.Popen[str]", expect: int = 0) -> Told:
     """Wait for a command's end and read the object that it prints last."""
-    out, err = process.communicate(timeout=500)
+    out, err = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == expect, out + err
     return json.loads(out.splitlines()[-1])
 
@@ -172,9 +179,11 @@ def steps_of(attempt: Path) -> int:
         return 0
 
 
-def wait_until(flow: "subprocess.Popen[str]", condition: Callable[[], Any]) -> None:
+def wait_until(
+    flow: "subprocess.Popen[str]", condition: Callable[[], Any], seconds: float = 120
+) -> None:
     """Wait for a moment in the life of a run, which must not end before it."""
-    wait_for(lambda: condition() or flow.poll() is not None, 120)
+    wait_for(lambda: condition() or flow.poll() is not None, seconds)
     assert flow.poll() is None, flow.communicate()
 
 

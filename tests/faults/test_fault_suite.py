@@ -27,7 +27,16 @@ from flows.runs import Home
 from flows.services import read_service
 from tasks.processes import descendants
 from tests.faults.disks import mount, mounted
-from tests.faults.small_run import Place, Told, built, digests, finish, steps_of, wait_until
+from tests.faults.small_run import (
+    PATIENCE_SECONDS,
+    Place,
+    Told,
+    built,
+    digests,
+    finish,
+    steps_of,
+    wait_until,
+)
 from tests.faults.table import Commits, Table
 from tests.tasks.launching import processes_of, wait_for
 
@@ -118,7 +127,7 @@ def test_any_process_may_be_killed_at_any_moment(
     role = source.choice(sorted(found))
     with contextlib.suppress(ProcessLookupError):
         os.kill(source.choice(found[role]), signal.SIGKILL)
-    flow.communicate(timeout=500)
+    flow.communicate(timeout=PATIENCE_SECONDS)
     _, cost = heal(place, store, unbroken, since=place.written(store))
     row = table.note(f"kill -9 {role}", stage=stage, seed=seed, **cost)
     assert is_free(row), row
@@ -245,7 +254,7 @@ def test_the_prefect_server_is_restarted_in_the_middle_of_a_run(
     assert service
     os.kill(service.pid, number)
     wait_for(lambda: not service.is_running)
-    flow.communicate(timeout=500)
+    flow.communicate(timeout=PATIENCE_SECONDS)
     _, cost = heal(place, store, unbroken, since=place.written(store))
     assert is_free(table.note("Prefect server gone", stage="pretrain", seed=number, **cost))
 
