@@ -11,12 +11,14 @@ import json
 import os
 import socket
 import time
+from collections.abc import Sequence
 from http import HTTPStatus
 from typing import Any
 from urllib.parse import urlsplit
 
 from flows.closing import Say, attach_report
 from flows.execution import Execution
+from flows.links import LINKS, links, tags
 from flows.runs import StageRecord, node_title
 
 CACHED = "Cached"
@@ -45,7 +47,7 @@ def run_cached(execution: Execution, api: str, *, say: Say = lambda text: None) 
     execution.finish(time.monotonic() - started)
     attach_report(execution, say)
     try:
-        _tell(execution, _Server(api))
+        _tell(execution, api)
     except (OSError, http.client.HTTPException) as error:
         say(f"the Prefect page could not be told of this run: {type(error).__name__}: {error}")
     return True
@@ -78,15 +80,16 @@ class _Server:
         return json.loads(text)
 
 
-def _tell(execution: Execution, server: _Server) -> None:
+def _tell(execution: Execution, api: str) -> None:
     """A flow run with a flow run for each part, in it a task run for each node; all completed."""
+    server = _Server(api)
     nodes = execution.graph.nodes
     parts: dict[str, list[StageRecord]] = {}
     for name in execution.selected:
         parts.setdefault(nodes[name].flow, []).append(execution.record.stages[name])
     flows = _flows(server, ["pipeline", *parts])
     title = execution.record.title
-    whole = _begin(server, flows["pipeline"], title)
+    whole = _begin(server, flows["pipeline"], title, tags=tags(execution))
     for part, stages in parts.items():
         # The place of a subflow in its parent is a task run that stands for it.
         stands = _task(server, whole, part, part, {"type": "RUNNING"})
@@ -95,6 +98,8 @@ def _tell(execution: Execution, server: _Server) -> None:
             state = {"type": "COMPLETED", "name": CACHED, "message": cached_message(stage)}
             _task(server, run, stage.stage, node_title(stage.node, stage.fingerprint), state)
         _complete(server, run, len(stages))
+    text = {"type": "markdown", "data": links(execution, api)}
+    server.post("artifacts/", {"key": LINKS, "flow_run_id": whole, **text})
     _complete(server, whole, len(execution.selected))
 
 
@@ -108,8 +113,10 @@ def _flows(server: _Server, names: list[str]) -> dict[str, str]:
     return ids
 
 
-def _begin(server: _Server, flow: str, name: str, *, parent: str | None = None) -> str:
-    body = {"flow_id": flow, "name": name, "state": {"type": "RUNNING"}}
+def _begin(
+    server: _Server, flow: str, name: str, *, parent: str | None = None, tags: Sequence[str] = ()
+) -> str:
+    body = {"flow_id": flow, "name": name, "state": {"type": "RUNNING"}, "tags": [*tags]}
     return server.post("flow_runs/", {**body, "parent_task_run_id": parent})["id"]
 
 

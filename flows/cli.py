@@ -380,13 +380,22 @@ def verify(
 def gc(
     is_trial: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
     keep_runs: Annotated[int, typer.Option(help="Newest runs whose artifacts stay.")] = KEPT_RUNS,
+    keep_days: Annotated[
+        float, typer.Option(min=0, help="Runs of so many days keep theirs too.")
+    ] = 0.0,
+    forgets: Annotated[
+        bool, typer.Option("--runs", help="Remove records and reports of all other runs too.")
+    ] = False,
     is_json: Json = False,
 ) -> None:
     """Remove artifacts that none of the newest runs, no pin and no work in progress needs."""
-    from flows.upkeep import roots
+    from flows.upkeep import forget_runs, kept_runs, roots
 
     home = open_home()
-    removed = home.used_store().gc(roots(home, keep_runs), dry_run=is_trial)
+    store, kept = home.used_store(), kept_runs(home, keep_runs, keep_days)
+    removed = store.gc(roots(kept), dry_run=is_trial)
+    if forgets:
+        removed += forget_runs(home, kept, dry_run=is_trial)
     size = sum(item.size for item in removed)
     if is_json:
         print(json.dumps({"bytes": size, "removed": [vars(item) for item in removed]}))

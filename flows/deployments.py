@@ -1,17 +1,17 @@
-"""What can be started from the Prefect page: five deployments with a form, served by one process.
+"""What can be started from the Prefect page: five deployments with a form.
 
 `full` makes everything that a recipe names; `corpus`, `pretraining`, `alignment` and `evaluation` make
-what the flow of that name makes, and what it needs. `python -m flows.deployments` is the process that
-registers and serves them; `bessemer up` starts it in the working directory, from which relative paths
-of the recipes count, and `bessemer down` ends it. Each run that it starts is a process of its own.
+what the flow of that name makes, and what it needs. `flows/worker.py` registers and serves them.
 """
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
+from uuid import UUID
 
-from prefect import flow, serve
+from prefect import flow
 from prefect.artifacts import create_table_artifact
 from prefect.client.schemas.objects import State
+from prefect.runtime import flow_run as this_run
 from prefect.states import Cancelled, Completed, Failed
 from pydantic import Field
 
@@ -22,6 +22,7 @@ from flows.pipeline import run_pipeline
 from flows.plan import plan
 from flows.preparation import PARTS, Request, prepare
 from flows.runs import Home, open_home
+from flows.settle import heed_cancel
 
 HIDDEN = ("standard",)
 """Recipes that others start from; alone they name no data."""
@@ -93,6 +94,8 @@ def bessemer(
         None if part == EVERYTHING else part,
     )
     home = open_home()
+    if this_run.id:
+        heed_cancel(UUID(this_run.id))
     try:
         if is_trial:
             return _trial(request, home)
@@ -143,8 +146,3 @@ _DESCRIPTIONS = {
     "alignment": "From the pretrained model to one that answers: SFT, reward, DPO, PPO.",
     "evaluation": "Scores, exports, and all that they are about.",
 }
-
-
-if __name__ == "__main__":
-    # Prefect would pause all schedules when the worker ends, and leave them paused at the next `up`.
-    serve(*deployments(), print_starting_message=False, pause_on_shutdown=False)

@@ -252,10 +252,14 @@ class Execution:
         )
 
     def _begin(self, name: str, job: Job) -> None:
-        """Just before a stage runs: artifacts whose files it reads as a source are checked too."""
+        """Just before a stage runs: artifacts whose files it reads as a source are checked too, and the disk."""
         nodes = {spec.node for _, specs in self.graph.nodes[name].sources for spec in specs}
         for other in nodes - {None}:
             self.lookup.store.verify_input(self.lookup.artifacts[str(other)].record.fingerprint)
+        # It loads the settings of all trainings, which a run of hits alone does without.
+        from flows.room import check_room
+
+        check_room(self.lookup, self.graph.nodes[name], self._addresses[name], job.path)
         self._tell(lambda listener: listener.on_job(name, job))
 
     def _mend(self, name: str) -> None:

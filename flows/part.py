@@ -24,9 +24,11 @@ from prefect.states import Cancelled, Completed, Failed
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.cached import CACHED, cached_message
-from flows.execution import CANCELLED, Execution
+from flows.execution import CANCELLED, Execution, Listener
 from flows.pictures import pictures
+from flows.progress import Progress
 from flows.runs import StageRecord, node_title
+from tasks.stage import Job
 
 PROGRESS_SECONDS = 2.0
 """Least time between two progress reports to the server."""
@@ -80,7 +82,7 @@ def run_stage(node: str) -> State[Any]:
     """One node: its artifact is found in the store, or built and committed to it."""
     execution = current.get()
     try:
-        stage = execution.run(node, _progress(node))
+        stage = execution.run(node, _progress(node, execution))
     except KeyboardInterrupt:
         if not execution.is_cancelled:
             raise
@@ -106,9 +108,9 @@ def publish(node: str, stage: StageRecord) -> None:
         f"`{stage.path}`",
         f"| figure | value |\n|---|---|\n{rows}" if rows else "",
     ]
-    _show(lambda: create_markdown_artifact("\n\n".join(lines), key=key, description=node))
+    show(lambda: create_markdown_artifact("\n\n".join(lines), key=key, description=node))
     for title, address in pictures(node, Path(stage.path or "")):
-        _show(
+        show(
             lambda title=title, address=address: create_image_artifact(
                 address, key=f"{key}-{_key(title)}", description=f"{node}: {title}"
             )
@@ -117,7 +119,7 @@ def publish(node: str, stage: StageRecord) -> None:
     if not tables.is_file():
         return
     for title, table in json.loads(tables.read_text("utf-8")).items():
-        _show(
+        show(
             lambda title=title, table=table: create_table_artifact(
                 table[:MOST_ROWS], key=f"{key}-{_key(title)}", description=f"{node}: {title}"
             )
@@ -135,9 +137,14 @@ def flat(figures: dict[str, Any], place: str = "") -> dict[str, Any]:
     return found
 
 
-def _progress(node: str) -> Callable[[float, float, str], None]:
+def _progress(node: str, execution: Execution) -> Callable[[float, float, str], None]:
     """A live progress bar on the task's page, for stages that take longer than a moment."""
     told, shown = time.monotonic(), None
+    progress, logs = Progress(node), None
+
+    def on_job(name: str, job: Job) -> None:
+        nonlocal logs
+        logs = job.logs if name == node else logs
 
     def report(done: float, total: float, unit: str) -> None:
         nonlocal told, shown
@@ -145,21 +152,22 @@ def _progress(node: str) -> Callable[[float, float, str], None]:
             return
         told = time.monotonic()
         share = round(100 * min(done / total, 1.0), 1) if total else 0.0
-        text = f"{node}: {done:,.0f} of {total:,.0f} {unit}"
+        text = progress.words(done, total, unit, logs)
         if shown is None:
-            shown = _show(
+            shown = show(
                 lambda: create_progress_artifact(
                     share, key=f"{_key(node)}-progress", description=text
                 )
             )
         else:
             known = shown
-            _show(lambda: update_progress_artifact(known, progress=share, description=text))
+            show(lambda: update_progress_artifact(known, progress=share, description=text))
 
+    execution.listeners.append(Listener(on_job=on_job))
     return report
 
 
-def _show(create: Callable[[], Any]) -> Any:
+def show(create: Callable[[], Any]) -> Any:
     try:
         return create()
     except Exception as error:  # noqa: BLE001 - what cannot be shown must not fail a stage

@@ -11,10 +11,15 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
+from uuid import UUID
 
 from prefect import flow
+from prefect import tags as tagged
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import ArtifactCreate
 from prefect.client.schemas.objects import State
 from prefect.exceptions import TerminationSignal
+from prefect.runtime import flow_run as this_run
 from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 
 from flows.alignment import alignment
@@ -22,7 +27,8 @@ from flows.closing import Say, attach_report
 from flows.corpus import corpus
 from flows.evaluation import evaluation
 from flows.execution import DONE, Execution, Listener
-from flows.part import current, verdict
+from flows.links import LINKS, links, tags
+from flows.part import current, show, verdict
 from flows.pretraining import pretraining
 from flows.runs import StageRecord
 from flows.settle import settle_dead_runs
@@ -33,7 +39,6 @@ from tasks.tracking import Tracking
 PARTS: Sequence[Any] = (corpus, pretraining, alignment, evaluation)
 CANCEL_SECONDS = 45.0
 """How long running stages get to stop: a training job checkpoints for up to its grace time (30 s)."""
-JOIN_SECONDS = 0.5
 
 _TRACKED: dict[str, Literal["finished", "failed", "cancelled"]] = {
     "done": "finished",
@@ -56,13 +61,17 @@ def run_pipeline(
     for run_id in settle_dead_runs(execution.home):
         say(f"run {run_id} had died; what it began is resumed where this run needs it")
     tracking = _tracking(execution)
+    if is_inside:
+        execution.record.flow_run = this_run.id
+        show(lambda: _tag(execution))
     execution.start()
     token = current.set(execution)
     started = time.monotonic()
     try:
         # A flow waits up to a second for its heart-beat thread when it ends; the run's record has
         # the process's id and start time instead.
-        with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
+        calm = temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None})
+        with calm, tagged(*tags(execution)):
             if is_inside:
                 pipeline.fn()
             else:
@@ -71,31 +80,59 @@ def run_pipeline(
         execution.finish(time.monotonic() - started)
         current.reset(token)
         report = attach_report(execution, say)
+        show(lambda: _link(execution))
         if tracking:
             tracking.end(_TRACKED[execution.record.status], report)
     return not execution.is_busy
+
+
+def _tag(execution: Execution) -> None:
+    """Add the run's tags to those that its deployment has given it."""
+    with get_client(sync_client=True) as client:
+        flow_run = client.read_flow_run(UUID(execution.record.flow_run))
+        client.update_flow_run(flow_run.id, tags=sorted({*flow_run.tags, *tags(execution)}))
+
+
+def _link(execution: Execution) -> None:
+    """Put links on the page of the run."""
+    if execution.record.flow_run is None:
+        return
+    with get_client(sync_client=True) as client:
+        artifact = ArtifactCreate(
+            key=LINKS,
+            type="markdown",
+            description="where more is told of the run",
+            data=links(execution, str(client.api_url)),
+            flow_run_id=UUID(execution.record.flow_run),
+        )
+        client.create_artifact(artifact)
 
 
 @flow(persist_result=False)
 def pipeline() -> State[Any]:
     """A recipe from raw files to an aligned, evaluated model."""
     execution = current.get()
+    execution.record.flow_run = this_run.id
     used = {execution.graph.nodes[name].flow for name in execution.selected}
-    threads = [_start(part) for part in PARTS if part.name in used]
+    parts = [_start(part) for part in PARTS if part.name in used]
     try:
-        while any(thread.is_alive() for thread in threads):
-            for thread in threads:
-                thread.join(JOIN_SECONDS)
+        for ended in parts:
+            ended.wait()
     except (KeyboardInterrupt, TerminationSignal):
         if execution.cancel(CANCEL_SECONDS):
-            for thread in threads:
-                thread.join(CANCEL_SECONDS)
+            for ended in parts:
+                ended.wait(CANCEL_SECONDS)
     return verdict(execution)
 
 
-def _start(part: Any) -> threading.Thread:
-    """Run a flow in a thread that knows which flow run it belongs to."""
-    context, execution = contextvars.copy_context(), current.get()
+def _start(part: Any) -> threading.Event:
+    """Run a flow in a thread that knows which flow run it belongs to; set once it has ended.
+
+    The thread itself would not do: when a signal interrupts `join`, Python before 3.13 takes it for ended,
+    and the flow above would close the connection over which it still tells its end.
+    """
+    context, ended = contextvars.copy_context(), threading.Event()
+    execution = current.get()
     nodes = [name for name in execution.selected if execution.graph.nodes[name].flow == part.name]
 
     def run() -> None:
@@ -103,10 +140,10 @@ def _start(part: Any) -> threading.Thread:
             context.run(part, return_state=True)
         finally:
             execution.abandon(nodes)
+            ended.set()
 
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    return thread
+    threading.Thread(target=run, daemon=True).start()
+    return ended
 
 
 def _tracking(execution: Execution) -> Tracking | None:

@@ -89,6 +89,8 @@ class RunRecord(BaseModel):
     ended: str | None = None
     seconds: float = 0.0
     report: str | None = None
+    flow_run: str | None = None
+    """Id of its flow run in Prefect."""
     stages: dict[str, StageRecord] = Field(default_factory=dict[str, StageRecord])
 
     @classmethod
@@ -183,17 +185,20 @@ class Home:
             except ValidationError as error:
                 _log.warning("%s cannot be read and is passed over: %s", folder / RUN_FILE, error)
 
+    def newest_records(self) -> list[RunRecord]:
+        """The newest runs, the newest first."""
+        return [*itertools.islice(self.records(), NEWEST_RUNS)]
+
     def dead_runs(self) -> list[RunRecord]:
         """Newer runs that died without a word, and of which Prefect has not been told yet."""
-        newest = itertools.islice(self.records(), NEWEST_RUNS)
-        return [record for record in newest if record.state == "died" and record.ended is None]
+        return [r for r in self.newest_records() if r.state == "died" and r.ended is None]
 
     def live_runs(self) -> list[RunRecord]:
         """Newer runs of other processes that go on, or ended a moment ago and still tell Prefect so."""
         lately = (datetime.now(UTC) - timedelta(seconds=FAREWELL_SECONDS)).isoformat()
         return [
             record
-            for record in itertools.islice(self.records(), NEWEST_RUNS)
+            for record in self.newest_records()
             if (record.ended is None or record.ended > lately)
             and record.pid != os.getpid()
             and is_alive(record.pid, record.pid_started)

@@ -3,7 +3,8 @@
 All of a home's services live under `HOME/services`: for each a file with pid, start time and address,
 and its output. They listen on loopback, on ports chosen free, each in a session of its own. The
 Prefect server ends by itself when nothing has asked it anything for `$BESSEMER_IDLE_SECONDS` (15
-minutes), unless `bessemer up` said to keep it; `bessemer down` ends all.
+minutes), unless `bessemer up` said to keep it; `bessemer down` ends all. Beside Prefect's pages it serves the
+reports of the runs, at `/report/RUN`.
 """
 
 import asyncio
@@ -38,13 +39,17 @@ WATCH_SECONDS = 5.0
 HEALTH_SECONDS = 5.0
 IDLE_SECONDS = 900.0
 LOG_TAIL_LINES = 15
+NAMES = ("watcher", "worker", "mlflow", "prefect")
+"""In the order in which they are ended: the worker still has to tell the server."""
+PROCESSES = {"worker": ("flows.worker", "deployments"), "watcher": ("flows.watch", "runs")}
+"""Module of each, and the page of Prefect's that shows what it does."""
+EXTERNAL = "BESSEMER_SERVICES"
+"""Set to `external` in a deployment whose services something else starts, such as Docker Compose."""
+REPORTS = "/report/"
+"""Where the Prefect server has the reports of runs, each by the run's id."""
 AUTH = "PREFECT_SERVER_API_AUTH_STRING"
 """Environment variable: `NAME:PASSWORD`, which the embedded server asks everyone for; set it for every
 command of the home."""
-NAMES = ("watcher", "worker", "mlflow", "prefect")
-"""In the order in which they are ended: the worker still has to tell the server."""
-EXTERNAL = "BESSEMER_SERVICES"
-"""Set to `external` in a deployment whose services something else starts, such as Docker Compose."""
 QUIET = {
     "DO_NOT_TRACK": "1",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -116,14 +121,17 @@ def up(home: Home) -> list[Service]:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "keep").touch()
     api = ensure_prefect(home)
+    wanted = ["worker", "watcher"] if watches(home) else ["worker"]
     with FileLock(folder / "start.lock"):
-        _ensure_process(home, api, "worker", "flows.deployments", "deployments")
-        if watches(home):
-            _ensure_process(home, api, "watcher", "flows.watch", "runs")
+        for name in wanted:
+            _ensure_process(home, api, name)
         mlflow = read_service(home, "mlflow")
         if mlflow is None or not mlflow.is_running:
             _start_mlflow(home)
-    return running(home)
+    started = running(home)
+    for name in set(wanted) - {service.name for service in started}:
+        raise ServiceError(_died(name, folder / f"{name}.log"))
+    return started
 
 
 def down(home: Home, *, waits: bool = False) -> list[Service]:
@@ -212,15 +220,16 @@ def _start_prefect(home: Home) -> Service:
         time.sleep(POLL_SECONDS)
     process.kill()
     process.wait()
-    raise ServiceError(f"the Prefect server did not start; {output} ends with:\n{_tail(output)}")
+    raise ServiceError(_died("prefect", output))
 
 
-def _ensure_process(home: Home, api: str, name: str, module: str, page: str) -> None:
+def _ensure_process(home: Home, api: str, name: str) -> None:
     """The worker, in whose working directory runs started from the page go on, or the watcher."""
     service = read_service(home, name)
     if service and service.is_running:
         return
     environment = prefect_environment(home, api)
+    module, page = PROCESSES[name]
     command = [sys.executable, "-m", module]
     process, _ = _spawn(home, name, command, environment, folder=Path.cwd())
     url = f"{api.removesuffix('/api')}/{page}"
@@ -252,7 +261,7 @@ def _start_mlflow(home: Home) -> Service:
             return service
         time.sleep(POLL_SECONDS)
     _end_group(service)
-    raise ServiceError(f"the MLflow server did not start; {output} ends with:\n{_tail(output)}")
+    raise ServiceError(_died("mlflow", output))
 
 
 def _spawn(
@@ -306,15 +315,38 @@ def _members(service: Service) -> list[psutil.Process]:
         return []
 
 
-def _tail(output: Path) -> str:
+def _died(name: str, output: Path) -> str:
     lines = output.read_text("utf-8", errors="replace").splitlines()
-    return "\n".join(lines[-LOG_TAIL_LINES:])
+    tail = "\n".join(lines[-LOG_TAIL_LINES:])
+    return f"the service {name} did not start; {output} ends with:\n{tail}"
 
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Application = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+
+class Reports:
+    """An ASGI application around another that serves the reports of a home's runs beside it.
+
+    Prefect's password is asked for by its interface alone; where one is set, no report is served.
+    """
+
+    def __init__(self, application: Application, home: Home) -> None:
+        self._application, self._home = application, home
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or not scope["path"].startswith(REPORTS):
+            await self._application(scope, receive, send)
+            return
+        from starlette.responses import FileResponse, PlainTextResponse
+
+        run_id = scope["path"].removeprefix(REPORTS)
+        page = self._home.run_folder(run_id) / "report.html"
+        is_there = run_id.replace("-", "").isalnum() and not os.environ.get(AUTH) and page.is_file()
+        answer = FileResponse(page) if is_there else PlainTextResponse("no report", 404)
+        await answer(scope, receive, send)
 
 
 class Activity:
@@ -363,7 +395,7 @@ def serve_prefect(home: Home, idle_seconds: float) -> None:
     from prefect.server.api.server import create_app
 
     _write_at_once()
-    activity = Activity(create_app())
+    activity = Activity(Reports(create_app(), home))
     server = uvicorn.Server(
         uvicorn.Config(activity, log_level="warning", timeout_graceful_shutdown=3)
     )

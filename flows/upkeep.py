@@ -1,12 +1,14 @@
 """Keeping a home in order: checking artifacts, what gc must keep, new projects, copies out."""
 
 import shutil
-from itertools import islice
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from flows.runs import Home
+from flows.runs import Home, RunRecord
 from storage.record import Record
-from storage.store import Store
+from storage.store import Removed, Store
+from storage.store_local import bytes_under
 
 PROJECT = """\
 # Run it with: bessemer run {name} data=data
@@ -62,15 +64,41 @@ def check(
     return len(records) + len(unreadable), [*unreadable, *damaged]
 
 
-def roots(home: Home, keep_runs: int) -> set[str]:
-    """Fingerprints that the newest runs ended with or took as given; never those of a live run."""
-    kept: set[str] = set()
-    records = list(home.records())
-    live = [record for record in records if record.state == "running"]
-    for record in (*islice(records, keep_runs), *live):
-        kept |= {stage.fingerprint for stage in record.stages.values() if stage.fingerprint}
-        kept |= set(record.frozen.values())
-    return kept
+def kept_runs(home: Home, keep_runs: int, keep_days: float = 0.0) -> list[RunRecord]:
+    """The newest runs, those that were started less than so many days ago, and those that go on."""
+    since = (datetime.now(UTC) - timedelta(days=keep_days)).isoformat(timespec="seconds")
+    return [
+        record
+        for place, record in enumerate(home.records())
+        if place < keep_runs or record.started > since or record.state == "running"
+    ]
+
+
+def roots(kept: Iterable[RunRecord]) -> set[str]:
+    """Fingerprints that runs ended with or took as given."""
+    found: set[str] = set()
+    for record in kept:
+        found |= {stage.fingerprint for stage in record.stages.values() if stage.fingerprint}
+        found |= set(record.frozen.values())
+    return found
+
+
+def forget_runs(home: Home, kept: Sequence[RunRecord], *, dry_run: bool) -> list[Removed]:
+    """Remove the folders of all other runs: records, reports, what was told to MLflow.
+
+    A report that a kept run shows is kept with its folder.
+    """
+    needed = {home.run_folder(record.run_id) for record in kept}
+    needed |= {Path(record.report).parent for record in kept if record.report}
+    removed: list[Removed] = []
+    for record in home.records():
+        folder = home.run_folder(record.run_id)
+        if folder not in needed:
+            size = bytes_under(folder)
+            removed.append(Removed(what="run", fingerprint=record.run_id, kind="", size=size))
+            if not dry_run:
+                shutil.rmtree(folder)
+    return removed
 
 
 def new_project(folder: Path) -> Path:

@@ -2,6 +2,7 @@
 
     BessemerError
     ├── DamagedArtifact    bytes in the store are not those that were committed (now in quarantine)
+    ├── NoRoom             the store's disk has no room for what a stage will write (flows/room.py)
     ├── PartsFailed        shards of a fan-out could not be built; the others are in the store
     ├── JobFailed          a torch job ended badly (tasks/launch.py)
     ├── EndpointFailed     a language model's endpoint refuses or does not answer (tasks/completions.py)
@@ -18,6 +19,10 @@ class BessemerError(Exception):
 
 class DamagedArtifact(BessemerError):
     """An artifact's bytes differ from its record. It lies in quarantine; running again rebuilds it."""
+
+
+class NoRoom(BessemerError):
+    """The disk of the store is too full for a stage that was about to begin."""
 
 
 class PartsFailed(BessemerError):

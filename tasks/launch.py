@@ -297,7 +297,7 @@ def follow_elsewhere(
 
     Output and progress of a torch job that outlived its flow, or that another run started, appear
     here as if it were ours, and it counts as followed. Who is interrupted here and was the last to
-    follow has asked the job to end.
+    follow has asked the job to end, and waits until it has.
     """
     log = logging.getLogger(f"bessemer.{node}")
     log.info("already being built by another process; following it")
@@ -311,7 +311,10 @@ def follow_elsewhere(
                     follower.look()
                 time.sleep(POLL_SECONDS * 2)
         except BaseException:
-            if follower is not None:
-                follower.leave()
+            if follower is not None and follower.leave():
+                log.info("stopping the job; it saves a checkpoint first")
+                while (claim := take()) is None:
+                    time.sleep(POLL_SECONDS)
+                claim.release()
             raise
     return claim

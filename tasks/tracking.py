@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 EVENTS = "tracking.jsonl"
 OUTPUT = "tracking.log"
 LOCK = "tracking.lock"
+SENT = "mlflow.json"
+"""In a run's folder, once MLflow has the run: `experiment` and `run`, its ids there."""
 TABLES = "tables.json"
 TABLE_ROWS = 1000
 """Rows of a table that are sent."""
@@ -331,6 +333,9 @@ class Forwarder:
         if run.info.status != "RUNNING":
             self._client.update_run(run_id, status="RUNNING")
         self._runs[node] = Sent(run_id, steps)
+        if not node:
+            ids = {"experiment": self._experiment, "run": run_id}
+            (self._run_dir / SENT).write_text(json.dumps(ids), "utf-8")
         return self._runs[node]
 
     def _find(self, node: str) -> str | None:

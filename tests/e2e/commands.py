@@ -54,9 +54,11 @@ class Command:
             start_new_session=True,
         )
 
-    def __call__(self, *arguments: str, expect: int = 0, **extra: str) -> str:
+    def __call__(
+        self, *arguments: str, expect: int = 0, timeout: float = 180.0, **extra: str
+    ) -> str:
         process = self.start(*arguments, **extra)
-        out, err = process.communicate(timeout=180)
+        out, err = process.communicate(timeout=timeout)
         assert process.returncode == expect, out + err
         return out if expect in (0, 1) else err
 

@@ -1,0 +1,37 @@
+"""The four flows under one: what a signal does to the waiting for them."""
+
+import signal
+import time
+
+import pytest
+
+from flows.part import current
+from flows.pipeline import _start  # pyright: ignore[reportPrivateUsage]
+from tests.flows.conftest import Place
+from tests.flows.test_execution import start
+
+
+class Slow:
+    """A flow that goes on for a while."""
+
+    name = "corpus"
+
+    def __call__(self, *, return_state: bool) -> None:
+        assert return_state
+        time.sleep(0.5)
+
+
+def test_a_part_that_goes_on_after_a_signal_does_not_count_as_ended(place: Place) -> None:
+    current.set(start(place))
+    started = time.monotonic()
+    ended = _start(Slow())
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        with pytest.raises(KeyboardInterrupt):
+            ended.wait()
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert not ended.is_set()
+    assert ended.wait(20)
+    assert time.monotonic() - started >= 0.5

@@ -1,0 +1,45 @@
+"""Which runs keep their artifacts, their records and their reports."""
+
+from datetime import UTC, datetime, timedelta
+
+from flows.runs import RunRecord, open_home
+from flows.upkeep import forget_runs, kept_runs, roots
+from tests.flows.conftest import Place
+from tests.flows.test_execution import go
+
+
+def aged(record: RunRecord, days: float) -> RunRecord:
+    """The same run, some days earlier."""
+    then = datetime.now(UTC) - timedelta(days=days)
+    record.started = then.isoformat(timespec="seconds")
+    record.write(open_home().run_folder(record.run_id))
+    return record
+
+
+def test_the_newest_runs_and_those_of_some_days_are_kept(place: Place) -> None:
+    old, week, new = (
+        aged(go(place, f"coarse.heat={heat}").record, days)
+        for heat, days in ((0.3, 30), (0.5, 6.9), (0.9, 1))
+    )
+    home = open_home()
+    assert [r.run_id for r in kept_runs(home, 1)] == [new.run_id]
+    assert [r.run_id for r in kept_runs(home, 1, 7)] == [new.run_id, week.run_id]
+    kept = roots(kept_runs(home, 1, 7))
+    assert {stage.fingerprint for stage in week.stages.values()} <= kept
+    assert old.stages["coarse"].fingerprint not in kept
+
+
+def test_forgotten_runs_leave_no_folder_unless_their_report_is_shown(place: Place) -> None:
+    home = open_home()
+    gone, shown, newest = (go(place).record for _ in range(3))
+    page = home.run_folder(shown.run_id) / "report.html"
+    page.write_text("<html>")
+    newest.report = str(page)
+    newest.write(home.run_folder(newest.run_id))
+    kept = kept_runs(home, 1)
+    for dry_run in (True, False):
+        assert [item.fingerprint for item in forget_runs(home, kept, dry_run=dry_run)] == [
+            gone.run_id
+        ]
+    assert [record.run_id for record in home.records()] == [newest.run_id, shown.run_id]
+    assert page.is_file()
