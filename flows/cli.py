@@ -388,12 +388,15 @@ def gc(
     ] = False,
     is_json: Json = False,
 ) -> None:
-    """Remove artifacts that none of the newest runs, no pin and no work in progress needs."""
+    """Remove artifacts that none of the newest runs, also of other homes that share the store, no pin and no
+    work in progress needs."""
     from flows.upkeep import forget_runs, kept_runs, roots
+    from storage.lease_s3 import home_id
 
     home = open_home()
     store, kept = home.used_store(), kept_runs(home, keep_runs, keep_days)
-    removed = store.gc(roots(kept), dry_run=is_trial)
+    others = store.noted_by_others(home_id(home.path))
+    removed = store.gc(roots(kept) | others, dry_run=is_trial)
     if forgets:
         removed += forget_runs(home, kept, dry_run=is_trial)
     size = sum(item.size for item in removed)

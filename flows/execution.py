@@ -18,6 +18,7 @@ from flows.lookup import Address, Lookup
 from flows.runs import Home, RunRecord, StageRecord, StageStatus
 from storage.artifact import Artifact
 from storage.errors import DamagedArtifact
+from storage.lease_s3 import home_id
 from tasks.processes import interrupt, start_of
 from tasks.stage import Job, Outcome, execute
 
@@ -101,6 +102,17 @@ class Execution:
         self.record.seconds = round(seconds, 3)
         self.record.ended = datetime.now(UTC).isoformat(timespec="seconds")
         self._write()
+        self._note()
+
+    def _note(self) -> None:
+        """Tell the store what this run has, for gc by other homes that share it."""
+        found = {stage.fingerprint for stage in self.record.stages.values() if stage.fingerprint}
+        try:
+            self.lookup.store.note_run(
+                home_id(self.home.path), self.record.run_id, found | set(self.record.frozen.values())
+            )
+        except Exception as error:  # noqa: BLE001 - a read-only store, an outage: no reason for a run to fail
+            _log.warning("the store could not be told of this run: %s", error)
 
     def take_all(self) -> bool:
         """Take every node from the store, provided that all are there; else none is taken."""
@@ -282,7 +294,7 @@ class Execution:
             self.lookup.artifacts[name] = artifact
         record = artifact.record
         waited = min(seconds, record.waited_seconds) if status == "built" else 0.0
-        return self._set(
+        arrived = self._set(
             name,
             status=status,
             fingerprint=record.fingerprint,
@@ -293,6 +305,9 @@ class Execution:
             metrics=record.metrics,
             error=None,
         )
+        if status == "built":
+            self._note()
+        return arrived
 
     def _set(self, name: str, **changes: Any) -> StageRecord:
         with self._changed:

@@ -82,7 +82,7 @@ class LeaseDesk:
     def acquire(self, fingerprint: str, lock: Path) -> RemoteLease | None:
         """Take the lease; the caller holds the local lock. None when another machine holds it."""
         holder = uuid.uuid4().hex
-        home = _home_id(self._home)
+        home = home_id(self._home)
         content = json.dumps(
             {"holder": holder, "home": home, "host": socket.gethostname(), "pid": os.getpid()}
         ).encode()
@@ -184,8 +184,8 @@ def _beat(bucket: Bucket, task: dict[str, str], beaten: dict[str, float]) -> boo
     return etag is not None
 
 
-def _home_id(home: Path) -> str:
-    """A name for this cache folder that no other has; made on the first call."""
+def home_id(home: Path) -> str:
+    """A name for a home, or the cache folder of one, that no other has; made on the first call."""
     path = home / "home.id"
     try:
         return path.read_text("utf-8")

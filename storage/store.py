@@ -7,6 +7,7 @@ Layout of a store's folder (its home)::
     leases/<fingerprint>.lock                           flock: who works on it
     quarantine/<fingerprint>.<id>/ (+ reason.txt)       damaged, kept to be looked at until gc
     sources/                                            ledgers of the landings of each source
+    noted/<run>.<home>.json                             fingerprints of the newest runs of each home
     trash/                                              taken away, being removed
 
 A store on S3 (`s3://bucket/prefix`) keeps `artifacts/<fingerprint>/<attempt>/...`, the record that
@@ -17,6 +18,7 @@ which everything is read and built. The connection is configured as for any S3 c
 Moving the folder or the bucket changes no fingerprint and no digest: nothing in a record is a path.
 """
 
+import json
 import logging
 import threading
 import uuid
@@ -39,6 +41,9 @@ from storage.store_s3 import Remote
 PARTS_BUILT = "parts.txt"
 """In an attempt's `state/`: fingerprints of parts already committed for it, so that gc keeps them."""
 
+NOTES = "noted"
+NOTED_RUNS = 20
+"""Runs of each home whose artifacts are kept by gc of the others that share the store."""
 LOOK_THREADS = 16
 
 _log = logging.getLogger("bessemer.store")
@@ -299,6 +304,47 @@ class Store:
         from storage.collect import collect
 
         return collect(self, keep, dry_run=dry_run)
+
+    def note_run(self, home: str, run_id: str, fingerprints: Iterable[str]) -> None:
+        """Have gc by others who share the store keep what a run of a home has made or found."""
+        self._write_note(f"{run_id}.{home}.json", json.dumps(sorted(fingerprints)).encode())
+        ours = sorted(name for name in self._notes() if name.endswith(f".{home}.json"))
+        for name in ours[:-NOTED_RUNS]:
+            if self._remote:
+                self._remote.bucket.delete([f"{NOTES}/{name}"])
+            else:
+                (self.root / NOTES / name).unlink(missing_ok=True)
+
+    def noted_by_others(self, home: str) -> set[str]:
+        """Fingerprints that the newest runs of other homes have noted."""
+        return {
+            fingerprint
+            for name in self._notes()
+            if not name.endswith(f".{home}.json")
+            for fingerprint in json.loads(self._read_note(name))
+        }
+
+    def _notes(self) -> list[str]:
+        if self._remote:
+            return self._remote.bucket.names(f"{NOTES}/")
+        # A draft begins with a full stop.
+        return [path.name for path in (self.root / NOTES).glob("[!.]*.json")]
+
+    def _write_note(self, name: str, content: bytes) -> None:
+        if self._remote:
+            self._remote.bucket.put(f"{NOTES}/{name}", content)
+        else:
+            local.write_atomically(self.root / NOTES / name, content)
+
+    def _read_note(self, name: str) -> bytes:
+        """A note; an empty one where its home has just removed it."""
+        if self._remote:
+            stored = self._remote.bucket.get(f"{NOTES}/{name}")
+            return stored.content if stored else b"[]"
+        try:
+            return (self.root / NOTES / name).read_bytes()
+        except FileNotFoundError:
+            return b"[]"
 
     @property
     def is_remote(self) -> bool:

@@ -14,6 +14,7 @@ from flows.execution import Execution
 from flows.plan import contract, plan
 from flows.preparation import Request, prepare
 from flows.runs import RunRecord, find_artifact, open_home
+from storage.lease_s3 import home_id
 from tests.flows.conftest import Place
 
 ALL = ["blend", "coarse", "fine", "mine", "other"]
@@ -76,6 +77,13 @@ def test_a_node_whose_turn_nobody_takes_holds_up_no_other(place: Place) -> None:
     assert place.ran() == ["mine", "other"]
     go(place)
     assert place.ran() == ["blend", "coarse", "fine"]
+
+
+def test_a_run_tells_the_store_what_other_homes_must_keep(place: Place) -> None:
+    execution = go(place)
+    fingerprints = {stage.fingerprint for stage in execution.record.stages.values()}
+    assert execution.lookup.store.noted_by_others("another home") == fingerprints
+    assert execution.lookup.store.noted_by_others(home_id(open_home().path)) == set()
 
 
 def test_a_setting_rebuilds_what_it_changes_and_stops_where_bytes_are_equal(place: Place) -> None:

@@ -9,7 +9,7 @@ import pytest
 from storage.errors import DamagedArtifact
 from storage.identity import fingerprint
 from storage.lease_s3 import LOOK_SECONDS
-from storage.store import PARTS_BUILT, Store
+from storage.store import NOTED_RUNS, PARTS_BUILT, Store
 from tests.storage.making import claimed, damage, elsewhere, make, record_of
 
 
@@ -98,6 +98,19 @@ def test_an_empty_attempt_leaves_nothing(store: Store) -> None:
     with claimed(store, address) as claim:
         path = claim.path
     assert not path.parent.exists()
+
+
+def test_gc_keeps_what_the_newest_runs_of_other_homes_have_noted(store: Store) -> None:
+    mine, theirs, old = (make(store, name) for name in ("mine", "theirs", "old"))
+    store.note_run("here", "20260101-1", [mine])
+    store.note_run("there", "20260101-1", [old])
+    for number in range(NOTED_RUNS):
+        store.note_run("there", f"20260102-{number:02}", [theirs])
+    assert store.noted_by_others("here") == {theirs}
+    assert store.noted_by_others("there") == {mine}
+    removed = store.gc(store.noted_by_others("here"), dry_run=False)
+    assert {r.fingerprint for r in removed if r.what == "artifact"} == {mine, old}
+    assert store.find(theirs)
 
 
 def test_the_first_commit_wins(store: Store, tmp_path: Path) -> None:
