@@ -12,10 +12,13 @@ import polars as pl
 import pytest
 
 from conf.screen import ScreenConfig
+from conf.screen_pairs import ScreenPairsConfig
 from storage.conversations import Conversations
 from storage.jsonl import Split, SplitWriter, content_id
+from storage.preferences import Preferences
 from storage.source import HashCache, resolve
 from tasks.screen import screen
+from tasks.screen_pairs import screen_pairs
 from tasks.stage import Job
 from tests.tasks.corpus_runs import spec
 from tests.tasks.test_dedup_modes import jaccard_of, variants
@@ -145,3 +148,26 @@ def test_domains_have_the_shares_that_are_asked_for(tmp_path: Path) -> None:
         screen(job_at(tmp_path / "c", "screen"), Conversations(tmp_path / "chats"), wrong)
     with pytest.raises(ValueError, match="add up to 1"):
         ScreenConfig(domain_shares={"zh": 0.5})
+
+
+def test_pairs_are_screened_as_conversations_are(tmp_path: Path) -> None:
+    long = " ".join(f"word{n}" for n in range(40))
+    said = {  # prompt, chosen, rejected
+        "leaked": ("Help me.", QUESTIONS["en"], "No."),
+        "kept": (long, "It is the first one.", "走开。"),
+        "again": (long, "It is the first one.", "走开吧。"),
+        "other prompt": ("猫吃什么？", "鱼。", "不知道。"),
+        "short": ("狗吃什么？", "骨头。", ""),
+    }
+    with SplitWriter(tmp_path / "pairs" / "files") as writer:
+        for name, (prompt, chosen, rejected) in said.items():
+            row = {"id": name, "prompt": [{"role": "user", "content": prompt}], "chosen": chosen}
+            writer.write("train", {**row, "rejected": rejected, "margin": None, "domain": "d"})
+    (tmp_path / "gsm8k.jsonl").write_text(json.dumps({"question": QUESTIONS["en"]}) + "\n", "utf-8")
+    settings = ScreenPairsConfig(exams=(spec("gsm8k.jsonl"),), least_answer_chars=1)
+    source = resolve(settings.exams, artifacts={}, base=tmp_path, ledger=None, hashes=HashCache())
+    job = replace(job_at(tmp_path, "screened"), sources={"exams": source})
+    found = screen_pairs(job, Preferences(tmp_path / "pairs"), settings)
+    assert [row["id"] for row in found.rows("train")] == ["kept", "other prompt"]
+    assert job.metrics["reasons"] == {"exam": 1, "repeated": 1, "short_answer": 1}
+    assert job.metrics["pairs"] == {"in": 5, "kept": 2}
