@@ -284,6 +284,7 @@ def _memory(settings: Trained, shape: ShapeConfig, vocabulary: int) -> Memory:
         processes=launch.ranks,
         stages=launch.pipeline_stages,
         offload=launch.offload,
+        optimizer=settings.optimizer if isinstance(settings, PretrainConfig) else "adamw",
         is_accumulated=rows < own,
         learning_share=_learning_share(settings, shape, vocabulary),
         trained=trained,

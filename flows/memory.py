@@ -15,16 +15,17 @@ LOGITS_IN_CACHE, LEAST_ROWS = 1 << 22, 512
 """As in model/head.py: so many, or so many rows, make a piece of the fused head on a CPU."""
 EVALUATION_TOKENS = 16_384
 """Held-out tokens in one forward pass of pretraining, as in model/pretrain.py."""
-CPU_PROCESS_BYTES = 340e6
+CPU_PROCESS_BYTES = 350e6
 """A worker with torch loaded and a model of nothing, on Linux."""
 CUDA_CONTEXT_BYTES = 600e6
 """Context and kernels of a process on a device."""
-ALLOCATOR_SLACK = 0.12
+ALLOCATOR_SLACK = {"cpu": 0.36, "cuda": 0.12}
 """Memory that is taken again and again fits worse than memory that is taken once: measured on CPU over
-five shapes, 9 to 17 % of the activations."""
+three shapes, 37 to 50 % of the activations in fp32 and 27 to 40 % in bf16."""
 
 Engine = Literal["plain", "ddp", "fsdp", "zero1", "zero2", "zero3"]
 Offload = Literal["none", "optimizer", "parameters"]
+Optimizer = Literal["adamw", "muon"]
 Precision = Literal["fp32", "bf16", "fp16"]
 
 
@@ -86,6 +87,7 @@ def training_memory(
     processes: int = 1,
     stages: int = 1,
     offload: Offload = "none",
+    optimizer: Optimizer = "adamw",
     is_accumulated: bool = False,
     learning_share: float = 1.0,
     trained: int = 1,
@@ -93,10 +95,10 @@ def training_memory(
     evaluated_tokens: int = 0,
     is_cuda: bool = False,
 ) -> Memory:
-    """Peak of a rank that trains `trained` models of the shape with AdamW beside `frozen` ones.
+    """Peak of a rank that trains `trained` models of the shape beside `frozen` ones.
 
-    Weights, gradients and both moments are float32: 16 bytes a parameter, of which an engine spreads a
-    part over the ranks (Rajbhandari et al. 2020, section 3). `is_accumulated` says that a step has
+    Weights, gradients and AdamW's two moments are float32: 16 bytes a parameter, of which an engine spreads
+    a part over the ranks (Rajbhandari et al. 2020, section 3); Muon has one moment of the blocks' matrices. `is_accumulated` says that a step has
     several micro-batches, so that gradients are there when the next one starts; `learning_share` is
     that of the parameters that learn at all. Each of the `stages` of a pipeline holds its blocks, and as many
     micro-batches of them. What `offload` names is the host's; gradients leave with the parameters.
@@ -119,7 +121,9 @@ def training_memory(
     weights, gradients, moments = (
         0.0 if is_host_held else weights * trained,
         0.0 if is_host_held else learning_share * gradients * trained,
-        0.0 if offload != "none" else 2 * learning_share * moments * trained,
+        0.0
+        if offload != "none"
+        else _moments(shape, vocabulary, optimizer) * learning_share * moments * trained,
     )
     table = 4.0 * vocabulary * shape.dim if learning_share == 1 else 0.0
     kept = kept_bytes(shape, vocabulary, work, is_cuda=is_cuda)
@@ -139,7 +143,7 @@ def training_memory(
         optimizer=moments,
         activations=activations,
         process=(CUDA_CONTEXT_BYTES if is_cuda else CPU_PROCESS_BYTES)
-        + ALLOCATOR_SLACK * activations,
+        + ALLOCATOR_SLACK["cuda" if is_cuda else "cpu"] * activations,
     )
 
 
@@ -158,15 +162,29 @@ def kept_bytes(shape: ShapeConfig, vocabulary: int, work: Pass, *, is_cuda: bool
     # The fused kernel keeps a mask of numbers for each layer: of documents one per row, of a window one.
     masked = shape.layers if work.is_masked and is_cuda else windowed
     mask = masked * (work.rows if work.is_masked else 1) * work.row_tokens**2 * half
+    # Without a mask of numbers a CPU takes documents one by one, and in bf16 a block of queries at a time.
+    apart = shape.layers - masked
+    here = min(apart, 1) if work.is_recomputed else apart
     if work.is_masked:
-        apart = shape.layers - masked
-        blocks += (min(apart, 1) if work.is_recomputed else apart) * _apart_bytes(shape, work)
+        blocks += here * _apart_bytes(shape, work)
+    elif work.precision == "bf16" and not is_cuda:
+        query = shape.heads * shape.head_width if shape.has_qk_norm else 0
+        blocks -= here * work.tokens * (4 * shape.heads + 2 * query)
     casts = 0.0
     if half == 2:
         in_blocks = shape.parameters(vocabulary) - _outside_blocks(shape, vocabulary)
         casts = 2.0 * (in_blocks + (vocabulary * width if work.has_head else 0))
     last_norm = tokens * (2 * 4 * width + 4 + (half if work.has_head else 4) * width)
     return blocks + rotations + mask + casts + last_norm
+
+
+def _moments(shape: ShapeConfig, vocabulary: int, optimizer: Optimizer) -> float:
+    """Numbers that the optimizer holds for a parameter, on average."""
+    if optimizer == "adamw":
+        return 2.0
+    attention = 2 * shape.dim * (shape.heads + shape.kv_heads) * shape.head_width
+    matrices = shape.layers * (attention + 3 * shape.dim * shape.ffn_width)
+    return 2.0 - matrices / shape.parameters(vocabulary)
 
 
 def _block_bytes(shape: ShapeConfig, work: Pass) -> float:
@@ -179,8 +197,8 @@ def _block_bytes(shape: ShapeConfig, work: Pass) -> float:
         floats = 2 * width + attended + 4 * wide
         others = 4 * floats
     else:
-        # Under autocast every product casts its own input: three of attention, two of the gate.
-        others = 2 * (5 * width + attended + 4 * wide)
+        # Each norm casts what it gives, once.
+        others = 2 * (2 * width + attended + 4 * wide)
     if shape.has_qk_norm:
         # These norms keep the same, and what is mixed has to be laid out anew.
         half = 4 if work.precision == "fp32" else 2

@@ -15,6 +15,7 @@ from conf.shape import ShapeConfig
 from flows import memory
 from flows.memory import Pass, kept_bytes, training_memory
 from model import head, held_out, transformer
+from model.optimizer import UpdateRule, build_optimizers
 from model.transformer import AttentionMask, Noise, Transformer, token_logprobs
 from storage.tokens import SplitCount, TokensMeta, bytes_path, end_path, token_path, write_meta
 from tests.model.small_jobs import start, write_job
@@ -106,6 +107,28 @@ def test_stages_hold_their_blocks_and_a_table_and_offloaded_state_is_the_hosts()
     assert training_memory(shape, 500, work, engine="zero2", offload="optimizer").optimizer == 0
     away = training_memory(shape, 500, work, engine="fsdp", offload="parameters")
     assert (away.weights, away.gradients, away.optimizer) == (0, 0, 0)
+
+
+def test_muon_keeps_what_its_optimizers_keep() -> None:
+    shape = ShapeConfig(
+        dim=32, layers=2, heads=4, kv_heads=2, context=16, has_qkv_bias=True, has_qk_norm=True
+    )
+    net = Transformer(shape, VOCABULARY)
+    optimizers = build_optimizers(net.named_parameters(), UpdateRule(optimizer="muon"))
+    for parameter in net.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    for optimizer in optimizers:
+        optimizer.step()
+    kept = [
+        state.nbytes
+        for optimizer in optimizers
+        for states in optimizer.state.values()
+        for state in states.values()
+        if state.dim()
+    ]
+    told = training_memory(shape, VOCABULARY, Pass(1, 8), optimizer="muon")
+    assert told.optimizer == pytest.approx(sum(kept), rel=1e-9)
+    assert told.optimizer < 0.8 * training_memory(shape, VOCABULARY, Pass(1, 8)).optimizer
 
 
 def test_recomputing_activations_keeps_one_block() -> None:
