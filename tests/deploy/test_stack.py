@@ -40,7 +40,7 @@ stages:
   tokenize: {from: {corpus: extract, tokenizer: tokenizer}}
   pretrain:
     from: {tokens: tokenize}
-    tokens: 81920
+    tokens: 409600
     batch_tokens: 512
     held_tokens: 1000
     evaluate_every_steps: 0
@@ -100,7 +100,7 @@ def wait_until(condition: Callable[[], Any]) -> Any:
     started = time.monotonic()
     while not (found := condition()):
         assert time.monotonic() - started < LONGEST_SECONDS
-        time.sleep(3)
+        time.sleep(1)
     return found
 
 
@@ -145,8 +145,8 @@ def test_nothing_answers_without_its_password(host: Host) -> None:
 
 def test_a_run_goes_on_through_a_restart_of_postgres_and_ends_on_s3(host: Host) -> None:
     run = begin(host, recipe="tiny.yaml")
-    logs = {"logs": {"flow_run_id": {"any_": [run]}}, "limit": 200}
-    wait_until(lambda: any("step" in line["message"] for line in ask(host, "logs/filter", logs)))
+    cache = host.folder / "volumes" / "home" / "cache"
+    wait_until(lambda: list(cache.glob("a*/**/logs/metrics.jsonl")))  # it trains
     host.stop("postgres")
     time.sleep(5)
     host.start("postgres")
