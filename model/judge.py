@@ -33,13 +33,15 @@ class Judge:
         """Raises ValueError where the key's environment variable is not set."""
         self._settings, self._path = settings, said
         self._headers = {"Content-Type": "application/json"}
+        self._key = ""
         if name := settings.key_variable:
-            if not (key := os.environ.get(name)):
+            self._key = os.environ.get(name, "")
+            if not self._key:
                 raise ValueError(
                     f"the environment variable {name} (judge.key_variable) is not set; export the endpoint's "
                     "key in it, or set judge.key_variable to null for an endpoint without one"
                 )
-            self._headers["Authorization"] = f"Bearer {key}"
+            self._headers["Authorization"] = f"Bearer {self._key}"
         host = urlsplit(settings.base_url).hostname
         is_local = host in ("127.0.0.1", "localhost", "::1")
         proxies = urllib.request.ProxyHandler({} if is_local else None)
@@ -89,10 +91,13 @@ class Judge:
                 with self._opener.open(asked, timeout=settings.wait_seconds) as response:
                     return str(json.load(response)["choices"][0]["message"]["content"] or "")
             except urllib.error.HTTPError as error:
-                why = f"status {error.code}: {error.read(200).decode('utf-8', 'replace')}"
+                said = error.read(2000).decode("utf-8", "replace")
+                # Some repeat the key that they refuse.
+                said = said.replace(self._key, "[key]") if self._key else said
+                why = f"status {error.code}: {said[:200]}"
                 if error.code not in BUSY:
                     break
-            except (OSError, ValueError, LookupError, TypeError) as error:
+            except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
                 why = f"{type(error).__name__}: {error}"
         raise JudgeFailed(
             f"the judge at {urlsplit(settings.base_url).netloc.rpartition('@')[2]} answered {why!r}; mend "

@@ -77,13 +77,15 @@ class Endpoint:
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._headers: dict[str, str] = {}
+        self._key = ""
         if name := settings.key_variable:
-            if not (key := os.environ.get(name)):
+            self._key = os.environ.get(name, "")
+            if not self._key:
                 raise ValueError(
                     f"the environment variable {name} (key_variable) is not set; export the endpoint's key "
                     "in it, or set key_variable to null for an endpoint without one"
                 )
-            self._headers = {"Authorization": f"Bearer {key}"}
+            self._headers = {"Authorization": f"Bearer {self._key}"}
 
     def ask(
         self, prompts: Sequence[str], keys: Sequence[str] | None = None
@@ -170,7 +172,7 @@ class Endpoint:
                 why = "an answer without text"
             else:
                 budget.give_back(most)
-                why = f"status {response.status_code}: {response.text[:200]}"
+                why = f"status {response.status_code}: {self._without_key(response.text)[:200]}"
                 if response.status_code not in BUSY:
                     break
             self._pause(attempt, response.headers)
@@ -178,6 +180,10 @@ class Endpoint:
             f"{self.host} answered {why!r}; mend base_url, model or key_variable, or wait for the endpoint, and "
             "run again: answers that came are kept and not asked for again"
         )
+
+    def _without_key(self, text: str) -> str:
+        """What an endpoint said: some repeat the key that they refuse."""
+        return text.replace(self._key, "[key]") if self._key else text
 
     @property
     def host(self) -> str:
@@ -212,6 +218,6 @@ def _read(response: "httpx.Response") -> tuple[str, bool, int]:
         text = choice["message"]["content"]
         tokens = int((content.get("usage") or {}).get("total_tokens") or 0)
         is_whole = choice.get("finish_reason") != "length"
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
         return "", False, 0
     return (text.strip() if isinstance(text, str) else ""), is_whole, tokens

@@ -67,7 +67,7 @@ def pairs_of(text: str) -> Iterator[tuple[str, str]]:
     """Questions and answers of the JSON array in a text, whatever stands around it; none where there is none."""
     try:
         rows: Any = json.loads(text[text.index("[") : text.rindex("]") + 1])
-    except ValueError:
+    except (ValueError, RecursionError):
         return
     for row in rows:
         if isinstance(row, dict):

@@ -7,13 +7,20 @@ import psutil
 import pytest
 
 from conf.compose import compose
+from conf.endpoint import EndpointConfig
 from conf.mistakes import RecipeError
+from conf.ppo import RewardJudgeConfig
+from model.judge import Judge, JudgeFailed
+from tasks.completions import Endpoint, EndpointFailed
+from tasks.exams import _json_lines
+from tasks.synthesize_chats import pairs_of
 from tasks.tracking import Tracking
 from tests.e2e.commands import Command, of_home
-from tests.tasks.endpoint_stand_in import endpoint
+from tests.tasks.endpoint_stand_in import Reply, endpoint
 from tests.tasks.test_synthesize import essay, good
 
 SECRET = "hunter2-planted"
+DEEP = "[" * 100_000
 
 
 @pytest.mark.parametrize(
@@ -56,6 +63,40 @@ def holding(folder: Path) -> list[Path]:
     return [p for p in folder.rglob("*") if p.is_file() and SECRET.encode() in p.read_bytes()]
 
 
+def refusing(prompt: str, times: int) -> Reply:
+    """An endpoint that repeats what it was shown."""
+    return 401, {"error": f"{SECRET} is no key"}
+
+
+def test_a_key_that_an_endpoint_repeats_is_left_out_of_the_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("THE_KEY", SECRET)
+    with endpoint(refusing) as (url, _):
+        settings = EndpointConfig(model="m", base_url=url, key_variable="THE_KEY", attempts=1)
+        with pytest.raises(EndpointFailed, match=r"status 401.*\[key\] is no key") as failed:
+            Endpoint(settings, tmp_path).ask(["one"])
+        judge = Judge(
+            RewardJudgeConfig(model="m", base_url=url, key_variable="THE_KEY"), tmp_path / "said"
+        )
+        with pytest.raises(JudgeFailed, match=r"status 401.*\[key\] is no key") as judged:
+            judge([{"messages": [], "text": "one"}])
+    assert SECRET not in f"{failed.value} {judged.value}"
+
+
+def test_an_answer_that_is_nested_without_end_is_no_answer(tmp_path: Path) -> None:
+    assert list(pairs_of(f"{DEEP}{']' * len(DEEP)}")) == []
+    with endpoint(lambda *_: (200, DEEP.encode())) as (url, _):
+        settings = EndpointConfig(model="m", base_url=url, attempts=1)
+        [answer], _ = Endpoint(settings, tmp_path).ask(["one"])
+        assert answer
+        assert answer.text == ""
+    exam = tmp_path / "exam.jsonl"
+    exam.write_text(DEEP)
+    with pytest.raises(ValueError, match=r"exam.jsonl, line 1: no JSON"):
+        list(_json_lines(exam))
+
+
 RECIPE = """
 seed: 0
 stages:
@@ -89,7 +130,7 @@ def test_nothing_that_a_run_leaves_holds_a_secret_of_its_environment(tmp_path: P
     }
     said = ""
     try:
-        for script, status in ((lambda *_: (401, {"error": "who are you?"}), 1), (good, 0)):
+        for script, status in ((refusing, 1), (good, 0)):
             with endpoint(script) as (url, asked):
                 recipe = RECIPE.replace("URL", url)
                 (tmp_path / "asking.yaml").write_text(recipe, "utf-8")
