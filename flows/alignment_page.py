@@ -22,6 +22,12 @@ CURVES = {
 """Metrics of a stage that are drawn beside those of every training, and their units."""
 REWARDS = {"reward": "kl", "held_reward": "held_kl", "held_truth": "held_kl"}
 """Metrics of rewards and of the divergence of the same answers."""
+AGAINST_KL = {
+    "world/reward": ("world/kl", "true reward"),
+    "world/reward_model": ("world/kl", "reward model"),
+    "held/reward_model": ("held/kl", "reward model, held-out questions"),
+}
+"""Figures of an evaluation, the divergence of the same answers, and what the chart of both is called."""
 STAGE, ANSWERS = "effect", "answers before and after"
 WINS = "answers that are better"
 Rows = Sequence[Mapping[str, Any]]
@@ -74,7 +80,20 @@ def before_and_after(run: RunRecord, scores: Mapping[str, Mapping[str, Figure]])
     for kind, rows in sorted(kinds.items(), key=lambda item: item[0] != WINS):
         across = "share" if kind == WINS else "afterwards - before"
         section.charts.append(charts.intervals(rows, title=kind, across=across))
+    section.charts += _against_kl(scores)
     return section
+
+
+def _against_kl(scores: Mapping[str, Mapping[str, Figure]]) -> Iterator[str]:
+    """Each checkpoint as a point: what its answers earn, and how far they are from the reference's."""
+    for name, (kl, title) in AGAINST_KL.items():
+        points = {
+            node: ([figures[kl].value], [figures[name].value])
+            for node, figures in scores.items()
+            if kl in figures and name in figures
+        }
+        if len(points) > 1:
+            yield charts.lines(points, title=f"{title} against KL", across="KL, nats", up="")
 
 
 def without_changes(

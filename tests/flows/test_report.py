@@ -244,6 +244,28 @@ def test_before_and_after_has_a_chart_for_each_kind_of_figure(
     assert "better by the reward model, dpo" in page[page.index('id="effects"') :]
 
 
+def test_checkpoints_are_points_of_reward_against_kl(
+    run: tuple[RunRecord, Store], tmp_path: Path
+) -> None:
+    record, store = run
+    for digit, node, kl in (("e", "one", 0.5), ("f", "two", 2.0)):
+        figures = {
+            name: Figure(value=value, n=9, low=value, high=value)
+            for name, value in (("world/kl", kl), ("world/reward", 1.5))
+        }
+
+        def write(path: Path, figures: dict[str, Figure] = figures) -> None:
+            Scores.write(path / "files", figures)
+
+        fingerprint = committed(store, digit, "evaluate", "scores", write)
+        record.stages[node] = stage(
+            node, "evaluate", "scores", status="built", fingerprint=fingerprint
+        )
+    page = page_of(run, tmp_path / "run")
+    assert "true reward against KL" in page
+    assert "reward model against KL" not in page
+
+
 def test_rewards_are_drawn_with_the_truth_over_steps_and_over_kl() -> None:
     rows = [
         {"step": 0, "held_truth": 0.5, "held_kl": 0.0, "held_reward": 0.1},
