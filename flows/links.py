@@ -6,7 +6,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from flows.execution import Execution
-from flows.services import REPORTS, read_service
+from flows.services import AUTH, REPORTS, read_service
 from tasks.tracking import SENT
 
 LINKS = "links"
@@ -26,9 +26,9 @@ def links(execution: Execution, api: str) -> str:
     lines = [f"run `{execution.record.run_id}`, recorded in `{execution.folder}`"]
     if report := execution.record.report:
         own = read_service(execution.home, "prefect")
-        is_own = own is not None and api.rstrip("/") == f"{own.url}/api"
+        serves = own is not None and api.rstrip("/") == f"{own.url}/api" and AUTH not in os.environ
         # A run without work is given the report of the run that it repeats.
-        page = f"{own.url}{REPORTS}{Path(report).parent.name}" if own and is_own else ""
+        page = f"{own.url}{REPORTS}{Path(report).parent.name}" if own and serves else ""
         lines.append(f"[report]({page})" if page else f"report: `{report}`")
     if tracked := _tracked(execution):
         lines.append(tracked)
