@@ -1,17 +1,24 @@
 """The recipes of known systems have their sizes, and run end to end, shortened to two layers and a few
-steps."""
+steps; in the short form narrow, too, and with the workers in this process."""
 
 import shutil
+from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from conf.pretrain import PretrainConfig
+from conf.settings import Settings
 from conf.tokenizer import TokenizerConfig
 from conf.world import WorldConfig
 from flows.graph import load_graph
+from model.journal import Journal
+from model.ranks import Ranks
 from storage.artifact import Artifact
 from storage.checkpoint import Export, Policy
+from tasks import launch
 from tasks.stage import Job
 from tasks.world import world
 from tests.e2e.building import build
@@ -49,6 +56,13 @@ SHORT_PPO = [
     "evaluate_ppo.held_questions=2",
 ]
 
+NARROW = [
+    "pretrain.shape.dim=64",
+    "pretrain.shape.ffn=96",
+    "pretrain.shape.context=128",
+    "pretrain.batch_tokens=1024",
+]
+
 
 def data(folder: Path) -> Path:
     """A folder laid out as the recipe `small` reads it, of the demo world's files."""
@@ -61,6 +75,21 @@ def data(folder: Path) -> Path:
     shutil.copytree(files / "chats", folder / "data" / "sft" / "world")
     shutil.copytree(files / "preferences", folder / "data" / "preference" / "world")
     return folder
+
+
+def work_here(
+    job: Job, module: str, settings: Settings, inputs: Mapping[str, Artifact]
+) -> dict[str, Any]:
+    """What a worker does, in this process: to start one takes seconds."""
+    told = launch._job_file(job, settings, settings.launch, inputs)  # type: ignore[attr-defined]
+    job.state.mkdir(parents=True, exist_ok=True)
+    return import_module(module).work(told, Ranks(), Journal(job.logs))
+
+
+@pytest.fixture
+def workers_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("pretrain", "sft", "reward", "ppo", "evaluate", "export"):
+        monkeypatch.setattr(f"tasks.{name}.run_worker", work_here)
 
 
 def counted(policy: Artifact) -> tuple[int, ...]:
@@ -93,6 +122,21 @@ def test_they_are_sound_and_have_the_sizes_that_they_are_known_by(
     norms = (2 * shape.layers + 1) * shape.dim
     counted_parameters = shape.parameters(tokenizer.vocabulary) - norms
     assert counted_parameters / 1e6 == pytest.approx(millions, abs=0.01)
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")
+@pytest.mark.usefixtures("workers_here")
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "last"),
+    [("baby_llama2", SHORT, "sft"), ("zero_chatgpt", [*SHORT, *SHORT_PPO], "ppo")],
+)
+def test_in_short_they_run_from_raw_files_to_an_export(
+    recipe: str, overrides: list[str], last: str, tmp_path: Path
+) -> None:
+    built = build(recipe, ["data=data", *overrides, *NARROW], data(tmp_path))
+    assert counted(built["pretrain"])[3:] == counted(built[last])[3:] == (96, 128)
+    assert ("ppo" in built) == (last == "ppo")
+    assert isinstance(built["export"], Export)
 
 
 @pytest.mark.soak
