@@ -6,6 +6,7 @@ a block of Prefect's; said again, the new address replaces the old.
 
 import sys
 from datetime import timedelta
+from uuid import UUID
 
 from prefect.blocks.notifications import CustomWebhookNotificationBlock
 from prefect.client.orchestration import get_client
@@ -18,8 +19,13 @@ BODY = "{{ flow_run.name }} ended as {{ flow_run.state.name }}: {{ flow_run.stat
 def main(url: str) -> None:
     """Save the address and make the automation that uses it."""
     block = CustomWebhookNotificationBlock(
-        name=NAME, url=url, json_data={"text": "{{subject}}\n{{body}}"}
+        name=NAME,
+        url=url,
+        json_data={"text": "{{subject}}\n{{body}}"},
+        headers=None,
+        cookies=None,
     ).save(NAME, overwrite=True)
+    assert isinstance(block, UUID)  # not in an event loop
     trigger = EventTrigger(
         expect={"prefect.flow-run.Failed", "prefect.flow-run.Crashed"},
         match={"prefect.resource.id": "prefect.flow-run.*"},

@@ -79,11 +79,12 @@ def ask(host: Host, path: str, body: Any = None) -> Any:
     method = "GET" if body is None else "POST"
 
     def call() -> httpx.Response:
+        answer = httpx.request(method, url, json=body, auth=user, timeout=60)
         for _ in range(20):
+            if answer.status_code < 500:
+                break
+            time.sleep(3)  # Postgres is away for a moment
             answer = httpx.request(method, url, json=body, auth=user, timeout=60)
-            if answer.status_code < 500:  # Postgres may be away for a moment
-                return answer
-            time.sleep(3)
         return answer
 
     return host.inside(call).raise_for_status().json()
