@@ -58,6 +58,8 @@ class Execution:
     workers: int
     listeners: list[Listener] = field(default_factory=list[Listener])
     is_cancelled: bool = False
+    page_lost_until: float = 0.0
+    """Time on the monotonic clock before which the Prefect page is not told of figures and progress."""
     _addresses: dict[str, Address] = field(default_factory=dict[str, Address])
     _taken: set[str] = field(default_factory=set[str])
     _threads: dict[str, int] = field(default_factory=dict[str, int])
@@ -109,7 +111,9 @@ class Execution:
         found = {stage.fingerprint for stage in self.record.stages.values() if stage.fingerprint}
         try:
             self.lookup.store.note_run(
-                home_id(self.home.path), self.record.run_id, found | set(self.record.frozen.values())
+                home_id(self.home.path),
+                self.record.run_id,
+                found | set(self.record.frozen.values()),
             )
         except Exception as error:  # noqa: BLE001 - a read-only store, an outage: no reason for a run to fail
             _log.warning("the store could not be told of this run: %s", error)

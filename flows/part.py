@@ -9,6 +9,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
+import httpx
 from prefect import task
 from prefect.artifacts import (
     create_image_artifact,
@@ -30,6 +31,8 @@ from flows.progress import Progress
 from flows.runs import StageRecord, node_title
 from tasks.stage import Job
 
+PAGE_LOST_SECONDS = 300.0
+"""How long nothing is shown after the server could not be reached."""
 PROGRESS_SECONDS = 2.0
 """Least time between two progress reports to the server."""
 MOST_THREADS = 64
@@ -168,9 +171,16 @@ def _progress(node: str, execution: Execution) -> Callable[[float, float, str], 
 
 
 def show(create: Callable[[], Any]) -> Any:
+    """What `create` gives; nothing where the server cannot be told, or could not a moment ago: each try
+    costs a minute then."""
+    execution = current.get()
+    if time.monotonic() < execution.page_lost_until:
+        return None
     try:
         return create()
     except Exception as error:  # noqa: BLE001 - what cannot be shown must not fail a stage
+        if isinstance(error, httpx.TransportError):
+            execution.page_lost_until = time.monotonic() + PAGE_LOST_SECONDS
         _log.warning("the Prefect page could not be told: %s", error)
         return None
 

@@ -61,11 +61,11 @@ def run_pipeline(
     for run_id in settle_dead_runs(execution.home):
         say(f"run {run_id} had died; what it began is resumed where this run needs it")
     tracking = _tracking(execution)
+    token = current.set(execution)
     if is_inside:
         execution.record.flow_run = this_run.id
         show(lambda: _tag(execution))
     execution.start()
-    token = current.set(execution)
     started = time.monotonic()
     try:
         # A flow waits up to a second for its heart-beat thread when it ends; the run's record has
@@ -78,9 +78,9 @@ def run_pipeline(
                 pipeline.with_options(flow_run_name=execution.record.title)(return_state=True)
     finally:
         execution.finish(time.monotonic() - started)
-        current.reset(token)
         report = attach_report(execution, say)
         show(lambda: _link(execution))
+        current.reset(token)
         if tracking:
             tracking.end(_TRACKED[execution.record.status], report)
     return not execution.is_busy

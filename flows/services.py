@@ -82,8 +82,12 @@ def prefect_environment(home: Home, url: str) -> dict[str, str]:
     logging_file = folder / "logging.yml"
     logging_file.write_text(json.dumps(_LOGGING), "utf-8")
     password = os.environ.get("PREFECT_API_AUTH_STRING") or os.environ.get(AUTH)
+    # The embedded server comes back, if at all, at another address: asking on for a minute, at each call,
+    # only keeps a run from its end.
+    retries = {} if "PREFECT_API_URL" in os.environ else {"PREFECT_CLIENT_MAX_RETRIES": "3"}
     return {
         **QUIET,
+        **retries,
         **({"PREFECT_API_AUTH_STRING": password} if password else {}),
         "PREFECT_API_URL": url,
         "PREFECT_HOME": str(folder),

@@ -3,9 +3,10 @@
 import signal
 import time
 
+import httpx
 import pytest
 
-from flows.part import current
+from flows.part import current, show
 from flows.pipeline import _start  # pyright: ignore[reportPrivateUsage]
 from tests.flows.conftest import Place
 from tests.flows.test_execution import start
@@ -35,3 +36,26 @@ def test_a_part_that_goes_on_after_a_signal_does_not_count_as_ended(place: Place
     assert not ended.is_set()
     assert ended.wait(20)
     assert time.monotonic() - started >= 0.5
+
+
+def test_a_server_that_is_gone_is_not_asked_again_at_each_figure(place: Place) -> None:
+    execution = start(place)
+    token = current.set(execution)
+    asked: list[int] = []
+
+    def gone() -> None:
+        asked.append(1)
+        raise httpx.ConnectError("connection refused")
+
+    def wrong() -> None:
+        asked.append(1)
+        raise ValueError("no such figure")
+
+    try:
+        for create in (wrong, wrong, gone, gone, wrong):
+            assert show(create) is None
+        assert len(asked) == 3
+        execution.page_lost_until = 0.0
+        assert show(lambda: "shown") == "shown"
+    finally:
+        current.reset(token)
