@@ -37,9 +37,10 @@ def make(
     *,
     parts: list[str] | None = None,
     replace: bool = False,
+    kind: str = "raw",
 ) -> str:
     """Commit an artifact of two files; its fingerprint."""
-    record = record_of({"name": name}, parts)
+    record = record_of({"name": name}, parts).model_copy(update={"kind": kind})
     with claimed(store, record.fingerprint) as claim:
         (claim.path / "files" / "inner").mkdir(exist_ok=True)
         (claim.path / "files" / "a.txt").write_text(content, "utf-8")

@@ -10,8 +10,9 @@ from storage import lease as leases
 from storage import lease_s3
 from storage.bucket import Bucket
 from storage.errors import DamagedArtifact
+from storage.identity import fingerprint
 from storage.store import Store
-from tests.storage.making import claimed, make
+from tests.storage.making import claimed, make, record_of
 
 
 def test_a_damaged_copy_is_fetched_again(s3_server: str, tmp_path: Path) -> None:
@@ -140,3 +141,23 @@ def test_a_lease_that_cannot_be_freed_harms_nothing(s3_server: str, tmp_path: Pa
     claim.release()
     store._remote.bucket.get = get  # type: ignore[method-assign]
     claimed(store, "work").release()
+
+
+def test_gc_of_one_machine_leaves_the_work_of_another(s3_server: str, tmp_path: Path) -> None:
+    url = f"{s3_server}/{tmp_path.name}"
+    here, there = (Store(url, cache=tmp_path / name) for name in ("here", "there"))
+    done, unneeded = make(here, "done"), make(here, "unneeded")
+    here.note_run("home of here", "1", [done])
+    with claimed(here, fingerprint({"name": "whole"})) as claim:
+        part = make(here, "part", kind="part")
+        for _ in range(2):
+            there.gc(there.noted_by_others("home of there"), dry_run=False)
+        assert here.find(part)
+        assert here.find(done)
+        assert here.find(unneeded) is None
+        assert claim.is_held
+        record = record_of({"name": "whole"}, [part])
+        here.commit(claim, record)
+    assert there.find(record.fingerprint)
+    removed = there.gc([done], dry_run=False)
+    assert {r.fingerprint for r in removed if r.what == "artifact"} == {part, record.fingerprint}
