@@ -1,8 +1,10 @@
 """DeepSpeed ZeRO behind the engine's face: optimizer state spread over the ranks (stage 1), gradients
 too (2), weights too (3)."""
 
+import contextlib
 import math
 import os
+import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -47,6 +49,11 @@ class ZeroEngine:
         self._hollow = Hollow(model) if stage == 3 else None
         self._objective = Objective(model, rule, ranks.device)
         _prepare(ranks)
+        # Where it builds its kernels, if the launcher said so.
+        if launch.adamw == "deepspeed" and (builds := os.environ.get("TORCH_EXTENSIONS_DIR")):
+            if os.environ.get("LOCAL_RANK", "0") == "0":
+                release_builds(Path(builds))
+            ranks.wait()
         optimizer = _optimizer(model, launch, rule)
         self._decays = [group["weight_decay"] for group in optimizer.param_groups]
         self._engine = _initialise(self._objective, optimizer, zero_options(launch, rule))
@@ -215,6 +222,22 @@ def _initialise(
         model=objective, optimizer=optimizer, dist_init_required=False, config=options
     )
     return engine
+
+
+def release_builds(folder: Path) -> None:
+    """Remove the locks of builds below a folder that died: who starts next would wait for ever.
+
+    A build has its lock open as long as it goes on; one on another machine cannot be seen, and its lock is
+    removed, too.
+    """
+    locks = {str(path.resolve()) for path in folder.rglob("lock")}
+    for held in Path("/proc").glob("[0-9]*/fd/*") if locks else ():
+        # Of processes that end meanwhile, or are others', nothing is known.
+        with contextlib.suppress(OSError):
+            locks.discard(str(held.readlink()))
+    for lock in locks:
+        sys.stderr.write(f"{lock} was left by a build that died, and is removed\n")
+        Path(lock).unlink(missing_ok=True)
 
 
 def _optimizer(model: Transformer, launch: LaunchConfig, rule: UpdateRule) -> torch.optim.Optimizer:

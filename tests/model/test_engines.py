@@ -15,7 +15,7 @@ from conf.launch import LaunchConfig
 from model.engine import refuse_impossible
 from model.optimizer import UpdateRule
 from model.ranks import Ranks
-from model.zero import ZeroEngine
+from model.zero import ZeroEngine, release_builds
 from tests.model.engine_runs import LAUNCHES, SETTINGS, STEPS, move_on, run, run_guarded
 from tests.model.small_jobs import finish, start_pair
 from tests.model.small_tokens import write_small_tokens
@@ -158,6 +158,20 @@ def test_a_group_whose_decay_has_changed_on_a_load_ends_the_job() -> None:
             group["weight_decay"] = decay
         with pytest.raises(AssertionError) if is_refused else nullcontext():
             ZeroEngine._check_groups(engine)
+
+
+def test_the_lock_of_a_build_that_died_is_removed_and_that_of_a_living_one_stays(
+    tmp_path: Path,
+) -> None:
+    dead, living = (tmp_path / "py311_cpu" / name / "lock" for name in ("fused_adam", "cpu_adam"))
+    for lock in (dead, living):
+        lock.parent.mkdir(parents=True)
+        lock.touch()
+    with living.open("rb"):
+        release_builds(tmp_path)
+        assert (dead.exists(), living.exists()) == (False, True)
+    release_builds(tmp_path)
+    assert not living.exists()
 
 
 @pytest.mark.parametrize(
