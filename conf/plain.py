@@ -16,7 +16,7 @@ MOST_DEPTH = 50
 _REFERENCE = re.compile(r"\$\{([^{}:]*)\}")
 _SIGN = "${"
 _PASSWORD = re.compile(r"\w://[^/\s@]*:[^/\s@]+@")
-KEEP = (
+_ELSEWHERE = (
     "leave it out: keys of endpoints belong into the environment variable that key_variable names, those of "
     "S3 into AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
 )
@@ -74,7 +74,7 @@ def check_values(composed: dict[str, Any]) -> list[Mistake]:
         Mistake(
             ".".join(place),
             "is an address with a password, and recipes are kept for all to read",
-            KEEP,
+            _ELSEWHERE,
         )
         for place, text in _texts(composed, ())
         if _PASSWORD.search(text)

@@ -269,12 +269,15 @@ def resolve(
     if ledger is None:
         return Source((Landing(tuple(files)),) if files else ())
     ledger = ledger if isinstance(ledger, SourceLedger) else SourceLedger(ledger)
-    with _only_writer(ledger.path):
-        while True:
-            book = ledger.read()
-            landings, new = _into_landings(files, book.known())
-            if not new or not appends or ledger.append(book, new):
-                break
+    # Without the lock: a store that nobody may write to can be read.
+    landings, new = _into_landings(files, ledger.read().known())
+    if new and appends:
+        with _only_writer(ledger.path):
+            while new:
+                book = ledger.read()
+                landings, new = _into_landings(files, book.known())
+                if new and ledger.append(book, new):
+                    break
     if new:
         landings.append(new)
     return Source(tuple(Landing(tuple(landing)) for landing in landings if landing))

@@ -8,6 +8,8 @@ from typing import TypeVar
 
 import pytest
 
+from conf.settings import SourceSpec
+from storage.source import HashCache, resolve
 from storage.store import Store
 from tests.faults.disks import mount, mounted
 from tests.faults.faulty_s3 import faulty_s3
@@ -49,6 +51,8 @@ def test_a_read_only_store_is_read(tmp_path: Path) -> None:
     with mounted(tmp_path / "fixed", 1 << 20):
         root = tmp_path / "fixed" / "store"
         address = make(Store(root), "one")
+        (tmp_path / "one.txt").write_text("文字 text", "utf-8")
+        landed = landings(tmp_path, Store(root))
         mount("-o", "remount,ro", tmp_path / "fixed")
         store = Store(root)
         assert store.find(address)
@@ -57,6 +61,18 @@ def test_a_read_only_store_is_read(tmp_path: Path) -> None:
         with pytest.raises(OSError, match="Read-only") as caught:
             make(store, "two")
         assert caught.value.errno == errno.EROFS
+        assert landings(tmp_path, store) == landed
+        (tmp_path / "two.txt").write_text("new", "utf-8")
+        with pytest.raises(OSError, match="Read-only"):
+            landings(tmp_path, store)
+
+
+def landings(folder: Path, store: Store) -> list[list[list[object]]]:
+    """The text files of a folder, by the store's ledger."""
+    spec = SourceSpec(path="*.txt")
+    ledger = store.ledger("raw.json")
+    found = resolve([spec], artifacts={}, base=folder, ledger=ledger, hashes=HashCache())
+    return found.identity()
 
 
 def again_and_again(work: Callable[[], Result]) -> Result:
