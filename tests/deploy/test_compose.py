@@ -49,6 +49,10 @@ def test_every_variable_is_explained_and_no_secret_has_a_default() -> None:
             read({**SECRETS, missing: ""})
 
 
+def test_filled_in_passwords_are_not_committed() -> None:
+    assert ".env" in (ROOT / ".gitignore").read_text("utf-8").splitlines()
+
+
 def test_each_password_goes_only_where_it_is_used(services: dict[str, Any]) -> None:
     def holders(name: str) -> set[str]:
         return {of for of, spec in services.items() if SECRETS[name] in yaml.safe_dump(spec)}
