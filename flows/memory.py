@@ -133,7 +133,7 @@ def training_memory(
     at_start += gradients if is_accumulated else 0.0
     at_end = gradients + table
     looking = _forward_bytes(shape, vocabulary, evaluated_tokens) if evaluated_tokens else 0.0
-    # Spread weights are put together for a look at held-out text, and to be saved.
+    # Spread weights are put together for a look at held-out text, and for the artifact.
     looking += copy if is_gathered else 0.0
     above = max(at_start, at_end, looking)
     activations = above - min(gradients, above)

@@ -215,14 +215,15 @@ def test_four_processes_do_what_two_do_and_go_on_from_them(
     four = replace(runs, folder=tmp_path)
     for figure in ("loss", "held_loss/zh"):
         wanted = runs.figures("plain", figure)
-        assert four.figures(name, figure) == pytest.approx(wanted, rel=0, abs=1e-6), figure
+        # Four partial sums of a loss near 6, of which a float32 tells 5e-7 apart.
+        assert four.figures(name, figure) == pytest.approx(wanted, rel=0, abs=2e-6), figure
     assert four.figures(name, "loss") == four.figures(f"{name}-broken", "loss")
     move = f"{name}-to-{name}"
     on(2, runs.tokens, tmp_path, move)
     on(4, runs.tokens, runs.folder, move)
     for moved, begun in ((four, four), (runs, runs)):
         losses = moved.figures(move, "loss")
-        assert losses == pytest.approx(runs.figures("plain", "loss"), rel=0, abs=1e-6)
+        assert losses == pytest.approx(runs.figures("plain", "loss"), rel=0, abs=2e-6)
         assert losses[:SAVED] == begun.figures(name, "loss")[:SAVED]
 
 
