@@ -89,12 +89,12 @@ def prompts_of(work: Work) -> list[str]:
 
 
 @contextmanager
-def our_server(export: Path) -> Generator[tuple[str, str, int]]:
+def our_server(export: Path, *options: str) -> Generator[tuple[str, str, int]]:
     """Address of `bessemer serve`, what it calls the model, and its process, while it runs."""
     port = _free_port()
     entry = "from flows.cli import main; main()"
     ours = [sys.executable, "-c", entry, "serve", f"m={export}", "--port", str(port)]
-    with _server(ours, port, export.parent) as process:
+    with _server([*ours, *options], port, export.parent) as process:
         yield f"http://127.0.0.1:{port}", "m", process
 
 

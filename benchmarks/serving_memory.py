@@ -27,13 +27,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.serving_memory", description=__doc__)
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--clients", type=int, default=8)
+    parser.add_argument("--threads", type=int, default=0, help="of the server; 0 for all cores")
     parser.add_argument("--data", type=Path, help="folder of data; without it the demo's world")
     parser.add_argument("--megabytes", type=float, default=4.0, help="text of the tokenizer")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="bessemer-bench-") as folder:
         corpus, megabytes = corpus_of(Path(folder), given.data, given.megabytes)
         work = Work(Path(folder), given.data, corpus, megabytes)
-        with our_server(export_model(work)) as (url, name, process):
+        options = ["--threads", str(given.threads)] if given.threads else []
+        with our_server(export_model(work), *options) as (url, name, process):
             sizes: list[tuple[float, int]] = []
             done = threading.Event()
             watcher = threading.Thread(target=_watch, args=(process, sizes, done))
