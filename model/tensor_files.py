@@ -77,6 +77,9 @@ def read_into(folder: Path, targets: Mapping[str, Tensor]) -> None:
     """Fill tensors with those of the same names in a folder, of which ranks read what they hold."""
     from torch.distributed.checkpoint.state_dict_loader import load
 
+    if not targets:
+        # Of an optimizer before its first update.
+        return
     with warnings.catch_warnings():
         # That ranks read each for itself is meant.
         warnings.filterwarnings("ignore", "torch.distributed is disabled")

@@ -155,6 +155,18 @@ def test_a_checkpoint_beside_training_holds_what_it_held_then(tmp_path: Path) ->
         assert other.read_bytes() == path.read_bytes(), other
 
 
+def test_a_checkpoint_before_the_first_update_is_gone_on_from(tmp_path: Path) -> None:
+    # Each step's gradients overflow: no optimizer has a state yet.
+    engine = fp16_engine()
+    assert engine.scale is not None
+    engine.scale.value = 2.0**60
+    run(tmp_path, engine, steps=2, checkpoint_steps=2)
+    resumed = fp16_engine()
+    assert run(tmp_path, resumed, steps=3).overflows == 3
+    assert resumed.scale is not None
+    assert resumed.scale.value == 2.0**57
+
+
 def test_weights_alone_go_on_with_a_fresh_optimizer_and_say_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
