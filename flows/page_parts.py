@@ -58,7 +58,6 @@ def page(title: str, subtitle: str, sections: Sequence[Section]) -> str:
         trim_blocks=True,
     )
     environment.filters["figure"] = number
-    environment.filters["soft"] = soft
     return environment.get_template("report.html").render(
         title=title, subtitle=subtitle, sections=[section for section in sections if section]
     )
@@ -77,13 +76,6 @@ def number(value: float) -> str:
     if abs(value) >= 1000:
         return f"{value:,.0f}"
     return f"{value:.4g}" if abs(value) >= 1e-3 else f"{value:.2e}"
-
-
-def soft(name: Any) -> Any:
-    """A name as HTML that may be broken behind its underscores, and nowhere else within a word."""
-    from markupsafe import Markup, escape
-
-    return escape(name).replace("_", Markup("_<wbr>"))
 
 
 def blank(value: Any) -> Any:

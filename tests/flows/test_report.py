@@ -11,7 +11,7 @@ import pytest
 from flows.alignment_page import rewards
 from flows.drawing import Mark, graph
 from flows.headlines import headlines
-from flows.page_parts import series_of, soft
+from flows.page_parts import Section, Table, page, series_of
 from flows.report import write_report
 from flows.runs import RunRecord, StageRecord
 from storage.record import Record
@@ -172,7 +172,10 @@ def test_a_curve_keeps_its_ends_and_one_step_is_one_point() -> None:
 
 
 def test_names_break_behind_underscores_and_stay_text() -> None:
-    assert soft("evaluate_<b>") == "evaluate_<wbr>&lt;b&gt;"
+    section = Section("a", "A", tables=[Table("", ("held_loss",), [("evaluate_<b>",)])])
+    told = page("t", "s", [section])
+    assert "<th>held_<wbr>loss</th>" in told
+    assert ">evaluate_<wbr>&lt;b&gt;<" in told
 
 
 def test_nested_figures_are_words(run: tuple[RunRecord, Store], tmp_path: Path) -> None:
