@@ -62,12 +62,13 @@ def _watch(process: int, sizes: list[tuple[float, int]], done: threading.Event) 
 def _told(sizes: list[tuple[float, int]], clients: int, rate: float) -> int:
     settled = sizes[int(len(sizes) * SETTLED) :]
     minutes, held = zip(*settled, strict=True)
-    slope = statistics.linear_regression(minutes, held).slope / 2**20
-    grown = slope * (minutes[-1] - minutes[0]) * 2**20 / held[0]
+    slope = statistics.linear_regression(minutes, held).slope
+    grown = slope * (minutes[-1] - minutes[0]) / held[0]
+    fifths = [sizes[int(place * (len(sizes) - 1) / 5)][1] for place in range(6)]
+    told = ", ".join(f"{size / 2**20:.0f}" for size in fifths)
     print(
-        f"{clients} clients, {sizes[-1][0]:.1f} minutes, {rate:.0f} tokens/s: "
-        f"{sizes[0][1] / 2**20:.0f} MiB at the start, {held[0] / 2**20:.0f} settled, "
-        f"{held[-1] / 2**20:.0f} at the end; {slope:+.2f} MiB a minute ({grown:+.1%})"
+        f"{clients} clients, {sizes[-1][0]:.1f} minutes, {rate:.0f} tokens/s: {told} MiB at the start and after "
+        f"each fifth; {slope / 2**20:+.2f} MiB a minute after the first ({grown:+.1%})"
     )
     return int(grown > MOST_GROWTH)
 
