@@ -45,8 +45,8 @@ shape: {dim: 32, layers: 1, heads: 2, kv_heads: 1, context: 64}
 stages:
   extract:
     sources:
-      - {path: "texts/*.txt", domain: old}
-      - {path: "fresh/*.txt", domain: new, is_optional: true}
+      - {path: "texts/*.jsonl", domain: old}
+      - {path: "fresh/*.jsonl", domain: new, is_optional: true}
   tokenizer: {from: {corpus: extract}, vocabulary: 300}
   tokenize: {from: {corpus: extract, tokenizer: tokenizer}}
   pretrain:
@@ -72,7 +72,7 @@ def bessemer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
     for name, recipe in recipes.items():
         (command.folder / f"{name}.yaml").write_text(recipe, "utf-8")
     drop(command, "第一", "first")
-    write_story(command.folder / "texts" / "old.txt", seed=1)
+    write_story(command.folder / "texts" / "old.jsonl", seed=1)
     told = dict(line.split() for line in command("up", timeout=PATIENT).splitlines())
     assert told.keys() == {"prefect", "worker", "mlflow"}
     yield command
@@ -80,18 +80,20 @@ def bessemer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
 
 
 def write_story(file: Path, *, seed: int) -> None:
-    """Some 100 kB of sentences that are easily learnt."""
+    """150 documents, some 100 kB, of sentences that are easily learnt."""
     chosen = random.Random(seed)
     animals, foods = (
         ["fox", "bear", "heron", "mouse", "otter", "wolf"],
         ["honey", "fish", "apples", "roots"],
     )
-    lines = (
+    sentences = [
         f"The {chosen.choice(animals)} eats {chosen.choice(foods)} at {chosen.randrange(24)} o'clock, "
         f"狐狸在第{chosen.randrange(1000)}天吃蜂蜜。"
         for _ in range(1500)
-    )
-    file.write_text("\n".join(lines), "utf-8")
+    ]
+    texts = ("\n".join(sentences[first : first + 10]) for first in range(0, 1500, 10))
+    rows = (json.dumps({"text": text}, ensure_ascii=False) for text in texts)
+    file.write_text("\n".join(rows), "utf-8")
 
 
 def drop(bessemer: Command, name: str, text: str) -> Path:
@@ -443,7 +445,7 @@ def test_watched_data_and_a_cron_make_one_run_that_goes_on_with_a_replay(besseme
         "--cron",
         "* * * * *",
     )
-    write_story(bessemer.folder / "fresh" / "new.txt", seed=2)
+    write_story(bessemer.folder / "fresh" / "new.jsonl", seed=2)
     landed = time.monotonic()
     wait_for(lambda: len(built_since(bessemer, first, "pretrain")) == 1, seconds=PATIENT)
     told = f"{time.monotonic() - landed:.0f} s from the landing to the finished run"
