@@ -1,6 +1,7 @@
 """Rows of the worker become figures, with the numbers worked out by hand."""
 
 import math
+from typing import Any
 
 import pytest
 
@@ -43,7 +44,7 @@ def document(domain: str, split: str, bits: float, size: int) -> dict[str, objec
 
 
 def test_accuracy_by_subject_category_and_difficulty() -> None:
-    stem = {"category": ("STEM", "Hard"), "difficulty": ("college",)}
+    stem: dict[str, Any] = {"category": ("STEM", "Hard"), "difficulty": ("college",)}
     requests = [
         request(0, 0, subject=("physics",), **stem),
         request(1, 0, subject=("physics",), **stem),
