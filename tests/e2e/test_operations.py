@@ -103,11 +103,11 @@ def drop(bessemer: Command, name: str, text: str) -> Path:
     return file
 
 
-def write_exam(bessemer: Command) -> None:
-    """What `examined.yaml` lacks."""
+def write_exam(bessemer: Command, *, is_broken: bool = False) -> None:
+    """What `examined.yaml` lacks; a broken line fails the stage that reads it, not those before."""
     question = {"text": "What does the fox eat every morning before the sun is up in the hills?"}
     (bessemer.folder / "exams").mkdir(exist_ok=True)
-    (bessemer.folder / "exams" / "one.jsonl").write_text(json.dumps(question), "utf-8")
+    (bessemer.folder / "exams" / "one.jsonl").write_text(json.dumps(question)[is_broken:], "utf-8")
 
 
 def deployments(bessemer: Command) -> dict[str, Any]:
@@ -192,7 +192,8 @@ def runs_since(bessemer: Command, first: RunRecord) -> list[RunRecord]:
 
 def built_since(bessemer: Command, first: RunRecord, stage: str) -> list[RunRecord]:
     """Those that have built a stage."""
-    return [r for r in runs_since(bessemer, first) if r.stages[stage].status == "built"]
+    newer = runs_since(bessemer, first)
+    return [r for r in newer if stage in r.stages and r.stages[stage].status == "built"]
 
 
 def losses(record: RunRecord) -> list[float]:
@@ -365,8 +366,7 @@ def test_a_dry_run_from_the_form_shows_the_plan(bessemer: Command) -> None:
 
 @pytest.mark.soak
 def test_a_failed_run_is_retried_by_the_button_of_its_page(bessemer: Command) -> None:
-    for file in (bessemer.folder / "exams").glob("*"):
-        file.unlink()
+    write_exam(bessemer, is_broken=True)
     drop(bessemer, "third", "third")
     failing = begin(bessemer, deployments(bessemer)["full"], recipe="examined.yaml")
     wait_for(lambda: state_of(bessemer, failing) == "FAILED", seconds=PATIENT)
