@@ -169,9 +169,16 @@ def open_host(folder: Path, services: dict[str, Any]) -> Generator[Host]:
         try:
             yield host
         finally:
-            for name in reversed(list(host.running)):
-                host.stop(name)
-            holder.kill()
+            _end_all(f"/proc/{holder.pid}/ns/net")
+
+
+def _end_all(network: str) -> None:
+    """End every process of a network namespace, those too that left their service's group."""
+    wanted = os.readlink(network)
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if os.readlink(process / "ns" / "net") == wanted:
+                os.kill(int(process.name), signal.SIGKILL)
 
 
 def initialise_postgres(host: Host) -> None:
