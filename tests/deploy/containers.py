@@ -169,15 +169,14 @@ def open_host(folder: Path, services: dict[str, Any]) -> Generator[Host]:
         try:
             yield host
         finally:
-            _end_all(f"/proc/{holder.pid}/ns/net")
+            _end_all(Path(f"/proc/{holder.pid}/ns/net").readlink())
 
 
-def _end_all(network: str) -> None:
+def _end_all(network: Path) -> None:
     """End every process of a network namespace, those too that left their service's group."""
-    wanted = os.readlink(network)
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            if os.readlink(process / "ns" / "net") == wanted:
+            if (process / "ns" / "net").readlink() == network:
                 os.kill(int(process.name), signal.SIGKILL)
 
 
