@@ -4,7 +4,7 @@ After each fault the artifacts are those of a run that nothing disturbs, bit for
 committed is lost or built twice. Every fault leaves a line in the table (tests/faults/table.py).
 
 Which moments are hit follows from a seed: the day's, unless BESSEMER_FAULT_SEED names one, so that the
-moments of many days add up; BESSEMER_FAULT_MOMENTS says how many. Mounting needs root.
+moments of many days add up; BESSEMER_FAULT_MOMENTS says how many. Mounting needs root. A clock that is set is tests/faults/test_clock.py's.
 """
 
 import contextlib
@@ -48,7 +48,6 @@ STAGES = (
     "world", "extract", "filter", "tokenizer", "tokenize", "pretrain",
     "chats", "sft", "pairs", "reward", "ppo",
 )  # fmt: skip
-FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1")
 
 
 @pytest.fixture(scope="module")
@@ -186,42 +185,6 @@ def test_a_read_only_store_gives_what_it_has_and_takes_nothing(
         mount("-o", "remount,rw", place.store("fixed"))
         _, cost = heal(place, "fixed", unbroken, since=since)
     assert is_free(table.note("store read-only", stage="ppo", **cost))
-
-
-# The clock
-
-
-@pytest.mark.skipif(not FAKETIME.exists(), reason="needs libfaketime")
-@pytest.mark.parametrize("jump", ["+2h", "-2h"])
-def test_the_clock_is_set_in_the_middle_of_a_run(
-    place: Place, unbroken: Told, table: Table, jump: str
-) -> None:
-    clock = place.folder / "clock"
-    clock.write_text("+0s")
-    store = f"jump{jump}"
-    place.copy("unbroken", store, without=["tokenize", "pretrain"])
-    since = place.written(store)
-    shifted = {
-        "LD_PRELOAD": str(FAKETIME),
-        "FAKETIME_TIMESTAMP_FILE": str(clock),
-        "FAKETIME_NO_CACHE": "1",
-        "FAKETIME_DONT_FAKE_MONOTONIC": "1",
-        "NO_FAKE_STAT": "1",
-    }
-    jumping = Place(place.folder, shifted)
-    flow = jumping.start(store)
-    wait_until(
-        flow,
-        lambda: (found := place.attempt(store, "pretrain")) and steps_of(found) > 20,
-    )
-    clock.write_text(jump)
-    told = finish(flow)
-    # The same run goes on: the job is not taken for one that nobody follows, or that stands still.
-    assert built(told) == {"tokenize", "pretrain"}
-    again, cost = heal(jumping, store, unbroken, since=since)
-    assert not built(again)
-    assert is_free(table.note("clock jump", stage="pretrain", **cost))
-    place.down()
 
 
 # Others
