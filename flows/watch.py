@@ -9,7 +9,6 @@ contents: the server makes one run of however many equal requests, also over res
 """
 
 import hashlib
-import itertools
 import json
 import logging
 import os
@@ -20,7 +19,7 @@ from pathlib import Path
 from uuid import UUID
 
 from flows.arrivals import Arrivals, open_place
-from flows.runs import NEWEST_RUNS, Home
+from flows.runs import Home
 from flows.watches import Watch, watches
 from storage.errors import BessemerError
 from storage.source import HashCache
@@ -69,7 +68,7 @@ class Watcher:
     def _contents_read(self) -> set[str]:
         """Contents that the newest runs of the recipe have read, or are about to."""
         found: set[str] = set()
-        for record in itertools.islice(self.home.records(), NEWEST_RUNS):
+        for record in self.home.newest_records():
             if record.recipe != Path(self.watch.recipe).stem:
                 continue
             if record.run_id not in self._read:
@@ -127,6 +126,7 @@ def main() -> None:
     logging.basicConfig(
         stream=sys.stdout, level=logging.INFO, format="%(asctime)s %(message)s", force=True
     )
+    logging.getLogger("httpx").setLevel(logging.WARNING)
     home = Home(Path(os.environ["BESSEMER_HOME"]))
     watchers: dict[str, Watcher] = {}
     while True:
