@@ -130,7 +130,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        normed = F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+        weight = self.weight
+        normed = F.rms_norm(x.to(weight.dtype), weight.shape, weight, self.eps)
         # Once, and not by autocast for each product that reads it.
         kind = x.device.type
         is_mixed = torch.is_autocast_enabled(kind)
