@@ -199,7 +199,11 @@ class TorchEngine:
         self._objective: nn.Module = objective
         self._is_settled = ranks.world == 1
         if ranks.world > 1:
-            self._objective = DistributedDataParallel(objective, gradient_as_bucket_view=True)
+            # Buffers are the tables of rotations, the same everywhere. Sending them before every step is
+            # a one-way exchange that, over gloo, does not always end when a rank has died.
+            self._objective = DistributedDataParallel(
+                objective, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
 
     def backward(
         self, loss: Loss, batch: Batch, totals: Mapping[str, float], *, is_last: bool
