@@ -1,17 +1,17 @@
 """Settings of the measurement of a model that is not ours."""
 
-from typing import Annotated, Self
+from typing import Annotated
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field
 
 from conf.launch import LaunchConfig
-from conf.settings import RUNTIME, Settings, SourceSpec
+from conf.settings import RUNTIME, ModelFolder, Settings
 
 
 class OutsideConfig(Settings):
     """Which Hugging Face folder is measured on the documents that our checkpoints are measured on."""
 
-    sources: tuple[SourceSpec, ...] = ()
+    sources: ModelFolder = ()
     """The folder: `config.json`, `*.safetensors` and the tokenizer of any causal language model that
     transformers (`pip install 'bessemer[outside]'`) knows. None of its own code is run."""
     held_documents: Annotated[int, Field(ge=0)] = 0
@@ -25,15 +25,3 @@ class OutsideConfig(Settings):
     """Windows read together; their logits take batch x context x vocabulary x 4 bytes."""
     launch: Annotated[LaunchConfig, RUNTIME] = LaunchConfig()
     """Where and how the job runs; several processes share the documents."""
-
-    @field_validator("sources")
-    @classmethod
-    def _raw(cls, sources: tuple[SourceSpec, ...]) -> tuple[SourceSpec, ...]:
-        # Files of a model are told apart by their names; no layout of documents applies.
-        return tuple(spec.model_copy(update={"format": "text"}) for spec in sources)
-
-    @model_validator(mode="after")
-    def _has_a_folder(self) -> Self:
-        if not self.sources:
-            raise ValueError("sources names no folder; give sources: [{path: FOLDER}]")
-        return self

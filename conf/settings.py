@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 RUNTIME = "runtime"
 """Marks a setting that does not change what is computed; it is left out of the fingerprint."""
@@ -64,6 +64,17 @@ class SourceSpec(Settings):
     """Language of all records, where it is known; else it is found per record."""
     is_optional: Annotated[bool, RUNTIME] = False
     """Whether no matching file is allowed."""
+
+
+def _raw(sources: tuple[SourceSpec, ...]) -> tuple[SourceSpec, ...]:
+    if not sources:
+        raise ValueError("sources names no folder; give sources: [{path: FOLDER}]")
+    # Files of a model are told apart by their names; no layout of documents applies.
+    return tuple(spec.model_copy(update={"format": "text"}) for spec in sources)
+
+
+ModelFolder = Annotated[tuple[SourceSpec, ...], AfterValidator(_raw), Field(validate_default=True)]
+"""The folder of a model from elsewhere; it has to be given."""
 
 
 def _identity_of(value: object) -> Any:
