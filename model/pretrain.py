@@ -28,10 +28,11 @@ from model.held_out import document_mask, window_losses
 from model.journal import Journal
 from model.looks import Looks
 from model.loop import LoopPlan, LoopState, resume_figures, train
+from model.noise import Noise
 from model.optimizer import UpdateRule, learning_rate
 from model.ranks import Ranks
 from model.speed import Peak, device_peak, peak_memory
-from model.transformer import Noise, Transformer, token_logprobs
+from model.transformer import Transformer, token_logprobs
 from model.weights import Checkpoints, load_model, save_model
 from model.worker import identity_of_job, run
 from storage.checkpoint import ReadWindows

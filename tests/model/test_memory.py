@@ -15,8 +15,9 @@ from conf.shape import ShapeConfig
 from flows import memory
 from flows.memory import Pass, kept_bytes, training_memory
 from model import head, held_out, transformer
+from model.noise import Noise
 from model.optimizer import UpdateRule, build_optimizers
-from model.transformer import AttentionMask, Noise, Transformer, token_logprobs
+from model.transformer import AttentionMask, Transformer, token_logprobs
 from storage.tokens import SplitCount, TokensMeta, bytes_path, end_path, token_path, write_meta
 from tests.model.small_jobs import start, write_job
 from tests.model.tiny import tiny_tokenizer

@@ -11,9 +11,10 @@ from conf.shape import RopeScalingConfig, ShapeConfig
 from model import transformer
 from model.attention import Documents, eager_attention
 from model.engine import build_engine
+from model.noise import Noise
 from model.optimizer import UpdateRule
 from model.ranks import Ranks
-from model.transformer import AttentionMask, Cache, Noise, Transformer, token_logprobs
+from model.transformer import AttentionMask, Cache, Transformer, token_logprobs
 
 SHAPE = ShapeConfig(dim=32, layers=2, heads=4, kv_heads=2, context=64)
 
