@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from conf.contract import METRICS, SAMPLES
 from storage.lease import FileLease, acquire
 from tasks.command import ROOT
+from tasks.metrics_tail import BATCH, MetricsTail
 from tasks.processes import is_alive
 
 if TYPE_CHECKING:
@@ -49,8 +50,6 @@ POLL_SECONDS = 1.0
 PATIENCE_SECONDS = 120.0
 """How long an unreachable server is tried after the run has ended."""
 LONGEST_PAUSE_SECONDS = 30.0
-BATCH = 1000
-"""Most metrics that MLflow takes in one call."""
 PARAMETERS = 100
 """Most parameters that MLflow takes in one call."""
 LONGEST_PARAMETER = 500
@@ -199,47 +198,6 @@ def _start_forwarder(run_dir: Path, uri: str) -> "subprocess.Popen[bytes]":
                 "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
             },
         )
-
-
-@dataclass
-class MetricsTail:
-    """The new lines of a metrics.jsonl that may move, and may be cut back when a job resumes."""
-
-    path: Path | None = None
-    offset: int = 0
-    last: bytes = b""
-    """The last line that was read; when it no longer stands before `offset`, the file was cut."""
-
-    def batches(self) -> Iterator[list[dict[str, Any]]]:
-        """Lines not read before, at most a thousand at a time; asked again, it goes on behind the
-        batches whose successor was asked for."""
-        while self.path is not None and self.path.exists():
-            lines = self._lines()
-            if not lines:
-                return
-            yield [row for line in lines if (row := _row(line)) is not None]
-            self.offset += sum(map(len, lines))
-            self.last = lines[-1]
-
-    def _lines(self) -> list[bytes]:
-        assert self.path is not None
-        with self.path.open("rb") as stream:
-            stream.seek(max(0, self.offset - len(self.last)))
-            if stream.read(len(self.last)) != self.last:
-                self.offset, self.last = 0, b""
-            stream.seek(self.offset)
-            # A line without its end is still being written.
-            lines = [line for line in stream.readlines(BATCH * 200) if line.endswith(b"\n")]
-        return lines[:BATCH]
-
-
-def _row(line: bytes) -> dict[str, Any] | None:
-    try:
-        row = json.loads(line)
-    except ValueError:
-        sys.stderr.write(f"not a line of metrics, left out: {line[:200]!r}\n")
-        return None
-    return row if isinstance(row, dict) else None
 
 
 @dataclass

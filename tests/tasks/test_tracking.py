@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from tasks.tracking import EVENTS, OUTPUT, MetricsTail, Tracking, flatten
+from tasks.metrics_tail import MetricsTail
+from tasks.tracking import EVENTS, OUTPUT, Tracking, flatten
 
 ROOT = Path(__file__).resolve().parents[2]
 
