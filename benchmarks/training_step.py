@@ -1,7 +1,8 @@
-"""A training step, forward to update, against transformers' Llama and litgpt's GPT of the same shape.
+"""A training step, forward to update, against transformers' Llama, litgpt's and nanoGPT's GPT of the same shape.
 
 Eager in float32 and compiled in bfloat16, one thread, each in a process of its own, by turns; seconds
-are those of the processor. nanoGPT's model is no package, so that it is not here.
+are those of the processor. nanoGPT is no package: its rows are measured where a clone of its repository
+lies in `.bench/nanoGPT`, with as many heads of keys as of queries and a tied output on both sides.
 """
 
 import json
@@ -24,7 +25,8 @@ from model.pretrain import pretrain_loss
 from model.ranks import Ranks
 from model.transformer import Transformer
 
-PEERS = ("transformers", "litgpt")
+LLAMAS = ("transformers", "litgpt")
+NANOGPT = Path(".bench/nanoGPT")
 PACKAGES = (
     "torch==2.13.0", "transformers==5.23.0", "litgpt==0.5.13", "lightning", "jsonargparse", "psutil", "numpy",
 )  # fmt: skip
@@ -48,27 +50,38 @@ def measure(work: Work) -> list[Row]:
     """For each shape and precision one row against each peer, in tokens per second of the processor."""
     python = environment("training_step", PACKAGES, without_dependencies=WITHOUT_DEPENDENCIES)
     rows: list[Row] = []
-    for shape, fields in SHAPES.items():
-        for is_compiled in (False, True):
-            course = work.folder / "course.json"
-            course.write_text(json.dumps({**fields, "is_compiled": is_compiled}), "utf-8")
-            seconds = dict.fromkeys(("ours", *PEERS), float("inf"))
-            for _ in range(TURNS):
-                seconds["ours"] = min(
-                    seconds["ours"],
-                    run_own("training_step", work.folder, [str(course)])["processor"],
-                )
-                for peer in PEERS:
-                    theirs = run_peer(python, "training_step", work.folder, [peer, str(course)])
-                    seconds[peer] = min(seconds[peer], theirs["processor"])
-            tokens = fields["rows"] * fields["shape"]["context"]
-            kind, goal, floor = ("bf16 compiled", 1.1, 1.0) if is_compiled else ("fp32", 1.05, 0.98)
-            rows += [
-                Row(f"training step, {shape}, {kind}", peer, tokens / seconds["ours"],
-                    tokens / seconds[peer], "tok/s", goal, floor)
-                for peer in PEERS
-            ]  # fmt: skip
+    for name, fields in SHAPES.items():
+        for kind in ("fp32", "bf16 compiled"):
+            course: dict[str, Any] = {**fields, "is_compiled": kind == "bf16 compiled"}
+            if work.has(name, kind, *LLAMAS):
+                rows += _rows(f"{name}, {kind}", course, LLAMAS, python, work.folder)
+            if work.has(name, kind, "nanogpt") and NANOGPT.exists():
+                heads = course["shape"]["heads"]
+                course["shape"] = {**course["shape"], "kv_heads": heads, "is_tied": True}
+                course["nanogpt"] = str(NANOGPT.absolute())
+                rows += _rows(f"{name}, tied, {kind}", course, ("nanogpt",), python, work.folder)
     return rows
+
+
+def _rows(
+    name: str, course: dict[str, Any], peers: tuple[str, ...], python: Path, folder: Path
+) -> list[Row]:
+    path = folder / "course.json"
+    path.write_text(json.dumps(course), "utf-8")
+    seconds = dict.fromkeys(("ours", *peers), float("inf"))
+    for _ in range(TURNS):
+        own = run_own("training_step", folder, [str(path)])
+        seconds["ours"] = min(seconds["ours"], own["processor"])
+        for peer in peers:
+            theirs = run_peer(python, "training_step", folder, [peer, str(path)])
+            seconds[peer] = min(seconds[peer], theirs["processor"])
+    tokens = course["rows"] * course["shape"]["context"]
+    goal, floor = (1.1, 1.0) if course["is_compiled"] else (1.05, 0.98)
+    return [
+        Row(f"training step, {name}", peer, tokens / seconds["ours"], tokens / seconds[peer],
+            "tok/s", goal, floor)
+        for peer in peers
+    ]  # fmt: skip
 
 
 def main() -> None:
@@ -84,7 +97,7 @@ class _Steps:
     def __init__(self, settings: dict[str, Any]) -> None:
         is_compiled = settings["is_compiled"]
         launch = LaunchConfig(compile=is_compiled, threads=1)
-        shape = ShapeConfig(**settings["shape"], is_tied=False)
+        shape = ShapeConfig.model_validate({"is_tied": False, **settings["shape"]})
         rule = UpdateRule(precision="bf16" if is_compiled else "fp32")
         model = Transformer(shape, settings["vocabulary"])
         self._engine = build_engine(model, launch, Ranks(), rule)

@@ -1,7 +1,7 @@
 """Training steps of another program: `python training_step.py PROGRAM COURSE.json ANSWER.json`.
 
-Runs in an environment with torch, transformers and litgpt, which are imported by name. `timed` is what
-both sides are measured by.
+Runs in an environment with torch, transformers and litgpt, which are imported by name, and nanoGPT's
+folder, which the course names. `timed` is what both sides are measured by.
 """
 
 import contextlib
@@ -27,7 +27,11 @@ def main() -> None:
     settings = json.loads(Path(course).read_text("utf-8"))
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    build = {"transformers": transformers_llama, "litgpt": litgpt_model}[program]
+    if program == "nanogpt":
+        sys.path.insert(0, settings["nanogpt"])
+    build = {
+        "transformers": transformers_llama, "litgpt": litgpt_model, "nanogpt": nanogpt_model,
+    }[program]  # fmt: skip
     model, loss = build(settings["shape"], settings["vocabulary"])
     if settings["is_compiled"]:
         model.compile()
@@ -99,6 +103,24 @@ def litgpt_model(shape: dict[str, Any], vocabulary: int) -> tuple[nn.Module, Los
         return utils.chunked_cross_entropy(model(ids), labels)
 
     return litgpt.GPT(litgpt_config(shape, vocabulary)), loss
+
+
+def nanogpt_model(shape: dict[str, Any], vocabulary: int) -> tuple[nn.Module, Loss]:
+    """Its GPT-2 without biases, with the loss that its forward gives; the feed-forward is 4 times as wide."""
+    program = importlib.import_module("model")  # of a clone whose folder is on the path
+
+    def loss(model: nn.Module, ids: Tensor, labels: Tensor) -> Tensor:
+        return model(ids, labels)[1]
+
+    config = program.GPTConfig(
+        block_size=shape["context"],
+        vocab_size=vocabulary,
+        n_layer=shape["layers"],
+        n_head=shape["heads"],
+        n_embd=shape["dim"],
+        bias=False,
+    )
+    return program.GPT(config), loss
 
 
 def _step(model: nn.Module, loss: Loss, *, is_bf16: bool) -> Callable[[Tensor, Tensor], None]:
