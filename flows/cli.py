@@ -19,8 +19,9 @@ from flows.cli_models import chat, serve
 from flows.cli_services import deploy, down, up, watch
 from flows.execution import Execution
 from flows.preparation import Request, prepare
-from flows.runs import Home, RunRecord, ServiceError, find_artifact, open_home
+from flows.runs import Home, RunRecord, find_artifact, open_home
 from flows.show import Shown, console, effects, error_console, human_bytes, stage_table
+from storage.errors import BessemerError
 
 OK, FAILED, REFUSED, CANCELLED = 0, 1, 2, 130
 KEPT_RUNS = 10
@@ -459,7 +460,7 @@ def _explained() -> Generator[None]:
     except ValueError as error:
         error_console().print(str(error), style="red", markup=False, soft_wrap=True)
         sys.exit(REFUSED)
-    except ServiceError as error:
+    except BessemerError as error:
         error_console().print(str(error), style="red", markup=False, soft_wrap=True)
         sys.exit(FAILED)
     except KeyboardInterrupt:

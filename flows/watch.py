@@ -135,11 +135,12 @@ def main() -> None:
             key: watchers.get(key) or Watcher.of(watch, home) for key, watch in wanted.items()
         }
         for watcher in watchers.values():
-            _turn(watcher)
+            look_once(watcher)
         time.sleep(LOOK_SECONDS)
 
 
-def _turn(watcher: Watcher) -> None:
+def look_once(watcher: Watcher) -> None:
+    """A turn, of which only the log tells."""
     import httpx
     from prefect.exceptions import PrefectException
 

@@ -5,14 +5,16 @@ its stand-ins decide in one place; nothing here relies on a client's clock.
 """
 
 import email.utils
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import xxhash
+
+from storage.errors import BucketAway
 
 TRANSFER_THREADS = 8
 READ_BYTES = 1 << 22
@@ -31,14 +33,20 @@ class Stored:
 
 
 class Bucket:
-    """The objects below one `s3://bucket/prefix`; keys are relative to it."""
+    """The objects below one `s3://bucket/prefix`; keys are relative to it.
+
+    Each method raises BucketAway where no server answers.
+    """
 
     def __init__(self, url: str) -> None:
         """Raises ValueError when the optional S3 client is not installed."""
         try:
             import s3fs
+            from s3fs import core
         except ImportError as error:
             raise ValueError(f"{url} needs the S3 client; install bessemer[s3]") from error
+        self._url = url
+        self._away = (core.botocore.exceptions.BotoCoreError, *core.S3_RETRYABLE_ERRORS)
         self._name, _, prefix = url.removeprefix("s3://").strip("/").partition("/")
         self._prefix = f"{prefix}/" if prefix else ""
         # Listings change under us all the time: none is cached.
@@ -49,7 +57,8 @@ class Bucket:
         try:
             # State first: content that is newer than its etag only makes a later condition fail.
             answer = self._call("head_object", key)
-            content: bytes = self._fs.cat_file(self._path(key))
+            with self._reached():
+                content: bytes = self._fs.cat_file(self._path(key))
         except FileNotFoundError:
             return None
         now = email.utils.parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
@@ -85,7 +94,8 @@ class Bucket:
         """Bytes and etag of every object below a prefix, by its name after the prefix; where the prefix
         is an object itself, that one, named ``."""
         place = self._path(prefix).rstrip("/")
-        found = self._fs.find(place, detail=True)
+        with self._reached():
+            found = self._fs.find(place, detail=True)
         return {
             name.removeprefix(place).removeprefix("/"): (entry["size"], entry["ETag"])
             for name, entry in found.items()
@@ -95,7 +105,8 @@ class Bucket:
         """Names directly below a prefix that ends in `/`."""
         place = self._path(prefix).rstrip("/")
         try:
-            return sorted(name.rpartition("/")[2] for name in self._fs.ls(place, detail=False))
+            with self._reached():
+                return sorted(name.rpartition("/")[2] for name in self._fs.ls(place, detail=False))
         except FileNotFoundError:
             return []
 
@@ -124,7 +135,10 @@ class Bucket:
 
     def chunks(self, key: str, *, etag: str | None = None) -> Iterator[bytes]:
         """An object's bytes. Raises FileNotFoundError when it is gone or, with `etag`, another one."""
-        with self._fs.open(self._path(key), "rb", block_size=READ_BYTES) as stream:
+        with (
+            self._reached(),
+            self._fs.open(self._path(key), "rb", block_size=READ_BYTES) as stream,
+        ):
             if etag is not None and stream.details["ETag"] != etag:
                 raise FileNotFoundError(
                     f"s3://{self._path(key)} was replaced while it was read; run again"
@@ -133,12 +147,26 @@ class Bucket:
                 yield chunk
 
     def _each(self, names: Iterable[str], work: Callable[[str], None]) -> None:
-        with ThreadPoolExecutor(TRANSFER_THREADS) as pool:
+        with self._reached(), ThreadPoolExecutor(TRANSFER_THREADS) as pool:
             for _ in pool.map(work, names):
                 pass
 
     def _call(self, operation: str, key: str, **arguments: Any) -> Any:
-        return self._fs.call_s3(operation, Bucket=self._name, Key=self._prefix + key, **arguments)
+        with self._reached():
+            return self._fs.call_s3(
+                operation, Bucket=self._name, Key=self._prefix + key, **arguments
+            )
+
+    @contextmanager
+    def _reached(self) -> Generator[None]:
+        """One error for what the client raises, of many unrelated types, when it gets no answer."""
+        try:
+            yield
+        except self._away as error:
+            raise BucketAway(
+                f"{self._url} cannot be reached: {type(error).__name__}: {error}; what was built is "
+                "kept: run again once its server answers, and see AWS_ENDPOINT_URL and the credentials"
+            ) from error
 
     def _path(self, key: str) -> str:
         return f"{self._name}/{self._prefix}{key}"

@@ -2,6 +2,7 @@
 
     BessemerError
     ├── DamagedArtifact    bytes in the store are not those that were committed (now in quarantine)
+    ├── BucketAway         no S3 server answers, or it was not told who asks (storage/bucket.py)
     ├── NoRoom             the store's disk has no room for what a stage will write (flows/room.py)
     ├── PartsFailed        shards of a fan-out could not be built; the others are in the store
     ├── JobFailed          a torch job ended badly (tasks/launch.py)
@@ -19,6 +20,10 @@ class BessemerError(Exception):
 
 class DamagedArtifact(BessemerError):
     """An artifact's bytes differ from its record. It lies in quarantine; running again rebuilds it."""
+
+
+class BucketAway(BessemerError, ConnectionError):
+    """A bucket cannot be reached; an OSError, as a folder that is away is."""
 
 
 class NoRoom(BessemerError):

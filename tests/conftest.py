@@ -14,6 +14,7 @@ import pytest
 from xdist.remote import Producer
 from xdist.scheduler.loadscope import LoadScopeScheduling
 
+from tests.s3_server import away as away
 from tests.s3_server import s3_server as s3_server
 from tests.tasks.clusters import clusters as clusters
 

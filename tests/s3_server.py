@@ -1,6 +1,7 @@
 """An S3 server of the tests' own, in this process, on loopback."""
 
 import os
+import socket
 from collections.abc import Iterator
 
 import pytest
@@ -30,3 +31,17 @@ def s3_server() -> Iterator[str]:
     server.stop()
     for name, value in before.items():
         os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+@pytest.fixture
+def away(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A bucket whose server does not answer; clients know at once."""
+    import s3fs
+
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))  # and does not listen
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{bound.getsockname()[1]}")
+        monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+        s3fs.S3FileSystem.clear_instance_cache()
+        yield s3_server
+    s3fs.S3FileSystem.clear_instance_cache()

@@ -8,7 +8,7 @@ import pytest
 from conf.mistakes import RecipeError
 from flows.arrivals import Arrivals, Folder, Wholeness, open_place
 from flows.runs import open_home
-from flows.watch import Watcher
+from flows.watch import Watcher, look_once
 from flows.watches import Watch, add_watch, remove_watches, watches
 from storage.bucket import Bucket
 from storage.source import HashCache
@@ -173,3 +173,11 @@ def test_what_is_watched_is_checked_noted_and_forgotten(place: Place) -> None:
     assert watches(home) == [extending]
     assert remove_watches(home, raw) == 1
     assert remove_watches(home, raw) == 0
+
+
+def test_a_bucket_that_is_away_is_looked_at_again(place: Place, away: str) -> None:
+    watch = Watch(place=f"{away}/new", recipe=str(place.recipe))
+    watching = Watcher.of(watch, open_home())
+    for _ in range(2):
+        look_once(watching)
+        assert "cannot be reached" in watching.trouble

@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from storage import lease as leases
 from storage import lease_s3
 from storage.bucket import Bucket
-from storage.errors import DamagedArtifact
+from storage.errors import BucketAway, DamagedArtifact
 from storage.identity import fingerprint
 from storage.store import Store
 from tests.storage.making import claimed, make, record_of
@@ -161,3 +162,24 @@ def test_gc_of_one_machine_leaves_the_work_of_another(s3_server: str, tmp_path: 
     assert there.find(record.fingerprint)
     removed = there.gc([done], dry_run=False)
     assert {r.fingerprint for r in removed if r.what == "artifact"} == {part, record.fingerprint}
+
+
+def test_a_server_that_does_not_answer_is_one_error_whatever_was_asked(
+    tmp_path: Path, away: str
+) -> None:
+    (tmp_path / "a").write_bytes(b"a")
+    bucket = Bucket(away)
+    asked: list[Callable[[], object]] = [
+        lambda: bucket.get("a"),
+        lambda: bucket.put("a", b"a", if_absent=True),
+        lambda: bucket.delete(["a"]),
+        lambda: bucket.objects("a/"),
+        lambda: bucket.names("a/"),
+        lambda: bucket.upload(tmp_path, ["a"], "b/"),
+        lambda: bucket.download("b/", ["a"], tmp_path / "c"),
+        lambda: bucket.hash("a"),
+    ]
+    for ask in asked:
+        with pytest.raises(BucketAway, match=r"cannot be reached: .*; what was built is kept"):
+            ask()
+    assert issubclass(BucketAway, OSError)  # as what a folder that is away raises
