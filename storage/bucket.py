@@ -42,10 +42,10 @@ class Bucket:
         """Raises ValueError when the optional S3 client is not installed."""
         try:
             import s3fs
-            from s3fs import core
         except ImportError as error:
             raise ValueError(f"{url} needs the S3 client; install bessemer[s3]") from error
         self._url = url
+        core: Any = s3fs.core
         self._away = (core.botocore.exceptions.BotoCoreError, *core.S3_RETRYABLE_ERRORS)
         self._name, _, prefix = url.removeprefix("s3://").strip("/").partition("/")
         self._prefix = f"{prefix}/" if prefix else ""
