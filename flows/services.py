@@ -128,7 +128,7 @@ def up(home: Home) -> list[Service]:
     wanted = ["worker", "watcher"] if watches(home) else ["worker"]
     with FileLock(folder / "start.lock"):
         for name in wanted:
-            _ensure_process(home, api, name)
+            ensure_process(home, api, name)
         mlflow = read_service(home, "mlflow")
         if mlflow is None or not mlflow.is_running:
             _start_mlflow(home)
@@ -227,16 +227,22 @@ def _start_prefect(home: Home) -> Service:
     raise ServiceError(_died("prefect", output))
 
 
-def _ensure_process(home: Home, api: str, name: str) -> None:
-    """The worker, in whose working directory runs started from the page go on, or the watcher."""
+def ensure_process(home: Home, api: str, name: str) -> None:
+    """Have the worker, in whose working directory runs started from the page go on, or the watcher.
+
+    One that asks a server at another address than `api` is replaced.
+    """
     service = read_service(home, name)
-    if service and service.is_running:
-        return
-    environment = prefect_environment(home, api)
     module, page = PROCESSES[name]
+    url = f"{api.removesuffix('/api')}/{page}"
+    if service and service.is_running:
+        if service.url == url:
+            return
+        # It would ask a server for ever that is gone. Alone: the runs that a worker has begun go on.
+        _end_processes(_members(service)[:1])
+    environment = prefect_environment(home, api)
     command = [sys.executable, "-m", module]
     process, _ = _spawn(home, name, command, environment, folder=Path.cwd())
-    url = f"{api.removesuffix('/api')}/{page}"
     _note(home, Service(name=name, pid=process.pid, started=start_of(process.pid), url=url))
 
 
@@ -300,8 +306,12 @@ def _spawn(
 
 
 def _end_group(service: Service) -> None:
-    """End the processes of a service's session: asked first, killed when they stay."""
-    members = _members(service)
+    """End the processes of a service's session."""
+    _end_processes(_members(service))
+
+
+def _end_processes(members: list[psutil.Process]) -> None:
+    """Ask processes to end; those that stay are killed."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         for member in members:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -380,8 +390,7 @@ class Activity:
 
 def serve_prefect(home: Home, idle_seconds: float) -> None:
     """Be the embedded Prefect server until it is idle, told to end, or no longer the home's."""
-    port = socket.socket()
-    port.bind((HOST, 0))
+    port = bind(home)
     url = f"http://{HOST}:{port.getsockname()[1]}"
     folder = home.path / "prefect"
     folder.mkdir(parents=True, exist_ok=True)
@@ -409,6 +418,20 @@ def serve_prefect(home: Home, idle_seconds: float) -> None:
     ).start()
     port.listen(128)
     asyncio.run(server.serve(sockets=[port]))
+
+
+def bind(home: Home) -> socket.socket:
+    """The port that the home's server had before, where it is free: what asked there finds it again."""
+    old = read_service(home, "prefect")
+    port = urlsplit(old.url).port if old else 0
+    bound = socket.socket()
+    # Or connections of the server that was killed keep the port for a minute.
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((HOST, port))
+    except OSError:
+        bound.bind((HOST, 0))
+    return bound
 
 
 def _write_at_once() -> None:

@@ -2,6 +2,8 @@
 
 import asyncio
 import os
+import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -15,10 +17,13 @@ import pytest
 
 from flows.runs import FileLock, Home, RunRecord, ServiceError, is_alive
 from flows.services import (
+    PROCESSES,
     Activity,
     Service,
+    bind,
     down,
     ensure_prefect,
+    ensure_process,
     prefect_environment,
     read_service,
     running,
@@ -143,3 +148,56 @@ def test_down_is_refused_while_a_run_needs_the_services(tmp_path: Path) -> None:
     record.ended = None
     record.write(home.run_folder(record.run_id))
     assert down(home) == []
+
+
+def note(home: Home, name: str, pid: int, url: str) -> None:
+    service = Service(name=name, pid=pid, started=start_of(pid), url=url)
+    (home.path / "services").mkdir(exist_ok=True)
+    (home.path / "services" / f"{name}.json").write_text(service.model_dump_json(), "utf-8")
+
+
+def test_a_server_that_comes_back_is_where_it_was_unless_its_place_is_taken(
+    tmp_path: Path,
+) -> None:
+    home = Home(tmp_path)
+    with bind(home) as first:
+        first.listen()
+        port = first.getsockname()[1]
+        note(home, "prefect", os.getpid(), f"http://127.0.0.1:{port}")
+        with socket.create_connection(("127.0.0.1", port)), first.accept()[0] as asked:
+            asked.close()  # the server's end first: its port is not free for a minute
+        with bind(home) as elsewhere:
+            assert elsewhere.getsockname()[1] != port
+    with bind(home) as again:
+        assert again.getsockname()[1] == port
+
+
+def test_a_service_that_asks_a_server_elsewhere_is_replaced_and_its_runs_are_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "standing.py").write_text("import time\ntime.sleep(600)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setitem(PROCESSES, "worker", ("standing", "deployments"))
+    home = Home(tmp_path / "home")
+    home.path.mkdir()
+    begins_a_run = (
+        "import subprocess as s; print(s.Popen(['sleep', '600']).pid, flush=True); input()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", begins_a_run], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as old:
+        assert old.stdout
+        run = int(old.stdout.readline())
+        note(home, "worker", old.pid, "http://127.0.0.1:1/deployments")
+        ensure_process(home, "http://127.0.0.1:2/api", "worker")
+        assert start_of(old.pid) == 0
+    assert is_alive(run, start_of(run))
+    os.kill(run, signal.SIGKILL)
+    worker = read_service(home, "worker")
+    assert worker
+    assert worker.is_running
+    assert worker.url == "http://127.0.0.1:2/deployments"
+    ensure_process(home, "http://127.0.0.1:2/api", "worker")
+    assert read_service(home, "worker") == worker
+    assert down(home) == [worker]
+    assert not worker.is_running
