@@ -1,5 +1,6 @@
 """Settings of the stage pairs."""
 
+from collections.abc import Collection
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -69,3 +70,22 @@ class PairsConfig(Settings):
                     f"rank_by={name} and {name}, or neither"
                 )
         return self
+
+    def refuse_inputs(self, given: Collection[str]) -> None:
+        """Raises ValueError for one of policy and conversations, neither of them and no files, and a reward
+        model that does not rank or is missing."""
+        if ("policy" in given) != ("conversations" in given):
+            raise ValueError(
+                "pairs has only one of the inputs policy and conversations, own answers need both; "
+                "name both in `from`, or neither"
+            )
+        if "policy" not in given and not self.sources:
+            raise ValueError(
+                "pairs has nothing to read; set `sources` to files of pairs, or name the inputs policy "
+                "and conversations in `from`"
+            )
+        if (self.rank_by == "reward") != ("reward" in given):
+            raise ValueError(
+                f"pairs has rank_by={self.rank_by} and {'an' if 'reward' in given else 'no'} input reward; name "
+                "the input in `from` and set rank_by=reward, or neither"
+            )

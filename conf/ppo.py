@@ -1,6 +1,7 @@
 """Settings of the stage ppo."""
 
 import re
+from collections.abc import Collection
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -198,3 +199,30 @@ class PpoConfig(Settings):
                 "kl_estimator=k1 has no effect with kl_in=loss: its gradient is zero on average; use k2 or k3"
             )
         return self
+
+    def refuse_inputs(self, given: Collection[str]) -> None:
+        """Raises ValueError where nothing gives a reward, and where `truth` does."""
+        if "reward" not in given and not self.has_own_reward:
+            raise ValueError(
+                "ppo has nothing that gives a reward; name the input reward in `from`, or set functions, people "
+                "or judge"
+            )
+        self.truth(given)
+
+    def truth(self, given: Collection[str]) -> str | None:
+        """What is looked at as the truth, by its name among inputs and files that are given, or `judge`; None
+        for nothing.
+
+        Raises ValueError where it is to be looked at and there is none, or more than one.
+        """
+        if not self.truth_every_iterations:
+            return None
+        found = [name for name in ("truth_functions", "world") if name in given]
+        found += ["judge"] if self.judge is not None and self.judge.is_truth else []
+        if len(found) != 1:
+            raise ValueError(
+                f"truth_every_iterations={self.truth_every_iterations} looks at one truth, the node has "
+                f"{found or 'none'}; name exactly one of the input world, truth_functions, and a judge with "
+                "is_truth, or set truth_every_iterations=0"
+            )
+        return found[0]

@@ -1,6 +1,6 @@
 """How a settings class is written, and which part of it is identity."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
@@ -33,6 +33,9 @@ class Settings(BaseModel):
                 yield name, (value,)
             elif isinstance(value, tuple) and value and isinstance(value[0], SourceSpec):
                 yield name, cast("tuple[SourceSpec, ...]", value)
+
+    def refuse_inputs(self, given: Collection[str]) -> None:
+        """Raises ValueError where the settings need other inputs, or files, than those whose names are given."""
 
 
 class SourceSpec(Settings):

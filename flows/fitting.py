@@ -3,9 +3,12 @@
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
+from conf.dpo import DpoConfig
 from conf.launch import LaunchConfig
 from conf.mistakes import Mistake
 from conf.pairs import PairsConfig
+from conf.ppo import PpoConfig
+from conf.reward import RewardConfig
 from conf.sft import SftConfig
 from conf.shape import ShapeConfig
 from conf.tokenize import MAX_UINT16_VOCABULARY
@@ -86,7 +89,9 @@ def _shape_mistakes(order: Mapping[str, "Node"]) -> Iterator[Mistake]:
             above = [own]
         shapes[node.name] = above
         if above:
-            yield from _context_mistakes(node, min(shape.context for shape in above))
+            longest = min(shape.context for shape in above)
+            yield from _context_mistakes(node, longest)
+            yield from _answer_mistakes(node, longest)
         launch = getattr(node.settings, "launch", None)
         if isinstance(launch, LaunchConfig):
             yield from _sharing_mistakes(node, launch, above)
@@ -110,6 +115,17 @@ def _context_mistakes(node: "Node", longest: int) -> Iterator[Mistake]:
         found = f"{asked} tokens are more than the model's context of {longest}"
         mend = f"give {node.name}.context={longest} or less, or shape.context={asked}"
         yield Mistake(f"stages.{node.name}.context", found, mend)
+
+
+def _answer_mistakes(node: "Node", longest: int) -> Iterator[Mistake]:
+    settings = node.settings
+    if isinstance(settings, DpoConfig) and not settings.gate_answers:
+        return
+    answers = isinstance(settings, DpoConfig | PairsConfig | PpoConfig | RewardConfig)
+    if answers and settings.max_new_tokens >= longest:
+        found = f"answers of {settings.max_new_tokens} tokens leave a prompt no room in a context of {longest}"
+        mend = f"give {node.name}.max_new_tokens={longest // 2}, or a shape with a longer context"
+        yield Mistake(f"stages.{node.name}.max_new_tokens", found, mend)
 
 
 def _withheld_mistakes(order: Mapping[str, "Node"]) -> Iterator[Mistake]:

@@ -314,6 +314,11 @@ def _input_mistakes(
             for key, target in link.items() if isinstance(link, dict) else [("", link)]:
                 where = f"{place}.{name}.{key}" if key else f"{place}.{name}"
                 yield from _link_mistakes(where, target, takes, nodes, written)
+    try:
+        node.settings.refuse_inputs([*node.inputs, *(setting for setting, _ in node.sources)])
+    except ValueError as error:
+        found, _, mend = str(error).partition("; ")
+        yield Mistake(place, found, mend)
 
 
 def _missing_input(place: str, node: Node, takes: InputSpec, nodes: Mapping[str, Node]) -> Mistake:

@@ -37,27 +37,17 @@ def reward_opinions(job: JobFile, settings: PpoConfig) -> dict[str, Opinion]:
 
 
 def truth_opinion(job: JobFile, settings: PpoConfig) -> Opinion | None:
-    """What the truth is, if it is looked at.
-
-    Raises ValueError where it is to be looked at and there is none, or more than one.
-    """
-    if not settings.truth_every_iterations:
-        return None
-    found: dict[str, Callable[[], Opinion]] = {}
-    if "world" in job.inputs:
-        found["world"] = lambda: world_truth(Path(job.inputs["world"]))
-    if paths := job.sources.get("truth_functions"):
-        found["truth_functions"] = lambda: functions([Path(path) for path in paths])
-    if (judge := settings.judge) is not None and judge.is_truth:
-        found["judge"] = lambda: Judge(judge, job.logs / JUDGED)
-    if len(found) != 1:
-        raise ValueError(
-            f"truth_every_iterations={settings.truth_every_iterations} looks at one truth, the node has "
-            f"{sorted(found) or 'none'}; name exactly one of the input world, truth_functions, and a judge with "
-            "is_truth, or set truth_every_iterations=0"
-        )
-    [make] = found.values()
-    return make()
+    """What the truth is, if it is looked at. Raises ValueError as `PpoConfig.truth` does."""
+    match settings.truth([*job.inputs, *job.sources]):
+        case None:
+            return None
+        case "world":
+            return world_truth(Path(job.inputs["world"]))
+        case "truth_functions":
+            return functions([Path(path) for path in job.sources["truth_functions"]])
+        case _:
+            assert settings.judge is not None
+            return Judge(settings.judge, job.logs / JUDGED)
 
 
 def functions(paths: Sequence[Path]) -> Opinion:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, cast
 
 from conf.pairs import PairsConfig
-from storage.artifact import Artifact
 from storage.checkpoint import Policy, RewardModel
 from storage.conversations import Conversations
 from storage.jsonl import SPLITS, Split, SplitWriter, content_id, read_jsonl
@@ -37,26 +36,12 @@ def pairs(
     reads sources, Policy, Conversations, RewardModel   writes Preferences   cost `answers` answers per
     conversation
     """
-    if (policy is None) != (conversations is None):
-        raise ValueError(
-            "pairs has only one of the inputs policy and conversations; own answers need both: "
-            "name both in `from`, or neither"
-        )
-    if policy is None and not settings.sources:
-        raise ValueError(
-            "pairs has nothing to read; set `sources` to files of pairs, or name the inputs policy "
-            "and conversations in `from`"
-        )
-    if (settings.rank_by == "reward") != (reward is not None):
-        raise ValueError(
-            f"pairs has rank_by={settings.rank_by} and {'an' if reward else 'no'} input reward; name the input "
-            "in `from` and set rank_by=reward, or neither"
-        )
-    if policy is not None and conversations is not None:
-        inputs: dict[str, Artifact] = {"policy": policy, "conversations": conversations}
+    named = {"policy": policy, "conversations": conversations, "reward": reward}
+    inputs = {name: artifact for name, artifact in named.items() if artifact is not None}
+    settings.refuse_inputs(inputs)
+    if policy is not None:
         if reward is not None:
             _refuse_other_tokens(policy, reward)
-            inputs["reward"] = reward
         job.metrics["answered"] = run_worker(job, "model.pairs", settings, inputs)
     tally = Tally(settings.held_share, settings.on_bad_row, settings.keep_duplicates)
     lengths = LengthBias()

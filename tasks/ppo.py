@@ -33,16 +33,11 @@ def ppo(
     cost per iteration: one generation, two scorings, and 12 x parameters x tokens x epochs operations
     """
     inputs: dict[str, Artifact] = {"policy": policy, "conversations": conversations}
+    inputs |= {} if reward is None else {"reward": reward}
+    inputs |= {} if world is None else {"world": world}
+    settings.refuse_inputs([*inputs, *job.sources])
     if reward is not None:
         _refuse_unfit(policy, reward, settings)
-        inputs["reward"] = reward
-    elif not settings.has_own_reward:
-        raise ValueError(
-            "ppo has nothing that gives a reward; name the input reward in `from`, or set functions, people or "
-            "judge"
-        )
-    if world is not None:
-        inputs["world"] = world
     job.metrics |= run_worker(job, "model.ppo", settings, inputs)
     return Policy(job.path)
 

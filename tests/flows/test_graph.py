@@ -263,6 +263,63 @@ REAL: list[tuple[str, dict[str, Any], dict[str, Any], str, str]] = [
         "512 tokens are more than the model's context of 128",
     ),
     (
+        "answers as long as the context",
+        {"pairs": DATA, "reward": {"from": {"policy": "pretrain", "preferences": "pairs"}}},
+        {"shape": {"context": 256}},
+        "stages.reward.max_new_tokens",
+        "answers of 256 tokens leave a prompt no room in a context of 256; give reward.max_new_tokens=128",
+    ),
+    (
+        "sampled answers of a gate as long as the context",
+        {
+            "pairs": DATA,
+            "dpo": {"from": {"policy": "pretrain", "preferences": "pairs"}, "gate_answers": 8},
+        },
+        {"shape": {"context": 128}},
+        "stages.dpo.max_new_tokens",
+        "give dpo.max_new_tokens=64, or a shape with a longer context",
+    ),
+    (
+        "PPO without a reward",
+        {"ppo": {"from": {"policy": "pretrain", "conversations": "chats"}}},
+        {},
+        "stages.ppo.from",
+        "ppo has nothing that gives a reward; name the input reward in `from`, or set functions",
+    ),
+    (
+        "looks at a truth that is not there",
+        {
+            "ppo": {
+                "from": {"policy": "pretrain", "conversations": "chats"},
+                "functions": [{"path": "raw/a.jsonl"}],
+                "truth_every_iterations": 5,
+            }
+        },
+        {},
+        "stages.ppo.from",
+        "the node has none; name exactly one of the input world, truth_functions, and a judge",
+    ),
+    (
+        "own answers without questions",
+        {"pairs": {**DATA, "from": {"policy": "pretrain"}}},
+        {},
+        "stages.pairs.from",
+        "only one of the inputs policy and conversations, own answers need both; name both",
+    ),
+    (
+        "a ranking by a reward model that is not there",
+        {
+            "pairs": {
+                "from": {"policy": "pretrain", "conversations": "chats"},
+                "rank_by": "reward",
+                "answers": 4,
+            }
+        },
+        {},
+        "stages.pairs.from",
+        "rank_by=reward and no input reward; name the input in `from` and set rank_by=reward",
+    ),
+    (
         "heads that processes cannot share",
         {"sft": {"from": {"policy": "pretrain", "conversations": "chats"}}},
         {
