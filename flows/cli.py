@@ -129,7 +129,7 @@ def plan(
     if table := costs_table(planned):
         console().print(table)
     for item in planned:
-        for warning in item.costs.warnings if item.costs else ():
+        for warning in item.warnings:
             console().print(f"[yellow]{item.node}[/yellow]: {warning}", highlight=False)
 
 

@@ -5,6 +5,7 @@ conversations, an evaluation of what alignment made); order comes from the graph
 """
 
 import contextvars
+import logging
 import os
 import threading
 import time
@@ -30,12 +31,14 @@ from flows.execution import DONE, Execution, Listener
 from flows.links import LINKS, links, tags
 from flows.part import current, show, verdict
 from flows.pretraining import pretraining
+from flows.room import foretell
 from flows.runs import StageRecord
 from flows.settle import settle_dead_runs
 from storage.scores import Scores
 from tasks.stage import Job
 from tasks.tracking import Tracking
 
+_log = logging.getLogger("bessemer.run")
 PARTS: Sequence[Any] = (corpus, pretraining, alignment, evaluation)
 CANCEL_SECONDS = 45.0
 """How long running stages get to stop: a training job checkpoints for up to its grace time (30 s)."""
@@ -66,6 +69,9 @@ def run_pipeline(
         execution.record.flow_run = this_run.id
         show(lambda: _tag(execution))
     execution.start()
+    for shortage in foretell(execution):
+        say(shortage)
+        _log.warning("%s", shortage)
     started = time.monotonic()
     try:
         # A flow waits up to a second for its heart-beat thread when it ends; the run's record has

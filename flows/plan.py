@@ -1,6 +1,6 @@
 """What a run would do: for each node HIT or MISS, why, and what it is expected to cost."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +8,7 @@ from flows.costs import Costs, costs_of
 from flows.execution import Execution
 from flows.lookup import Lookup
 from flows.preparation import find, nearest
+from flows.room import shortages
 from storage.identity import differences
 from storage.record import Record
 from storage.store import Store
@@ -34,6 +35,13 @@ class Planned:
     """Figures of `costs`: parameters, tokens, flops, memory_bytes, seconds, ..."""
     costs: Costs | None = None
     """Of a training stage, where they can be told beforehand."""
+    shortage: str = ""
+    """That it will find no room on the disk, in words."""
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What speaks against running it as it is."""
+        return (*(self.costs.warnings if self.costs else ()), *filter(None, [self.shortage]))
 
 
 def plan(execution: Execution, base: Path, *, peak_flops: float = 0.0) -> list[Planned]:
@@ -42,7 +50,9 @@ def plan(execution: Execution, base: Path, *, peak_flops: float = 0.0) -> list[P
     `peak_flops` is what one device could do at best per second; 0 to go by what was measured.
     """
     lookup = Lookup(execution.graph, execution.lookup.store, base, execution.lookup.hashes, False)
-    return [_planned(execution, lookup, name, peak_flops) for name in execution.selected]
+    planned = [_planned(execution, lookup, name, peak_flops) for name in execution.selected]
+    lacks = shortages(lookup, [item.node for item in planned if item.status == "miss"])
+    return [replace(item, shortage=lacks.get(item.node, "")) for item in planned]
 
 
 def contract(execution: Execution, planned: list[Planned]) -> dict[str, Any]:
@@ -61,7 +71,7 @@ def contract(execution: Execution, planned: list[Planned]) -> dict[str, Any]:
     stages = {
         item.node: {
             **{key: getattr(item, key) for key in keys},
-            "warnings": list(item.costs.warnings) if item.costs else [],
+            "warnings": list(item.warnings),
             "metrics": {},
             "error": None,
         }

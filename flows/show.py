@@ -1,7 +1,7 @@
 """What the command line shows: tables, and the progress of a run."""
 
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from rich.console import Console
 from rich.progress import (
@@ -17,8 +17,10 @@ from rich.table import Table
 
 from flows.execution import Execution, Listener
 from flows.headlines import headlines
-from flows.plan import Planned
 from flows.runs import RunRecord, StageRecord
+
+if TYPE_CHECKING:
+    from flows.plan import Planned  # which counts sizes as people write them
 
 COLOURS = {
     "hit": "blue",
@@ -69,7 +71,7 @@ def stage_table(record: RunRecord) -> Table:
     return table_of(title, ["node", "status", "seconds", "fingerprint", "figures"], rows)
 
 
-def plan_table(recipe: str, planned: list[Planned]) -> Table:
+def plan_table(recipe: str, planned: "list[Planned]") -> Table:
     """What each node would do."""
     rows = [
         [

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from flows.execution import Execution
+from flows.plan import contract, plan
 from flows.preparation import Request, prepare
-from flows.room import RESERVE, bytes_needed
+from flows.room import RESERVE, bytes_needed, foretell
 from flows.runs import open_home
 from tests.faults.disks import mount, mounted
 
@@ -109,3 +110,31 @@ def test_the_reserve_is_told_in_gigabytes_or_off(
     assert "much is no number of gigabytes" in error
     monkeypatch.setenv(RESERVE, "off")
     assert run(folder, "pretrain=null").record.stages["extract"].status == "built"
+
+
+def shortages(folder: Path, *overrides: str) -> dict[str, str]:
+    """What the plan says of the stages that lack room, and a run that begins."""
+    execution = prepare(Request("small.yaml", list(overrides)), open_home(), base=folder)
+    planned = plan(execution, folder)
+    assert foretell(execution) == [item.shortage for item in planned if item.shortage]
+    stages = contract(execution, planned)["stages"]
+    return {name: stage["warnings"][-1] for name, stage in stages.items() if stage["warnings"]}
+
+
+def test_a_plan_and_a_run_that_begins_tell_what_will_not_fit(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # 300 x 96 + 4 x 96 x 96 + 3 x 96 x 256 + 3 x 96 = 139,680 parameters: 5.6 MB while it trains, of
+    # which 0.6 MB stay, so that the second of two alike finds no room where the first does.
+    again = "  again: {uses: pretrain, from: {tokens: tokenize}, tokens: 1024, batch_tokens: 512}"
+    (folder / "small.yaml").write_text(RECIPE + again, "utf-8")
+    two = ["shape.dim=96", "shape.heads=4", "shape.kv_heads=4"]
+    with mounted(folder / "disk", 5_900_000):
+        told = shortages(folder, *two)
+        assert told.keys() == {"again"}
+        assert "again will write about 6 MB" in told["again"]
+        assert "will then have 5 MB free" in told["again"]
+        assert 0.35 * write(folder / "texts" / "two.jsonl", 20_000) > 5_900_000
+        assert shortages(folder, *two).keys() == {"extract", "pretrain", "again"}
+        monkeypatch.setenv(RESERVE, "off")
+        assert shortages(folder, *two) == {}
