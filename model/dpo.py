@@ -37,6 +37,7 @@ from model.tuning import (
     computing_in,
     loop_plan,
     order_of,
+    refuse_blind_gate,
     spread,
     steps_of,
     training_figures,
@@ -80,6 +81,7 @@ def work(job: JobFile, ranks: Ranks, journal: Journal) -> dict[str, Any]:
     rows = renderer.pairs(read_preferences(folder, "train"))
     fitted = renderer.counts.take()
     held = renderer.pairs(read_preferences(folder, "held"))
+    refuse_blind_gate(settings.on_gate, held)
     add_lora(model, settings.lora, settings.seed)
     engine = build_engine(model, job.launch, ranks, update_rule(settings))
     # The policy is its own reference as long as it has not learnt; this is before a checkpoint is read.
@@ -208,7 +210,7 @@ class Look:
             )
         # Something is kept even of a policy that was apart before.
         if settings.on_gate == "keep_best" and (step == 0 or not self.is_closed(figures)):
-            self._best.offer(now, step, figures.get("held_accuracy", 0.0))
+            self._best.offer(now, step, figures["held_accuracy"])
         return figures
 
     def is_closed(self, figures: Mapping[str, float]) -> bool:

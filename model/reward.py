@@ -30,6 +30,7 @@ from model.tuning import (
     computing_in,
     loop_plan,
     order_of,
+    refuse_blind_gate,
     spread,
     steps_of,
     training_figures,
@@ -74,6 +75,9 @@ def work(job: JobFile, ranks: Ranks, journal: Journal) -> dict[str, Any]:
     held = renderer.pairs(read_preferences(folder, "held"))
     rows = shuffled_labels(rows, settings.seed) if settings.shuffle_labels else rows
     steps = steps_of(settings, len(rows))
+    # Whatever they lack is told before hours of training, not behind.
+    refuse_blind_gate(settings.on_gate, held)
+    asked = scale_prompts(rows, model.shape.context, settings)
     batch_at = batches_of(
         order_of(settings, [row.length for row in rows], ranks),
         lambda numbers: reward_batch([rows[row] for row in numbers], settings.loss),
@@ -87,7 +91,7 @@ def work(job: JobFile, ranks: Ranks, journal: Journal) -> dict[str, Any]:
     def evaluate(step: int) -> dict[str, float]:
         now = engine.whole()
         figures = held_accuracy(held_scores(now, held, settings, ranks))
-        if held and settings.on_gate == "keep_best":
+        if settings.on_gate == "keep_best":
             best.offer(now, step, figures["held_accuracy"])
         return figures
 
@@ -101,11 +105,11 @@ def work(job: JobFile, ranks: Ranks, journal: Journal) -> dict[str, Any]:
         evaluate=evaluate,
     )
     model = engine.whole()
-    kept_step = best.restore(model) if held and settings.on_gate == "keep_best" else steps
+    kept_step = best.restore(model) if settings.on_gate == "keep_best" else steps
     scores = held_scores(model, held, settings, ranks)
     accuracy = final_accuracy(scores, held, settings)
     policy = load_model(source, device=ranks.device)
-    scale, answers = score_scale(policy, model, rows, tokenizer, settings)
+    scale = score_scale(policy, model, asked, tokenizer, settings)
     if ranks.is_first:
         save_model(job.files, model, role="reward", tokenizer=source / TOKENIZER)
         scale.write(job.files)
@@ -116,7 +120,7 @@ def work(job: JobFile, ranks: Ranks, journal: Journal) -> dict[str, Any]:
         "accuracy": accuracy,
         "calibration": calibration(scores),
         "length_correlation": length_correlation(scores, held),
-        "scale": {"mean": scale.mean, "std": scale.std, "n": answers},
+        "scale": {"mean": scale.mean, "std": scale.std, "n": len(asked)},
     }
 
 
@@ -280,7 +284,7 @@ def final_accuracy(
     if settings.shuffle_labels:
         accuracy["held_shuffled"] = shuffled_accuracy(scores, settings.seed)
     found = accuracy["held"]["value"]
-    if held and settings.on_gate == "fail" and found < settings.gate_accuracy:
+    if settings.on_gate == "fail" and found < settings.gate_accuracy:
         raise GateClosed(
             f"accuracy on {len(held)} held-out pairs is {found:.3f}, on_gate=fail asks for "
             f"{settings.gate_accuracy}; look at the pairs, train longer, or lower gate_accuracy"
@@ -288,26 +292,33 @@ def final_accuracy(
     return accuracy
 
 
+def scale_prompts(rows: Sequence[Pair], context: int, settings: RewardConfig) -> list[list[int]]:
+    """Training prompts that are answered for the scale of the scores.
+
+    Raises ValueError where fewer than two leave room for an answer.
+    """
+    room = context - settings.max_new_tokens
+    prompts = [row.prompt for row in rows if len(row.prompt) <= room]
+    if len(prompts) < 2:
+        raise ValueError(
+            f"{len(prompts)} prompts leave room for an answer of max_new_tokens="
+            f"{settings.max_new_tokens} in a context of {context}; lower max_new_tokens"
+        )
+    return [prompts[row] for row in spread(len(prompts), settings.scale_answers)]
+
+
 @torch.no_grad()
 def score_scale(
     policy: Transformer,
     model: Transformer,
-    rows: Sequence[Pair],
+    prompts: Sequence[list[int]],
     tokenizer: ChatTokenizer,
     settings: RewardConfig,
-) -> tuple[RewardScale, int]:
-    """Mean and deviation of the scores of the policy's own answers to training prompts, and how many.
+) -> RewardScale:
+    """Mean and deviation of the scores of the policy's own answers to the prompts.
 
     They are taken over what the policy says at first, since that is what PPO will score at first.
     """
-    room = model.shape.context - settings.max_new_tokens
-    prompts = [row.prompt for row in rows if len(row.prompt) <= room]
-    prompts = [prompts[row] for row in spread(len(prompts), settings.scale_answers)]
-    if len(prompts) < 2:
-        raise ValueError(
-            f"{len(prompts)} prompts leave room for an answer of max_new_tokens="
-            f"{settings.max_new_tokens} in a context of {model.shape.context}; lower max_new_tokens"
-        )
     found = generate(
         policy,
         prompts,
@@ -324,7 +335,7 @@ def score_scale(
         scores += last_token_scores(model, answers[start : start + EVALUATED_ROWS]).tolist()
     deviation = float(np.std(scores, ddof=1))
     # Equal scores everywhere leave nothing to normalise by.
-    return RewardScale(mean=float(np.mean(scores)), std=deviation or 1.0), len(scores)
+    return RewardScale(mean=float(np.mean(scores)), std=deviation or 1.0)
 
 
 if __name__ == "__main__":

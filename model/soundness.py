@@ -21,11 +21,14 @@ def soundness(
     seed: int,
 ) -> dict[str, float]:
     """Shares of answers, sampled at temperature 1, that end, and that also do not repeat themselves; and
-    their mean length. Prompts that leave no room for an answer are left out; empty without any."""
+    their mean length. Prompts that leave no room for an answer are left out; ValueError where all do."""
     room = model.shape.context - max_new_tokens
     prompts = [prompt for prompt in prompts if len(prompt) <= room]
     if not prompts:
-        return {}
+        raise ValueError(
+            f"no held-out prompt leaves room for an answer of max_new_tokens={max_new_tokens} in a context of "
+            f"{model.shape.context}; lower max_new_tokens, or set gate_answers to 0"
+        )
     found = generate(
         model,
         prompts,

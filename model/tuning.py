@@ -1,7 +1,7 @@
 """What SFT, reward and DPO share: epochs to steps, settings to an update rule and a course."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -116,6 +116,16 @@ def batches_of(
         return [make(part.tolist()) for part in parts]
 
     return batches
+
+
+def refuse_blind_gate(on_gate: str, held: Sized) -> None:
+    """Raises ValueError for a gate without held-out pairs, which would let anything through, or keep what has
+    learnt nothing."""
+    if on_gate != "off" and not len(held):
+        raise ValueError(
+            f"on_gate={on_gate} looks at held-out pairs, and there is none that fits the context; hold some "
+            "out (pairs.held_share), or set on_gate=off"
+        )
 
 
 def training_figures(settings: Epochs, steps: int, rows: int, state: LoopState) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -129,6 +130,14 @@ def make_job(
         path.mkdir(parents=True, exist_ok=True)
     (job.state / "job.json").write_text(job.model_dump_json(), "utf-8")
     return job
+
+
+def without_held_pairs(world: Path, folder: Path) -> Path:
+    """The world's preferences in a folder of their own, none of them held out."""
+    copy = folder / "preferences"
+    shutil.copytree(world / "preferences", copy)
+    (copy / "held.jsonl").write_text("", "utf-8")
+    return copy
 
 
 def run_here(work: Any, job: JobFile) -> dict[str, Any]:

@@ -18,11 +18,13 @@ from model.soundness import repeated_share
 from model.transformer import Transformer
 from model.weights import load_model, load_tensors
 from tests.model.small_world import (
+    SHAPE,
     kill_at,
     make_job,
     metrics,
     run_here,
     same_metrics,
+    without_held_pairs,
     write_world,
 )
 
@@ -232,6 +234,17 @@ def test_answers_are_looked_at_on_the_way(world: Path, tmp_path: Path) -> None:
     first = metrics(job)[0]
     assert first["held_sound_share"] <= first["held_ended_share"] < 0.5
     assert 0 < first["held_answer_tokens"] <= 12
+
+
+def test_a_gate_that_could_see_nothing_is_refused(world: Path, tmp_path: Path) -> None:
+    blind = {**inputs(world), "preferences": without_held_pairs(world, tmp_path)}
+    job = make_job(tmp_path / "blind", "dpo", changed(on_gate="keep_best"), blind)
+    with pytest.raises(ValueError, match="on_gate=keep_best looks at held-out pairs"):
+        run_here(work, job)
+    settings = changed(gate_answers=6, max_new_tokens=SHAPE.context)
+    job = make_job(tmp_path / "long", "dpo", settings, inputs(world))
+    with pytest.raises(ValueError, match="no held-out prompt leaves room for an answer"):
+        run_here(work, job)
 
 
 def test_an_answer_that_says_the_same_over_and_over_repeats_itself() -> None:

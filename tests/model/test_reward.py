@@ -32,6 +32,7 @@ from tests.model.small_world import (
     metrics,
     run_here,
     same_metrics,
+    without_held_pairs,
     write_world,
 )
 
@@ -206,6 +207,21 @@ def test_a_gate_that_fails_ends_the_stage(is_met: bool, world: Path, tmp_path: P
         run_here(work, job)
     assert not (job.files / "model.safetensors").exists()
     assert GateClosed.code == ExitCode.GATE
+
+
+def test_what_it_would_lack_at_the_end_is_told_before_it_trains(
+    world: Path, tmp_path: Path
+) -> None:
+    whole = make_job(
+        tmp_path / "long", "reward", changed(max_new_tokens=SHAPE.context), inputs(world)
+    )
+    with pytest.raises(ValueError, match="0 prompts leave room for an answer"):
+        run_here(work, whole)
+    blind = {**inputs(world), "preferences": without_held_pairs(world, tmp_path)}
+    gated = make_job(tmp_path / "blind", "reward", changed(on_gate="fail"), blind)
+    with pytest.raises(ValueError, match="on_gate=fail looks at held-out pairs, and there is none"):
+        run_here(work, gated)
+    assert metrics(whole) == metrics(gated) == []
 
 
 def test_keep_best_keeps_the_weights_of_the_best_look(world: Path, tmp_path: Path) -> None:
