@@ -17,7 +17,7 @@ def figures(built: dict[str, Artifact], node: str) -> dict[str, Figure]:
 
 @pytest.mark.soak
 def test_kto_and_starts_from_the_pretrained_model_learn_what_is_better(tmp_path: Path) -> None:
-    wanted = ("effect_kto", "effect_from_pretrained", "reward_from_pretrained")
+    wanted = ("effect_kto", "effect_from_pretrained", "ppo_from_pretrained")
     built = build("demo_methods", [], tmp_path, until=wanted)
     change = figures(built, "effect_kto")
     assert change["change/truth/dpo_kto"].low > 0
@@ -28,6 +28,9 @@ def test_kto_and_starts_from_the_pretrained_model_learn_what_is_better(tmp_path:
         assert change[f"change/{name}/dpo_from_pretrained"].low > 0
     accuracy = built["reward_from_pretrained"].record.metrics["accuracy"]["held"]
     assert accuracy["low"] > 0.6
+    # Measured -1.15 (-1.37 to -0.93) before, -0.17 (-0.37 to 0.01) behind 45 iterations.
+    found = built["ppo_from_pretrained"].record.metrics
+    assert found["held_after"]["reward"]["low"] > found["held_before"]["reward"]["high"]
 
 
 @pytest.mark.soak
