@@ -13,7 +13,7 @@ from conf.launch import LaunchConfig
 from model.batches import Batch
 from model.engine import Engine, Loss
 from model.journal import Journal
-from model.ranks import Ranks
+from model.ranks import Ranks, same_bits
 from model.speed import peak_memory
 from model.weights import Checkpoints
 
@@ -345,7 +345,8 @@ def accumulate(
     by_name = dict(zip(names, totals, strict=True))
     figures: dict[str, Any] = {}
     for number, batch in enumerate(batches):
-        added = engine.backward(loss, batch, by_name, is_last=number == len(batches) - 1)
+        with same_bits():
+            added = engine.backward(loss, batch, by_name, is_last=number == len(batches) - 1)
         for name, value in added.items():
             figures[name] = figures[name] + value if name in figures else value
     values = ranks.add([float(value) for value in figures.values()])

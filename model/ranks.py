@@ -2,7 +2,8 @@
 
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, cast
@@ -107,7 +108,7 @@ def join_ranks(launch: LaunchConfig) -> Ranks:
     cores = len(os.sched_getaffinity(0))
     torch.set_num_threads(launch.threads or max(1, cores // world))
     if device.type == "cuda" and launch.is_deterministic:
-        _be_deterministic()
+        be_deterministic()
     # Engines that spread weights or states exchange them even where one rank has them all.
     if world > 1 or launch.engine not in ("plain", "ddp"):
         backend = "nccl" if device.type == "cuda" else "gloo"
@@ -125,12 +126,32 @@ def join_ranks(launch: LaunchConfig) -> Ranks:
     )
 
 
-def _be_deterministic() -> None:
+def be_deterministic() -> None:
+    """Have CUDA take kernels that give the same bits every time, and warn where there is none."""
     # cuBLAS reads it when its first handle is made; without it its split sums may differ from run to run.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
     # Memory that is written before it is read needs no filling; that costs a pass over every tensor.
     cast("Any", torch.utils.deterministic).fill_uninitialized_memory = False
+
+
+@contextmanager
+def same_bits() -> Generator[None]:
+    """While weights learn, a kernel that only warns is none where determinism is asked for.
+
+    torch's attention is one of them on CUDA: where a warning is enough, FlashAttention adds its gradients up
+    in any order, and cuDNN goes before it. What else a step computes has a deterministic form; sampling
+    (a cumulative sum) has none, and stays outside.
+    """
+    is_asked = torch.are_deterministic_algorithms_enabled()
+    if not (is_asked and torch.is_deterministic_algorithms_warn_only_enabled()):
+        yield
+        return
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def _device(launch: LaunchConfig) -> torch.device:

@@ -15,7 +15,15 @@ from conf.shape import ShapeConfig
 from model.batches import Batch
 from model.engine import Engine, build_engine
 from model.journal import Journal
-from model.loop import Diverged, LoopPlan, LoopState, Stopped, resume_figures, train
+from model.loop import (
+    Diverged,
+    LoopPlan,
+    LoopState,
+    Stopped,
+    accumulate,
+    resume_figures,
+    train,
+)
 from model.optimizer import UpdateRule
 from model.ranks import Ranks
 from model.transformer import Transformer, token_logprobs
@@ -109,6 +117,30 @@ def test_unequal_label_counts_are_normalised_by_the_whole_step(tmp_path: Path) -
     truth.backward()
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     assert line["gradient_norm"] == pytest.approx(norm.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("is_asked", [True, False])
+def test_where_the_same_bits_are_asked_for_no_kernel_of_a_step_only_warns(is_asked: bool) -> None:
+    # On CUDA attention looks at this in its forward pass (which kernel) and backward (in which order).
+    seen: list[tuple[bool, bool]] = []
+
+    def note() -> None:
+        warns = torch.is_deterministic_algorithms_warn_only_enabled()
+        seen.append((torch.are_deterministic_algorithms_enabled(), warns))
+
+    def looking(model: Transformer, batch: Batch, totals: Mapping[str, float]) -> Any:
+        note()
+        found = loss(model, batch, totals)
+        found["loss"].register_hook(lambda _: note())
+        return found
+
+    torch.use_deterministic_algorithms(is_asked, warn_only=is_asked)
+    try:
+        accumulate(fresh_engine(), looking, batches(8)(0))
+        note()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert seen == [(is_asked, False), (is_asked, False), (is_asked, is_asked)]
 
 
 @pytest.mark.parametrize("micro_batch", [1, 3])
