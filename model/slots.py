@@ -18,6 +18,9 @@ from model.transformer import Transformer
 
 PREFILL_TOKENS = 512
 """Prompt tokens read in a step, padding included, so that nobody waits long for another's prompt."""
+PROMPT_COLUMNS = 16
+"""Prompts are padded to multiples of so many tokens: oneDNN makes code for each new size of a product
+and keeps it, half a MiB or more for each new length of a prompt."""
 
 
 class Slots:
@@ -105,7 +108,7 @@ class Slots:
         longest = 0
         while self._waiting and len(self._lanes.rows) + len(joined) < self.rows:
             ask = self._waiting[0]
-            columns, longest = max(columns, ask.places), max(longest, len(ask.prompt))
+            columns, longest = max(columns, ask.places), max(longest, _padded(len(ask.prompt)))
             if (len(self._lanes.rows) + len(joined) + 1) * columns > self.tokens:
                 break
             if joined and (len(joined) + 1) * longest > PREFILL_TOKENS:
@@ -162,7 +165,8 @@ class _Joining:
 
     def __init__(self, model: Transformer, lanes: Lanes[_Row], rows: list[_Row]) -> None:
         weight = model.embedding.weight
-        longest = max(len(row.ask.prompt) for row in rows)
+        longest = _padded(max(len(row.ask.prompt) for row in rows))
+        longest = min(longest, model.shape.context)
         padded = [[*row.ask.prompt, *[0] * (longest - len(row.ask.prompt))] for row in rows]
         self.rows = rows
         self.ids = torch.tensor(padded, device=weight.device)  # (R, T)
@@ -173,13 +177,18 @@ class _Joining:
     def read(self, model: Transformer) -> bool:
         """Read the next columns; whether all is read."""
         start = self.cache.length
-        end = min(self.ids.shape[1], start + max(1, PREFILL_TOKENS // len(self.rows)))
+        columns = PREFILL_TOKENS // len(self.rows) // PROMPT_COLUMNS * PROMPT_COLUMNS
+        end = min(self.ids.shape[1], start + max(columns, PROMPT_COLUMNS))
         states = model.hidden(self.ids[:, start:end], cache=self.cache)
         for place, row in enumerate(self.rows):
             length = len(row.ask.prompt)
             if start < length <= end:
                 self.states[place] = states[place, length - 1 - start]
         return end == self.ids.shape[1]
+
+
+def _padded(tokens: int) -> int:
+    return -(-tokens // PROMPT_COLUMNS) * PROMPT_COLUMNS
 
 
 def _choose(logits: Tensor, rows: Sequence[_Row]) -> Tensor:

@@ -1,9 +1,11 @@
 """Continuous batching: whoever joins and leaves, every row is what the full forward pass says."""
 
 import itertools
+from typing import cast
 
 import pytest
 import torch
+from torch import nn
 
 from conf.serving import Ask, Told
 from conf.shape import ShapeConfig
@@ -111,6 +113,23 @@ def test_the_cache_holds_no_more_tokens_than_allowed_and_none_is_overtaken(
     # Two rows of up to 63 places fit 128: the third waits for the second to end, the fourth for the
     # first. The n-th token of a row comes in step n - 1, one later when others joined before it.
     assert started == {0: 0, 1: 0, 2: 10, 3: 60}
+
+
+def test_prompts_of_any_lengths_are_products_of_few_sizes() -> None:
+    # oneDNN keeps code for each size: rows x columns of prompts, or one token of each live row.
+    model = made_of(SHAPE.model_copy(update={"context": 1024, "layers": 1}))
+    sizes: set[int] = set()
+
+    def note(_: nn.Module, given: tuple[torch.Tensor, ...]) -> None:
+        sizes.add(given[0].shape[0] * given[0].shape[1])
+
+    cast("nn.Module", model.blocks[0]).query.register_forward_pre_hook(note)  # type: ignore[union-attr]
+    slots = Slots(model, rows=4, tokens=4 * 1024)
+    for key in range(200):
+        slots.add(ask(key, [4] * (1 + 37 * key % 800), 1 + key % 3))
+    assert len(finish(slots)) == 200
+    few = {*range(1, 5), *range(16, 513, 16)}
+    assert sizes <= few, sorted(sizes - few)
 
 
 def test_a_dropped_answer_makes_room_at_once(model: Transformer) -> None:
