@@ -48,14 +48,22 @@ def parse_chat(row: Any) -> ChatRow:
             raise RowRefused("uses tools")
         if row.get("label") is False:
             raise RowRefused("its answer is labelled as bad")
-        system = row.get("system") or row.get("system_prompt")
-        if isinstance(system, str) and system.strip() and turns and turns[0][0] != "system":
-            turns = [("system", system), *turns]
     messages = [message_of(role, content) for role, content in turns]
+    messages = opened(row, messages) if isinstance(row, dict) else messages
     is_trimmed = len(messages) > 1 and messages[-1]["role"] == "user"
     messages = messages[:-1] if is_trimmed else messages
     refuse_disorder(messages, last="assistant")
     return ChatRow(layout, messages, is_trimmed)
+
+
+def opened(row: Mapping[str, Any], messages: list[Message]) -> list[Message]:
+    """The messages behind the system message that a row has beside them, unless they bring their own."""
+    system = row.get("system") or row.get("system_prompt")
+    if not isinstance(system, str) or not system.strip() or not messages:
+        return messages
+    return (
+        messages if messages[0]["role"] == "system" else [message_of("system", system), *messages]
+    )
 
 
 def turns_of_list(items: Sequence[Any]) -> list[tuple[Any, Any]]:

@@ -22,7 +22,7 @@ ANSWERED = "answered-{split}.jsonl"
 """In `state/`, written by the worker: pairs whose rejected answer is the policy's own."""
 
 
-@stage(version=2, uses_torch=True)
+@stage(version=3, uses_torch=True)
 def pairs(
     job: Job,
     settings: PairsConfig,

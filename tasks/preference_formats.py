@@ -10,6 +10,7 @@ from storage.conversations import Message
 from tasks.chat_formats import (
     RowRefused,
     message_of,
+    opened,
     refuse_disorder,
     turns_of_history,
     turns_of_list,
@@ -57,6 +58,7 @@ def parse_pairs(row: Any, several: Several = "best_worst") -> list[PairRow]:
             raise RowRefused("has one answer with a label where two are compared")
         raise RowRefused("is in no known layout")
     layout, prompt, better, worse = _pair_of(row, chosen, rejected)
+    prompt = opened(row, prompt)
     refuse_disorder(prompt, last="user")
     if not better.strip() or not worse.strip():
         raise RowRefused("has an empty answer")
@@ -110,7 +112,7 @@ def _listed(
 def _pairs_among(
     row: dict[str, Any], answers: list[tuple[str, float]], several: Several
 ) -> list[PairRow]:
-    prompt = _prompt_of(row)
+    prompt = opened(row, _prompt_of(row))
     refuse_disorder(prompt, last="user")
     told = [(text, score) for text, score in answers if text.strip()]
     told.sort(key=lambda answer: -answer[1])
@@ -176,9 +178,7 @@ def _asked(row: dict[str, Any], question: str) -> list[Message]:
     history = row.get("history")
     is_messages = isinstance(history, list) and bool(history) and isinstance(history[0], dict)
     turns = turns_of_list(history) if is_messages else turns_of_history(history)  # pyright: ignore[reportArgumentType]
-    system = row.get("system")
-    opening = [("system", system)] if isinstance(system, str) and system.strip() else []
-    return _messages([*opening, *turns, ("user", question)])
+    return _messages([*turns, ("user", question)])
 
 
 def _dialogues(

@@ -118,6 +118,27 @@ def test_system_and_history_come_before_the_question() -> None:
     ]
 
 
+SYSTEM = turn("system", "答得简短。")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"conversations": ASKED, "chosen": "鱼。", "rejected": "不知道。"},
+        {"prompt": ASKED, "chosen": "鱼。", "rejected": "不知道。"},
+        {
+            "chosen": [*ASKED, turn("assistant", "鱼。")],
+            "rejected": [*ASKED, turn("assistant", "不知道。")],
+        },
+        {"messages": ASKED, "responses": ["不知道。", "鱼。"], "scores": [1, 2]},
+        {"conversations": [SYSTEM, *ASKED], "chosen": "鱼。", "rejected": "不知道。"},
+    ],
+)
+def test_a_system_message_beside_the_prompt_opens_it(row: dict[str, Any]) -> None:
+    [pair] = parse_pairs({"system": SYSTEM["content"], **row})
+    assert (pair.prompt, pair.chosen, pair.rejected) == ([SYSTEM, *ASKED], "鱼。", "不知道。")
+
+
 def test_the_margin_is_the_difference_of_the_scores() -> None:
     row = {"prompt": "Q", "chosen": "a", "rejected": "b", "score_chosen": 8.5, "score_rejected": 6}
     assert parse_pairs(row)[0].margin == 2.5
