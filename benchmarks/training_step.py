@@ -3,6 +3,7 @@
 Eager in float32 and compiled in bfloat16, one thread, each in a process of its own, by turns; seconds
 are those of the processor. nanoGPT is no package: its rows are measured where a clone of its repository
 lies in `.bench/nanoGPT`, with as many heads of keys as of queries and a tied output on both sides.
+Ours as a worker runs it, in large pages of memory (model/__init__.py); theirs as they are installed.
 """
 
 import json
