@@ -11,16 +11,15 @@ from types import TracebackType
 from pydantic import ValidationError
 
 from conf.contract import OUTPUT, PROGRESS, Progress
-from tasks.processes import is_alive
+from tasks.processes import is_alive, start_of
 
 CANCEL = "cancel"
 """In `state/`: its presence asks the supervisor to stop the job."""
 FOLLOWERS = "followers"
-"""Folder in `state/` with one file per follower, touched every second."""
+"""Folder in `state/` with one file per follower, touched every second and named by its process, its start
+and its thread."""
 
 TOUCH_SECONDS = 1.0
-ALIVE_SECONDS = 5.0
-"""A follower that has not shown itself for this long is taken for dead."""
 MAX_LINE_CHARS = 2000
 
 Report = Callable[[float, float, str], None]
@@ -34,7 +33,8 @@ class Follower:
         self._say = say
         self._report = report
         self._lines = LineReader(attempt / "logs" / OUTPUT)
-        self._mark = attempt / "state" / FOLLOWERS / f"{os.getpid()}-{threading.get_ident()}"
+        name = f"{os.getpid()}-{start_of(os.getpid())}-{threading.get_ident()}"
+        self._mark = attempt / "state" / FOLLOWERS / name
         self._touched = 0.0
         self._reported = 0.0
 
@@ -65,7 +65,7 @@ class Follower:
         """Stop following; ask the job to end unless somebody else follows it. Whether it was asked."""
         self._mark.unlink(missing_ok=True)
         marks = self._mark.parent
-        if not marks.is_dir() or any(_is_fresh(mark) for mark in marks.iterdir()):
+        if not marks.is_dir() or any(_is_there(mark) for mark in marks.iterdir()):
             return False
         (self.attempt / "state" / CANCEL).touch()
         return True
@@ -110,12 +110,11 @@ def _shorten(line: str) -> str:
     return line if len(line) <= MAX_LINE_CHARS else f"{line[:MAX_LINE_CHARS]}... (cut)"
 
 
-def _is_fresh(mark: Path) -> bool:
-    try:
-        is_recent = time.time() - mark.stat().st_mtime < ALIVE_SECONDS
-    except FileNotFoundError:
-        return False
-    return is_recent and is_alive(int(mark.name.partition("-")[0]))
+def _is_there(mark: Path) -> bool:
+    """Whether the process of a mark lives. By no clock: one that is set, or a machine too busy to touch its
+    marks, would end a job that somebody follows."""
+    pid, started = mark.name.split("-")[:2]
+    return start_of(int(pid)) == float(started) and is_alive(int(pid))
 
 
 def newest_attempt(root: Path, fingerprint: str) -> Path | None:

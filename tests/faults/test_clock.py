@@ -1,6 +1,7 @@
 """Somebody sets the clock: nothing that is alive is taken for dead, and the newest stays the newest."""
 
 import os
+import subprocess
 import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -9,6 +10,7 @@ import psutil
 import pytest
 
 from flows.runs import Home, RunRecord, is_alive
+from tasks.follower import CANCEL, FOLLOWERS, Follower
 from tasks.processes import start_of
 from tasks.supervisor import Stillness
 
@@ -77,3 +79,23 @@ def test_a_follower_is_seen_whatever_the_clock_says(tmp_path: Path, offset: floa
     assert 0.05 <= still.seconds([mark]) < HOUR / 60
     mark.unlink()
     assert still.seconds([]) < HOUR / 60
+
+
+@pytest.mark.parametrize("offset", [-24 * HOUR, HOUR])
+def test_a_job_is_not_ended_while_another_follows_it_whatever_the_clock_says(
+    tmp_path: Path, offset: float
+) -> None:
+    def follower() -> Follower:
+        return Follower(tmp_path, lambda line: None, lambda done, total, unit: None)
+
+    with subprocess.Popen(["sleep", "600"]) as process:
+        (tmp_path / "state" / FOLLOWERS).mkdir(parents=True)
+        mark = tmp_path / "state" / FOLLOWERS / f"{process.pid}-{start_of(process.pid)}-1"
+        mark.touch()
+        os.utime(mark, (time.time() + offset, time.time() + offset))
+        assert not follower().leave()
+        # A process that got the number of one that is gone follows nothing.
+        mark.rename(mark.with_name(f"{process.pid}-1.0-1"))
+        assert follower().leave()
+        process.kill()
+    assert (tmp_path / "state" / CANCEL).exists()
