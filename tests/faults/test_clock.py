@@ -3,18 +3,51 @@
 import os
 import subprocess
 import time
-from datetime import UTC, datetime, timedelta
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta, tzinfo
 from pathlib import Path
 
 import psutil
 import pytest
 
-from flows.runs import Home, RunRecord, is_alive
+from flows import execution, runs
+from flows.runs import Home, RunRecord, is_alive, open_home
+from storage import store
+from tasks import stage
 from tasks.follower import CANCEL, FOLLOWERS, Follower
 from tasks.processes import start_of
 from tasks.supervisor import Stillness
+from tests.flows.conftest import Place
+from tests.flows.conftest import place as place  # a fixture
+from tests.flows.test_execution import go, statuses
+from tests.flows.test_watch import watcher
 
 HOUR = 3600
+SetClock = Callable[[float], float]
+
+
+@pytest.fixture
+def set_clock(monkeypatch: pytest.MonkeyPatch) -> SetClock:
+    """Sets the clock of this process so many hours off the true one; what it then says."""
+    now = time.time
+    offset = 0.0
+
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> datetime:
+            return datetime.fromtimestamp(now() + offset, tz)
+
+    monkeypatch.setattr(time, "time", lambda: now() + offset)
+    monkeypatch.setattr(time, "time_ns", lambda: int((now() + offset) * 1e9))
+    for module in (runs, execution, store, stage):
+        monkeypatch.setattr(module, "datetime", Clock)
+
+    def move(hours: float) -> float:
+        nonlocal offset
+        offset = hours * HOUR
+        return now() + offset
+
+    return move
 
 
 def test_when_a_process_was_started_is_told_by_no_clock_that_can_be_set(
@@ -99,3 +132,34 @@ def test_a_job_is_not_ended_while_another_follows_it_whatever_the_clock_says(
         assert follower().leave()
         process.kill()
     assert (tmp_path / "state" / CANCEL).exists()
+
+
+def test_nothing_is_built_or_asked_for_twice_whatever_the_clock_says(
+    place: Place, set_clock: SetClock
+) -> None:
+    go(place)
+    place.ran()
+    requests: list[str] = []
+    watching = watcher(place, requests)
+    for hours in (0, -1, 24, 0):
+        says = set_clock(hours)
+        os.utime(place.folder / "raw" / "one.txt", (says, says))
+        assert watching.turn() == watcher(place, requests).turn() == []
+        again = go(place)
+        assert set(statuses(again).values()) == {"hit"}
+        newest = open_home().newest()
+        assert newest
+        assert newest.run_id == again.record.run_id
+    # A file that comes while the clock is behind, and is older than all that was read.
+    says = set_clock(-1)
+    new = place.folder / "raw" / "new.txt"
+    new.write_text("new\n")
+    os.utime(new, (says, says))
+    assert watching.turn() == ["new.txt"]
+    shards = go(place).record.stages["mine"].metrics["shards"]
+    assert shards == {"built": 1, "reused": 2}
+    for hours in (24, -1, 0):
+        set_clock(hours)
+        assert watching.turn() == watcher(place, requests).turn() == []
+        assert set(statuses(go(place)).values()) == {"hit"}
+    assert len(requests) == 1
