@@ -16,7 +16,10 @@ class PairsConfig(Settings):
     sources: tuple[SourceSpec, ...] = ()
     """Files of pairs: JSON or JSON lines (.gz, .zst), or Parquet, in any known layout."""
     held_share: Annotated[float, Field(ge=0, lt=1)] = 0.05
-    """Share of the first user turns that is held out; the hash is the one that chats uses."""
+    """Share of what `held_by` names that is held out."""
+    held_by: Literal["question", "pair"] = "question"
+    """What a hash of decides which pairs of files are held out: the first user turn, as in chats, or the
+    whole pair, where many pairs answer one question: else either all of them are held out or none."""
     on_bad_row: Literal["skip", "fail"] = "skip"
     """`skip` counts a row that cannot be read and goes on; `fail` ends the stage at the first."""
     keep_duplicates: bool = False

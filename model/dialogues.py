@@ -46,6 +46,7 @@ class Pair(NamedTuple):
     margin: float
     name: str
     """Id of the pair."""
+    domain: str = ""
 
     @property
     def length(self) -> int:
@@ -127,7 +128,7 @@ class Renderer:
         room = self.limit - max(len(chosen), len(rejected))
         if (prompt := self.prompt(row["prompt"], room)) is None:
             return None
-        return Pair(prompt, chosen, rejected, row["margin"] or 0.0, row["id"])
+        return Pair(prompt, chosen, rejected, row["margin"] or 0.0, row["id"], row["domain"])
 
     def _fit(
         self, messages: Sequence[Message], room: int, *, for_generation: bool

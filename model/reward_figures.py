@@ -20,15 +20,25 @@ Scored = Sequence[tuple[float, float]]
 def accuracy_figures(
     scores: Sequence[tuple[float, float]], held: Sequence[Pair]
 ) -> dict[str, dict[str, Any]]:
-    """Share of held-out pairs in the right order with n and interval: of all, by margin, and by which
-    answer is the longer one."""
+    """Share of held-out pairs in the right order with n and interval: of all, by domain, by margin, and by
+    which answer is the longer one."""
     is_right = [chosen > rejected for chosen, rejected in scores]
     figures = {"held": share(sum(is_right), len(is_right), chance=0.5).model_dump()}
     margins = {f"margin {k}": v for k, v in _by_margin([row.margin for row in held]).items()}
-    for name, members in {**margins, **_by_length(held)}.items():
+    for name, members in {**_by_domain(held), **margins, **_by_length(held)}.items():
         right = sum(is_right[row] for row in members)
         figures[name] = share(right, len(members), chance=0.5).model_dump()
     return figures
+
+
+def _by_domain(held: Sequence[Pair]) -> dict[str, list[int]]:
+    domains = sorted({row.domain for row in held})
+    if len(domains) < 2:
+        return {}
+    return {
+        f"domain {domain}": [place for place, row in enumerate(held) if row.domain == domain]
+        for domain in domains
+    }
 
 
 def _by_margin(margins: Sequence[float]) -> dict[str, list[int]]:

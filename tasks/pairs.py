@@ -80,7 +80,8 @@ def _from_files(
             for row in found:
                 tally.layouts[row.layout] += 1
                 preference = _preference(row, file.spec.domain, unit)
-                if split := tally.place(file, preference["id"], row.prompt):
+                held_by = preference["id"] if settings.held_by == "pair" else ""
+                if split := tally.place(file, preference["id"], row.prompt, held_by):
                     yield split, preference
 
 

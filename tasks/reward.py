@@ -12,6 +12,7 @@ from tasks.stage import Job, stage
     uses_torch=True,
     headlines={
         "accuracy/held": "held-out pairs ordered rightly",
+        "accuracy/domain *": "held-out pairs ordered rightly, *",
     },
 )
 def reward(

@@ -50,10 +50,12 @@ class Tally:
                 continue
             yield line, row
 
-    def place(self, file: SourceFile, row_id: str, messages: list[Message]) -> Split | None:
+    def place(
+        self, file: SourceFile, row_id: str, messages: list[Message], held_by: str = ""
+    ) -> Split | None:
         """Where a row goes; none when it is a repetition, or its question is held out by another file.
 
-        Files of `split: held` must have been placed before all others (`in_split_order`). A file of
+        A hash of `held_by` decides, of the question where that is empty. Files of `split: held` must have been placed before all others (`in_split_order`). A file of
         `split: train` goes to training as a whole, as its owner says; what it shares is counted.
         """
         if not self.keep_duplicates and row_id in self._seen:
@@ -62,7 +64,9 @@ class Tally:
         turn = first_user_turn(messages)
         key = content_id(" ".join(turn.split()))
         split = (
-            split_by_hash(turn, self.held_share) if file.spec.split == "auto" else file.spec.split
+            split_by_hash(held_by or turn, self.held_share)
+            if file.spec.split == "auto"
+            else file.spec.split
         )
         if file.spec.split == "held":
             self._held_turns.add(key)

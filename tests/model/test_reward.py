@@ -252,6 +252,14 @@ def test_killed_with_keep_best_it_ends_with_the_same_bytes(world: Path, tmp_path
     assert same_metrics(job) == same_metrics(whole)
 
 
+def test_each_of_several_domains_has_its_accuracy() -> None:
+    held = [Pair([1], [2], [3], 0.0, "", domain) for domain in ("zh", "en", "zh")]
+    told = accuracy_figures([(1.0, 0.0), (0.0, 1.0), (0.0, 1.0)], held)
+    found = {name: (told[name]["value"], told[name]["n"]) for name in told if "domain" in name}
+    assert found == {"domain en": (0.0, 1), "domain zh": (0.5, 2)}
+    assert not [name for name in accuracy_figures([(1.0, 0.0)], held[:1]) if "domain" in name]
+
+
 def test_margins_of_many_values_are_told_in_quarters() -> None:
     held = [Pair([1], [2], [3], float(margin), "") for margin in range(40)]
     # Right where the margin is 10 or more.

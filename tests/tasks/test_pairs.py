@@ -270,6 +270,24 @@ def test_bad_rows_are_counted_and_equal_bytes_come_out_twice(tmp_path: Path) -> 
     assert (found.files / "train.jsonl").read_bytes() == (again.files / "train.jsonl").read_bytes()
 
 
+@pytest.mark.parametrize("held_by", ["question", "pair"])
+def test_many_pairs_of_one_question_can_be_held_out_in_part(held_by: Any, tmp_path: Path) -> None:
+    rows = [{"prompt": "猫吃什么？", "chosen": f"{n} 鱼", "rejected": f"{n}"} for n in range(400)]
+    (tmp_path / "a.json").write_text(json.dumps(rows), "utf-8")
+    settings = PairsConfig(sources=(SourceSpec(path="a.json"),), held_share=0.25, held_by=held_by)
+    found, job = run(tmp_path, settings, tmp_path)
+    counts = (job.metrics["train"], job.metrics["held"])
+    if held_by == "question":
+        assert sorted(counts) == [0, 400]
+        return
+    # 400 coins of 1/4: 100, 9 to a deviation.
+    assert sum(counts) == 400
+    assert abs(counts[1] - 100) < 4 * 9
+    assert {row["id"] for row in found.rows("held")}.isdisjoint(
+        row["id"] for row in found.rows("train")
+    )
+
+
 def test_empty_files_give_an_empty_artifact(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text("[]", "utf-8")
     found, job = run(tmp_path, PairsConfig(sources=(SourceSpec(path="a.json"),)), tmp_path)
