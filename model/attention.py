@@ -96,6 +96,26 @@ def flash_attention(
     return _in_rows(mixed, query)
 
 
+def fused_attention(
+    query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None, *, is_causal: bool
+) -> Tensor:
+    """`eager_attention` by torch's fused kernels."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.to(query.dtype), value.to(query.dtype)
+    if groups > 1 and query.is_cuda and (allowed is not None or query.dtype == torch.float32):
+        # FlashAttention takes neither masks nor float32; the kernel that does knows no groups, and without
+        # it all scores would exist at once.
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    return F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=allowed,
+        is_causal=is_causal,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+
+
 def eager_attention(
     query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None, *, is_causal: bool
 ) -> Tensor:

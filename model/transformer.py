@@ -23,6 +23,7 @@ from model.attention import (
     blockwise_attention,
     eager_attention,
     flash_attention,
+    fused_attention,
     one_token_attention,
 )
 from model.linear import Linear, linear
@@ -128,7 +129,6 @@ class Block(nn.Module):
         super().__init__()
         width, heads, kv_heads = shape.head_width, shape.heads, shape.kv_heads
         self.layer, self.head_width, self.dropout = layer, width, shape.dropout
-        self.is_grouped = heads != kv_heads
         self.has_rope = layer not in shape.no_rope_layers
         self.is_windowed = layer in shape.windowed_layers
         self.window = shape.sliding_window if self.is_windowed else 0
@@ -205,14 +205,7 @@ class Block(nn.Module):
         elif is_causal and query.device.type == "cpu" and query.dtype == torch.bfloat16:
             mixed = blockwise_attention(query, key.to(query.dtype), value.to(query.dtype))
         else:
-            mixed = F.scaled_dot_product_attention(
-                query,
-                key.to(query.dtype),
-                value.to(query.dtype),
-                attn_mask=allowed,
-                is_causal=is_causal,
-                enable_gqa=self.is_grouped,
-            )
+            mixed = fused_attention(query, key, value, allowed, is_causal=is_causal)
         mixed = mixed.transpose(1, 2).reshape(rows, tokens, -1)
         return mixed if packing is None else packing.together(mixed)
 

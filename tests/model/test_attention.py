@@ -5,10 +5,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import model.attention as attention
 from conf.shape import ShapeConfig
-from model.attention import Attention, blockwise_attention, eager_attention
+from model.attention import Attention, blockwise_attention, eager_attention, fused_attention
 from model.transformer import Transformer
 
 
@@ -107,3 +108,37 @@ def test_a_model_in_bfloat16_takes_it_and_learns_as_by_the_definition(
     for name, gradient in wanted.items():
         for found in (ours[name], compiled[name]):
             assert (found - gradient).norm() < 0.02 * gradient.norm(), name
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize(
+    ("dtype", "is_masked", "knows_groups"),
+    [
+        (torch.bfloat16, False, True),
+        (torch.bfloat16, True, False),
+        (torch.float32, False, False),
+        (torch.float32, True, False),
+    ],
+)
+@torch.no_grad()
+def test_grouped_heads_reach_a_kernel_on_cuda_that_makes_no_scores(
+    monkeypatch: pytest.MonkeyPatch,
+    device: str,
+    dtype: torch.dtype,
+    is_masked: bool,
+    knows_groups: bool,
+) -> None:
+    told: list[tuple[int, bool]] = []
+
+    def kernel(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **how: Any) -> Any:
+        told.append((key.shape[1], how["enable_gqa"]))
+        return query
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", kernel)
+    # Tensors of a device that is not here, without content.
+    with FakeTensorMode():
+        query = torch.empty(2, 6, 8, 16, device=device, dtype=dtype)
+        key = torch.empty(2, 2, 8, 16, device=device, dtype=dtype)
+        allowed = torch.ones(1, 1, 8, 8, device=device, dtype=torch.bool) if is_masked else None
+        fused_attention(query, key, key, allowed, is_causal=not is_masked)
+    assert told == [(2, True) if knows_groups or device == "cpu" else (6, False)]
