@@ -33,6 +33,7 @@ from model.loop import accumulate
 from model.optimizer import UpdateRule
 from model.ranks import Ranks
 from model.transformer import Transformer
+from model.worker import keep_freed_memory
 from storage.preferences import Preferences
 from tasks.pairs import pairs
 from tasks.world import world
@@ -131,6 +132,7 @@ def main() -> None:
     kind, course, answer = sys.argv[1:]
     settings = json.loads(Path(course).read_text("utf-8"))
     torch.set_num_threads(1)
+    keep_freed_memory()
     rows = [
         Pair(row["prompt"], row["chosen"], row["rejected"], 0.0, str(number))
         for number, row in enumerate(settings["rows"])

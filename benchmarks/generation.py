@@ -20,6 +20,7 @@ from conf.shape import ShapeConfig
 from model.generate import generate
 from model.huggingface import from_hf, to_hf
 from model.transformer import Transformer
+from model.worker import keep_freed_memory
 
 PACKAGES = ("torch==2.13.0", "transformers==5.23.0", "numpy", "safetensors")
 VOCABULARY, PAD, END = 8192, 0, 3
@@ -94,6 +95,7 @@ def main() -> None:
     course, weights, turn, answer = sys.argv[1:]
     told = json.loads(Path(course).read_text("utf-8"))
     torch.set_num_threads(1)
+    keep_freed_memory()
     model = Transformer(ShapeConfig(**told["shape"]), told["vocabulary"])
     model.load_state_dict(from_hf(load_file(weights)))
     started = time.process_time()

@@ -29,6 +29,7 @@ from model.ppo import Trainer
 from model.ranks import Ranks
 from model.rollouts import Models, Prompt
 from model.transformer import Transformer
+from model.worker import keep_freed_memory
 from storage.checkpoint import RewardScale
 from storage.conversations import Conversation
 from storage.tokenizer import ChatTokenizer
@@ -76,6 +77,7 @@ def main() -> None:
     course, weights, answer = sys.argv[1:]
     told = json.loads(Path(course).read_text("utf-8"))
     torch.set_num_threads(1)
+    keep_freed_memory()
     settings = PpoConfig(
         **{name: told[name] for name in SETTINGS}, max_new_tokens=told["new_tokens"]
     )

@@ -160,6 +160,8 @@ def prepare_blocks(model: Transformer, launch: LaunchConfig) -> None:
         # Blocks share their code; the number of a layer, which dropout reads, must not tell them apart.
         config = cast("Any", torch._dynamo.config)  # pyright: ignore[reportPrivateUsage]
         config.allow_unspec_int_on_nn_module = True
+        # Those that processes compute together do not: each is compiled for itself, in all its forms.
+        config.recompile_limit = max(config.recompile_limit, 8 * len(model.blocks))
 
 
 class Objective(nn.Module):

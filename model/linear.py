@@ -45,8 +45,9 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
 
 def weight_gradient(by_output: Tensor, x: Tensor) -> Tensor:
     """(N, K): gradient of a weight, of that of the output (M, N) and the input (M, K)."""
-    # The left side is copied into rows: the narrower one is to be it.
-    if by_output.shape[1] <= x.shape[1]:
+    # oneDNN copies the left side into rows: the narrower one is to be it. CUDA reads either way, and writes
+    # the gradient as the weight lies.
+    if by_output.shape[1] <= x.shape[1] or x.is_cuda:
         return product(by_output.t(), x.t())
     return product(x.t(), by_output.t()).t()
 

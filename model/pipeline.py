@@ -72,8 +72,8 @@ class PipelineEngine:
             for parameter in parameters:
                 if parameter.grad is not None:
                     dist.all_reduce(parameter.grad, group=group)
-        # The end of the pipeline alone knows them.
-        known = [figures]
+        # The end of the pipeline alone knows them; a tensor on CUDA would arrive on the sender's device.
+        known = [{name: value.cpu() for name, value in figures.items()}]
         dist.broadcast_object_list(
             known, group=self._stages, group_src=self.ranks.peers - 1, device=self.ranks.device
         )
