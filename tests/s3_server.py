@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.faults.faulty_s3 import client_of
+
 
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[str]:
@@ -15,13 +17,7 @@ def s3_server() -> Iterator[str]:
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
-    settings = {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-    }
+    settings = client_of(f"http://{host}:{port}")
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)
     import s3fs

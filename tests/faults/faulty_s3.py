@@ -63,6 +63,17 @@ def _error(start_response: Any, status: str, code: bytes) -> list[bytes]:
     return [content]
 
 
+def client_of(address: str) -> dict[str, str]:
+    """Environment of a client of a server of the tests."""
+    return {
+        "AWS_ENDPOINT_URL": address,
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+
+
 @contextmanager
 def faulty_s3(share: float, seed: int, slow_seconds: float = 1.0) -> Generator[tuple[str, Faulty]]:
     """The address of such a server on loopback, and its application."""

@@ -27,6 +27,7 @@ from flows.runs import Home
 from flows.services import read_service
 from tasks.processes import descendants
 from tests.faults.disks import mount, mounted
+from tests.faults.faulty_s3 import client_of, faulty_s3
 from tests.faults.small_run import (
     PATIENCE_SECONDS,
     Place,
@@ -220,6 +221,26 @@ def test_the_prefect_server_is_restarted_in_the_middle_of_a_run(
     flow.communicate(timeout=PATIENCE_SECONDS)
     _, cost = heal(place, store, unbroken, since=place.written(store))
     assert is_free(table.note("Prefect server gone", stage="pretrain", seed=number, **cost))
+
+
+def test_a_store_on_s3_that_fails_again_and_again_gets_all_of_it(
+    place: Place, unbroken: Told, table: Table
+) -> None:
+    with faulty_s3(0.2, SEED) as (address, faulty):
+        away = Place(place.folder, client_of(address), bucket="s3://stores")
+        script = "import s3fs; s3fs.S3FileSystem().mkdir('stores')"
+        subprocess.run(
+            [sys.executable, "-c", script], env={**os.environ, **away.environment}, check=True
+        )
+        flow = away.start("faulty")
+        flow.communicate(timeout=PATIENCE_SECONDS)
+        _, cost = heal(away, "faulty", unbroken, since=away.written("faulty"))
+        row = table.note("S3 errors, slow answers", seed=SEED, **cost)
+        assert is_free(row), row
+        assert all(faulty.faults.values()), faulty.faults
+        # All that was built is in the bucket: with an empty cache it is found there.
+        shutil.rmtree(away.store("faulty"))
+        assert not built(away.run("faulty"))
 
 
 def flip(path: Path, source: random.Random) -> None:

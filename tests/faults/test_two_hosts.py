@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.faults.faulty_s3 import client_of
 from tests.faults.small_run import Place, built, digests, steps_of, wait_until
 from tests.faults.table import Table
 from tests.tasks.launching import wait_for
@@ -85,13 +86,7 @@ def test_a_link_that_is_cut_for_a_minute_loses_nothing(
     finally:
         plain.down()
     one, other = hosts
-    client = {
-        "AWS_ENDPOINT_URL": f"http://{HERE}:9000",
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-    }
+    client = client_of(f"http://{HERE}:9000")
     prefect = {
         "PREFECT_HOME": str(tmp_path / "prefect"),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
