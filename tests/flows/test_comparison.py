@@ -203,6 +203,8 @@ def test_report_and_comparison_in_a_browser(home: Home, tmp_path: Path, browser:
                     expect(fold.locator("xpath=..").locator("table").first).to_be_visible()
                 # Wide tables scroll in their own frame, the page itself does not.
                 assert page.evaluate("document.documentElement.scrollWidth") <= width
+                for name in page.locator("svg.graph text:first-of-type").all():
+                    assert page.evaluate("e => e.getScreenCTM().a", name.element_handle()) == 1
                 if width == 1200:
                     page.emulate_media(media="print", color_scheme="dark")
                     ink = page.evaluate("getComputedStyle(document.body).color")
