@@ -15,6 +15,7 @@ from conf.sft import SftConfig
 from model import reward, sft
 from model.dialogues import Dialogue, Pair, labelled_logprobs, pair_tensors
 from model.dpo import dpo_batch, dpo_loss, step_loss
+from model.packing import Packing
 from model.reward import last_token_scores, reward_loss
 from model.transformer import AttentionMask, Transformer, token_logprobs
 from tests.model.oracle import gradient_norms, oracle_arrays, oracle_model, oracle_numbers
@@ -231,6 +232,53 @@ def test_losses_that_are_no_setting_come_out_of_the_same_log_probabilities(
     reference = torch.cat([arrays["ref_chosen_logps"], arrays["ref_rejected_logps"]])
     loss = OTHERS[name](*log_ratios(per_token.sum(-1), reference)).mean()
     expect(loss, model, expected[f"dpo_{name}"])
+
+
+def test_the_sorted_gains_of_a_batch(shared_oracle: Path, expected: dict[str, Any]) -> None:
+    """Melnyk et al. 2024 (AOT), on pairs."""
+    model = oracle_model(shared_oracle, "policy")
+    _, per_token = dpo_figures(shared_oracle, model)
+    arrays = oracle_arrays(shared_oracle / "batches.npz", "dpo")
+    chosen, rejected = per_token.sum(-1).chunk(2)
+    known = arrays["ref_chosen_logps"] - arrays["ref_rejected_logps"]
+    gain = (chosen - rejected).sort().values - known.sort().values
+    expect(-F.logsigmoid(BETA * gain).mean(), model, expected["dpo_aot"])
+
+
+def test_tokens_beyond_the_shorter_answer_count_half(
+    shared_oracle: Path, expected: dict[str, Any]
+) -> None:
+    """Liu et al. 2024 (LD-DPO), alpha 1/2."""
+    model = oracle_model(shared_oracle, "policy")
+    _, per_token = dpo_figures(shared_oracle, model)
+    tensors = pair_tensors(pairs(shared_oracle, "dpo"))
+    with torch.no_grad():
+        reference = labelled_logprobs(oracle_model(shared_oracle, "ref"), tensors)
+    lengths = (tensors["labels"] >= 0).sum(1)
+    shorter = torch.minimum(*lengths.chunk(2)).repeat(2)
+    weights = 1 - (torch.arange(per_token.shape[1]) >= shorter[:, None]) / 2
+    _, _, gain = log_ratios((per_token * weights).sum(-1), (reference * weights).sum(-1))
+    expect(-F.logsigmoid(BETA * gain).mean(), model, expected["dpo_sigmoid_ld"])
+
+
+def test_pairs_weigh_what_the_policy_would_say(
+    shared_oracle: Path, expected: dict[str, Any]
+) -> None:
+    """Zhou et al. 2024 (WPO), equation 3 with its alignment of the weights."""
+    model = oracle_model(shared_oracle, "policy")
+    _, per_token = dpo_figures(shared_oracle, model)
+    tensors = pair_tensors(pairs(shared_oracle, "dpo"))
+    arrays = oracle_arrays(shared_oracle / "batches.npz", "dpo")
+    is_label = tensors["labels"] >= 0
+    with torch.no_grad():
+        states = model.hidden(tensors["ids"], packing=Packing.of(tensors))[0]
+        own = torch.logsumexp(2 * model.logits(states).log_softmax(-1), -1)
+        own = torch.zeros(is_label.shape).masked_scatter(is_label, own)
+        chosen, rejected = ((per_token - own).sum(1) / is_label.sum(1)).chunk(2)
+        weights = (chosen + rejected).exp().clamp(max=1)
+    reference = torch.cat([arrays["ref_chosen_logps"], arrays["ref_rejected_logps"]])
+    _, _, gain = log_ratios(per_token.sum(-1), reference)
+    expect((-F.logsigmoid(BETA * gain) * weights).mean(), model, expected["dpo_sigmoid_wpo"])
 
 
 @pytest.mark.parametrize("name", ["sigmoid_norm", "sft"])

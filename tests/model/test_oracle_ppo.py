@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from conf.ppo import PpoConfig
 from model.advantages import (
     generalised_advantages,
     kl_per_token,
@@ -16,7 +17,10 @@ from model.advantages import (
     value_loss,
     whiten,
 )
+from model.lessons import Lesson, policy_step_loss
+from model.rollouts import Rollout, answer_logprobs, answer_values, apart
 from model.transformer import AttentionMask, Transformer, token_logprobs
+from storage.checkpoint import RewardScale
 from tests.model.oracle import PAD, gradient_norms, oracle_arrays, oracle_model, oracle_numbers
 
 RUNS = ("ppo_k1", "ppo_k3_white", "ppo_noeos")
@@ -109,6 +113,47 @@ def test_losses_and_gradients(run: str, step: int, shared_oracle: Path) -> None:
     expect_norms(critic, numbers, "value")
 
 
+def rollout_of(arrays: dict[str, Tensor]) -> Rollout:
+    """TRL's rollout as ours: prompts without padding, nothing behind the ends."""
+    mask = (~arrays["padding_mask"]).float()
+    known = {"logprobs": "logprobs", "reference": "ref_logprobs", "values": "values"}
+    return Rollout(
+        prompts=[[token for token in row if token != PAD] for row in arrays["queries"].tolist()],
+        answers=arrays["responses"],
+        mask=mask,
+        scores=arrays["scores"],
+        ended=torch.ones(len(mask)),
+        **{ours: arrays[theirs] * mask for ours, theirs in known.items()},
+    )
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_rows_without_padding_give_the_same(run: str, shared_oracle: Path) -> None:
+    arrays = oracle_arrays(shared_oracle / "ppo.npz", run)
+    expected = oracle_numbers(shared_oracle / "ppo_expected.json")[run]
+    arguments, numbers = expected["args"], expected["steps"][0]
+    rollout = rollout_of(arrays)
+    mask, everyone = rollout.mask, range(len(rollout.prompts))
+    packed, labels = rollout.packed(everyone), rollout.answers[rollout.mask > 0]
+    temperature = arguments["temperature"]
+    with torch.no_grad():
+        for name, wanted in (("policy", rollout.logprobs), ("ref", rollout.reference)):
+            found = answer_logprobs(oracle_model(shared_oracle, name), packed, labels, temperature)
+            torch.testing.assert_close(apart(found, mask), wanted, **CLOSE)
+        critic = oracle_model(shared_oracle, "value")
+        values = answer_values(critic, packed, RewardScale(mean=0.0, std=1.0))
+        torch.testing.assert_close(apart(values, mask), rollout.values, **CLOSE)
+    settings = PpoConfig(temperature=temperature, ratio_clip=arguments["cliprange"])
+    batch = Lesson(rollout, arrays["advantages"] * mask, arrays["returns"], 0.0).batch(
+        arrays["step0/micro_batch_inds"].tolist()
+    )
+    policy = oracle_model(shared_oracle, "policy")
+    figures = policy_step_loss(settings, 0.0)(policy, batch, batch.weights)
+    figures["loss"].backward()
+    assert figures["loss"].item() == pytest.approx(numbers["pg_loss"], rel=1e-5, abs=1e-7)
+    expect_norms(policy, numbers, "policy")
+
+
 def expect_norms(model: Transformer, numbers: dict[str, Any], which: str) -> None:
     total, each = gradient_norms(model)
     assert total == pytest.approx(numbers["grad_norm_total"][which], rel=1e-5)
@@ -122,7 +167,7 @@ def test_peers_agree_on_kl_rewards_and_returns(peer: str, shared_oracle: Path) -
     given = oracle_arrays(shared_oracle / "peers.npz", "")
     numbers = oracle_numbers(shared_oracle / "peers_expected.json")
     mask = given["mask"].float()
-    for estimator in ("k1", "k3"):
+    for estimator in ("k1", "k2", "k3"):
         kl = kl_per_token(given["logprobs"], given["ref_logprobs"], estimator) * mask
         torch.testing.assert_close(kl, given[f"{peer}/{estimator}"] * mask, **CLOSE)
     kl = kl_per_token(given["logprobs"], given["ref_logprobs"], "k1") * mask
@@ -138,6 +183,36 @@ def test_peers_agree_on_kl_rewards_and_returns(peer: str, shared_oracle: Path) -
     if peer == "verl":
         white = whiten(advantages, mask)
         torch.testing.assert_close(white, given["verl/advantages_whitened"] * mask, **CLOSE)
+    else:
+        torch.testing.assert_close(advantages * mask, given["openrlhf/advantages"] * mask, **CLOSE)
+
+
+def test_deepspeed_chat_agrees_with_the_score_one_place_behind(shared_oracle: Path) -> None:
+    given = oracle_arrays(shared_oracle / "peers.npz", "")
+    numbers = oracle_numbers(shared_oracle / "peers_expected.json")
+    mask = given["mask"].float()
+    after = mask.sum(1).long().clamp(max=mask.shape[1] - 1)
+    kl = kl_per_token(given["logprobs"], given["ref_logprobs"], "k1")
+    scores = given["scores"].clamp(-numbers["reward_clip"], numbers["reward_clip"])
+    rewards = token_rewards(kl, scores, after, kl_coef=numbers["kl_coef"])
+    torch.testing.assert_close(rewards * mask, given["dschat/token_rewards"] * mask, **CLOSE)
+    seen = (torch.arange(mask.shape[1]) <= after[:, None]).float()
+    advantages, returns = generalised_advantages(
+        given["dschat/token_rewards"] * seen,
+        given["values"] * seen,
+        gamma=numbers["gamma"],
+        lam=numbers["lam"],
+    )
+    torch.testing.assert_close(advantages, given["dschat/advantages"], **CLOSE)
+    torch.testing.assert_close(returns, given["dschat/returns"], **CLOSE)
+    each, _ = policy_loss(
+        given["new_logprobs"], given["logprobs"], advantages, clip=numbers["cliprange"]
+    )
+    assert masked_mean(each, mask).item() == pytest.approx(numbers["dschat/actor_loss"], rel=1e-5)
+    each = value_loss(
+        given["new_values"], given["values"], returns, clip=numbers["cliprange_value"]
+    )
+    assert masked_mean(each, mask).item() == pytest.approx(numbers["dschat/critic_loss"], rel=1e-5)
 
 
 def test_verl_agrees_on_both_losses(shared_oracle: Path) -> None:
@@ -159,3 +234,5 @@ def test_verl_agrees_on_both_losses(shared_oracle: Path) -> None:
         clip=numbers["cliprange_value"],
     )
     assert masked_mean(each, mask).item() == pytest.approx(numbers["verl/value_loss"], rel=1e-5)
+    kl = kl_per_token(given["logprobs"], given["new_logprobs"], "k1")
+    assert masked_mean(kl, mask).item() == pytest.approx(numbers["verl/ppo_kl"], rel=1e-5)
