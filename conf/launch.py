@@ -86,8 +86,8 @@ class LaunchConfig(Settings):
     that do not see one another without a mask (CUDA from the A100 on, bf16 or fp16; on a CPU `sdpa` has none
     either); `eager`: the definition, slow and large, to check them against."""
     compile: bool = False
-    """Whether blocks and head run as code that torch.compile makes; costs a minute at the start, and
-    needs a C++ compiler on CPU."""
+    """Whether blocks and head run as code that torch.compile makes; costs a minute at the start (with
+    `tensor_parallel` for each block), and needs a C++ compiler on CPU."""
     checkpoint_activations: bool = False
     """Whether a block's activations are computed again for the backward pass instead of being kept: a
     third more computing for a fraction of the memory."""

@@ -3,9 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import model.linear as products
-from model.linear import Linear, linear
+from model.linear import Linear, linear, weight_gradient
 
 needs_onednn = pytest.mark.skipif(
     not products.HAS_ONEDNN, reason="no processor on which oneDNN is the faster library"
@@ -58,3 +59,11 @@ def test_small_products_halves_and_autocast_are_torchs_own(monkeypatch: pytest.M
     assert layer.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
     with torch.autocast("cpu", torch.bfloat16):
         assert Linear(8, 6)(x).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("width", "wide"), [(24, 56), (56, 24)])
+def test_on_cuda_a_gradient_lies_as_its_weight_does(width: int, wide: int) -> None:
+    with FakeTensorMode():
+        x, above = (torch.empty(8, size, device="cuda") for size in (width, wide))
+        found = weight_gradient(above, x)
+        assert (found.shape, found.is_contiguous()) == ((wide, width), True)
