@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import os
+import sqlite3
 import sys
 import time
 from dataclasses import dataclass, field
@@ -147,8 +148,8 @@ def look_once(watcher: Watcher) -> None:
     place = watcher.watch.place
     try:
         started = watcher.turn()
-    except (OSError, BessemerError, PrefectException, httpx.HTTPError) as error:
-        # The server, the bucket or a folder on the network is away: it is looked again.
+    except (OSError, BessemerError, PrefectException, httpx.HTTPError, sqlite3.Error) as error:
+        # The server, the bucket or a folder on the network is away, or a disk full: it is looked again.
         trouble = f"{type(error).__name__}: {str(error)[:500]}"
         if trouble != watcher.trouble:
             _log.warning("%s: %s", place, trouble)

@@ -13,7 +13,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -175,13 +175,14 @@ class HashCache:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with closing(self._connect(self.path)) as connection, connection:
             connection.executemany(
-                "insert or replace into hashes values (?, ?, ?)",
-                [(path, state, digest) for path, (state, digest) in fresh.items()],
+                "insert or replace into hashes values (cast(? as text), ?, ?)",
+                [(os.fsencode(path), state, digest) for path, (state, digest) in fresh.items()],
             )
 
     @staticmethod
     def _connect(path: Path) -> sqlite3.Connection:
         connection = sqlite3.connect(path, timeout=30.0)
+        connection.text_factory = os.fsdecode  # a name of a file may be no UTF-8
         connection.execute(
             "create table if not exists hashes (path text primary key, state text, digest text)"
         )
@@ -366,9 +367,24 @@ def _local_files(
     unknown = [path for path in paths if str(path) not in known]
     known |= {str(p): found for p, found in zip(unknown, hashes.digests(unknown), strict=True)}
     return [
-        _Found(path, path.relative_to(root).as_posix(), *known[str(path)], path.parent.name)
+        _Found(
+            path,
+            _readable(path.relative_to(root).as_posix()),
+            *known[str(path)],
+            _readable(path.parent.name),
+        )
         for path in paths
     ]
+
+
+def _readable(name: str) -> str:
+    """A file's name as text: of bytes that are no UTF-8 in GB18030, as old Chinese systems wrote them, or
+    with these bytes escaped."""
+    content = os.fsencode(name)
+    for encoding in ("utf-8", "gb18030"):
+        with suppress(UnicodeDecodeError):
+            return content.decode(encoding)
+    return content.decode("utf-8", "backslashreplace")
 
 
 def _remote_files(pattern: str, hashes: HashCache) -> list[_Found]:

@@ -53,6 +53,24 @@ def test_the_first_look_is_one_landing_in_name_order(
     assert names(look()) == [["B.jsonl", "a.jsonl", "b.jsonl", "中.jsonl"]]
 
 
+def test_a_name_that_is_no_utf_8_is_read_as_old_chinese_systems_wrote_it(
+    tmp_path: Path, look: Callable[..., Source]
+) -> None:
+    folder = os.fsencode(tmp_path / "in")
+    long_ago = time.time() - 60
+    for name in ("甲.txt".encode("gbk"), b"\xff\xfe.txt"):
+        file = Path(os.fsdecode(folder + b"/" + name))
+        file.write_bytes(name)
+        os.utime(file, (long_ago, long_ago))
+    for _ in range(2):  # the second time from the table of hashes
+        (landing,) = look().landings
+        assert [file.name for file in landing.files] == ["甲.txt", r"\xff\xfe.txt"]
+        assert [file.path.read_bytes() for file in landing.files] == [
+            "甲.txt".encode("gbk"),
+            b"\xff\xfe.txt",
+        ]
+
+
 def test_a_file_that_appears_later_is_a_landing_of_its_own(
     tmp_path: Path, look: Callable[..., Source]
 ) -> None:
