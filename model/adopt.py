@@ -18,6 +18,8 @@ from storage.checkpoint import CONFIG
 from storage.tokenizer import MODEL_FILE, read_meta
 
 PROBE_ROWS, PROBE_TOKENS = 4, 64
+ADAPTER = "adapter_config.json"
+"""What peft writes beside low-rank corrections."""
 
 
 def main() -> None:
@@ -51,7 +53,16 @@ def work(job: JobFile, ranks: Ranks, journal: Journal) -> dict[str, Any]:
 
 
 def folder_of(paths: list[Path]) -> Path:
-    """The folder of the one `config.json` among the files. Raises ValueError for none or several."""
+    """The folder of the one `config.json` among the files.
+
+    Raises ValueError for none or several, and for an adapter beside or in place of a model: without it the
+    policy, and with that the reference of what is learnt next, would be the model before its training.
+    """
+    if adapter := next((path for path in paths if path.name == ADAPTER), None):
+        raise ValueError(
+            f"{adapter.parent} holds an adapter that is not merged ({ADAPTER}); merge it (peft: "
+            "merge_and_unload), save the whole model, and name that folder"
+        )
     found = sorted({path.parent for path in paths if path.name == CONFIG})
     if len(found) != 1:
         told = ", ".join(map(str, found)) or "none"

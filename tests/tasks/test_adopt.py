@@ -112,6 +112,12 @@ def test_no_folder_and_two_models_are_refused(tmp_path: Path) -> None:
         folder_of([tmp_path / "a" / "config.json", tmp_path / "b" / "config.json"])
 
 
+def test_an_adapter_that_is_not_merged_is_refused(folder: Path) -> None:
+    (folder / "qwen" / "adapter_config.json").write_text('{"peft_type": "LORA"}', "utf-8")
+    with pytest.raises(ValueError, match="holds an adapter that is not merged"):
+        folder_of(sorted((folder / "qwen").iterdir()))
+
+
 def test_rows_that_no_token_has_are_cut(folder: Path) -> None:
     adopt_here(folder, settings())
     model = load_model(folder / "attempt" / "files")
