@@ -33,6 +33,11 @@ class Worker(Runner):
         """End at once, as after kill -9, for which all is prepared."""
         os._exit(0)
 
+    async def __aexit__(self, *reason: Any) -> None:
+        """The same where the server has been away for a minute, at which Prefect's runner gives up."""
+        _log.error("the server does not answer, `bessemer up` starts both again: %r", reason[1])
+        os._exit(1)
+
 
 def main() -> None:
     """Register the deployments and serve them until the process is ended."""

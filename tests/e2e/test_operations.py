@@ -431,6 +431,34 @@ def test_a_training_outlives_its_worker_and_ends_by_the_button_of_its_page(
 
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
+def test_a_training_outlives_its_server_and_the_worker_that_waited_for_it(
+    bessemer: Command,
+) -> None:
+    reached = steps(bessemer)
+    training = begin(bessemer, deployments(bessemer)["pretraining"], recipe="training.yaml")
+    wait_for(lambda: steps(bessemer) > reached + 100, seconds=PATIENT)
+    job, going = job_of(bessemer), next(bessemer.home.records())
+    server, worker = (read_service(bessemer.home, name) for name in ("prefect", "worker"))
+    assert server
+    assert worker
+    os.kill(server.pid, signal.SIGKILL)
+    wait_for(lambda: not worker.is_running, seconds=PATIENT)  # Prefect's asks three times
+    reached = steps(bessemer)
+    wait_for(lambda: steps(bessemer) > reached + 100, seconds=PATIENT)
+    assert job_of(bessemer) == job
+    assert is_alive(going.pid)
+
+    # The server comes back where it was, and the run, which has asked for it all the while, is there.
+    bessemer("up", timeout=PATIENT)
+    assert page_url(bessemer) == server.url
+    assert state_of(bessemer, training) == "RUNNING"
+    cancel(bessemer, training)
+    wait_for(lambda: state_of(bessemer, training) == "CANCELLED", seconds=PATIENT)
+    wait_for(lambda: not any(is_alive(pid) for pid in (*job, going.pid)), seconds=15)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
 def test_watched_data_and_a_cron_make_one_run_that_goes_on_with_a_replay(bessemer: Command) -> None:
     bessemer("run", "training.yaml", "pretrain.tokens=100000", timeout=PATIENT)
     first = next(bessemer.home.records())
