@@ -126,9 +126,15 @@ def refuse_impossible(
             f"optimizer=adamw"
         )
     is_cuda = ranks.device.type == "cuda"
-    if is_cuda and rule.precision == "bf16" and torch.cuda.get_device_capability()[0] < 8:
+    is_old = is_cuda and torch.cuda.get_device_capability()[0] < 8
+    if is_old and rule.precision == "bf16":
         raise ValueError(
             f"{torch.cuda.get_device_name()} has no bfloat16; use precision=fp16 or precision=fp32"
+        )
+    if is_old and launch.attention == "flash":
+        raise ValueError(
+            f"{torch.cuda.get_device_name()} has no FlashAttention, which the A100 has; use "
+            f"launch.attention=sdpa"
         )
     if launch.attention == "flash" and not (is_cuda and rule.precision != "fp32"):
         raise ValueError(

@@ -138,11 +138,11 @@ def environment(launch: LaunchConfig, placement: Placement) -> dict[str, str]:
     wanted.pop("MASTER_ADDR", None)
     if launch.nodes == 1:
         wanted["MASTER_ADDR"] = "127.0.0.1"
+        # Also beside NCCL: checkpoints that are written beside training meet by gloo.
+        wanted["GLOO_SOCKET_IFNAME"] = "lo"
     if placement.device == "cpu":
         wanted["CUDA_VISIBLE_DEVICES"] = ""
         wanted["DS_ACCELERATOR"] = "cpu"
-        if launch.nodes == 1:
-            wanted["GLOO_SOCKET_IFNAME"] = "lo"
     elif launch.launcher == "deepspeed":
         wanted.pop("CUDA_VISIBLE_DEVICES", None)
     else:

@@ -83,6 +83,8 @@ def test_a_cpu_job_sees_no_device_and_a_cuda_job_only_its_own(
     assert (on_cuda["CUDA_VISIBLE_DEVICES"], on_cuda["OMP_NUM_THREADS"]) == ("2,5", "4")
     # What a surrounding job says of itself is not true of this one.
     assert "RANK" not in on_cpu
+    # Of one machine, ranks meet within it, whatever its name resolves to.
+    assert on_cpu["GLOO_SOCKET_IFNAME"] == on_cuda["GLOO_SOCKET_IFNAME"] == "lo"
 
 
 def test_the_working_directory_is_not_searched_for_modules(
