@@ -19,6 +19,9 @@ MOST_CHOICES = 16
 MOST_STOPS = 16
 MOST_PROMPTS = 64
 SEEDS = 1 << 63
+MOST_TOKEN_BYTES = 64
+"""Bytes per token of a prompt above which it is refused unread: text has 3 to 6, and while 4 MiB of it
+become tokens, for about two seconds, the server does nothing else."""
 FIXED: Mapping[str, tuple[Any, ...]] = {
     "presence_penalty": (None, 0),
     "frequency_penalty": (None, 0),
@@ -152,8 +155,9 @@ class ChatRequest(Sampled):
         return (self.top_logprobs or 0) if self.logprobs else None
 
     def prompts(self, engine: Engine) -> list[list[int]]:
-        """The conversation as tokens, as one prompt."""
+        """The conversation as tokens, as one prompt. Raises Refused where it is far too long."""
         messages = [message.normal for message in self.messages]
+        _refuse_long("".join(message["content"] for message in messages), engine, "messages")
         return [engine.tokenizer.render(messages, for_generation=True).ids]
 
 
@@ -181,7 +185,7 @@ class CompletionRequest(Sampled):
     def prompts(self, engine: Engine) -> list[list[int]]:
         """Each prompt as tokens; text stands at the beginning of a document.
 
-        Raises Refused for token ids that the model does not have.
+        Raises Refused for token ids that the model does not have, and for text far too long.
         """
         given: Sequence[str | list[int]]
         match self.prompt:
@@ -192,6 +196,9 @@ class CompletionRequest(Sampled):
             case _:
                 given = self.prompt  # pyright: ignore[reportAssignmentType]
         tokenizer = engine.tokenizer
+        for item in given:
+            if isinstance(item, str):
+                _refuse_long(item, engine, "prompt")
         found = [
             [tokenizer.eos, *tokenizer.encode(item)] if isinstance(item, str) else item
             for item in given
@@ -219,6 +226,17 @@ def parse(kind: type[Body], body: bytes) -> Body:
         shown = found if len(found) <= 80 else f"{found[:80]}..."
         where = f"{place}: " if place else ""
         raise Refused(f"{where}{first['msg']}; found {shown}", param=place or None) from None
+
+
+def _refuse_long(text: str, engine: Engine, param: str) -> None:
+    """Raises Refused for text that no tokenizer makes short enough for the model's context."""
+    context, size = engine.ready.context, len(text.encode("utf-8"))
+    if size > context * MOST_TOKEN_BYTES:
+        raise Refused(
+            f"this model's context is {context} tokens; {size} bytes do not fit: shorten the prompt",
+            code="context_length_exceeded",
+            param=param,
+        )
 
 
 def fields_of_asks(

@@ -146,7 +146,16 @@ def test_what_is_wrong_is_told_in_the_clients_own_errors(client: openai.OpenAI) 
     with pytest.raises(openai.BadRequestError, match="temperature") as caught:
         client.chat.completions.create(model="one", messages=HELLO, temperature=3)  # type: ignore[call-overload]
     assert caught.value.param == "temperature"
-    long = [{"role": "user", "content": "猫" * 5000}]
-    with pytest.raises(openai.BadRequestError, match="do not fit") as caught:
-        client.chat.completions.create(model="one", messages=long)  # type: ignore[call-overload]
-    assert caught.value.code == "context_length_exceeded"
+    # 64 bytes for each of 4096 tokens are read at most: 87,381 characters of 3 bytes.
+    for chars, found in (
+        (5000, "of the prompt"),
+        (87_381, "of the prompt"),
+        (87_382, "262146 bytes"),
+    ):
+        long = [{"role": "user", "content": "猫" * chars}]
+        with pytest.raises(openai.BadRequestError, match=f"{found}.* do not fit") as caught:
+            client.chat.completions.create(model="one", messages=long)  # type: ignore[call-overload]
+        assert caught.value.code == "context_length_exceeded"
+    with pytest.raises(openai.BadRequestError, match="262145 bytes do not fit") as caught:
+        client.completions.create(model="one", prompt=["hi", "a" * 262_145])
+    assert caught.value.param == "prompt"
