@@ -21,6 +21,8 @@ PREFILL_TOKENS = 512
 PROMPT_COLUMNS = 16
 """Prompts are padded to multiples of so many tokens: oneDNN makes code for each new size of a product
 and keeps it, half a MiB or more for each new length of a prompt."""
+COLDEST = 1e-30
+"""Temperature below which logits divided by it would not be finite."""
 
 
 class Slots:
@@ -198,7 +200,7 @@ def _choose(logits: Tensor, rows: Sequence[_Row]) -> Tensor:
     if drawing:
         asks = [rows[place].ask for place in drawing]
         noise = [rows[place].noise[rows[place].made] for place in drawing]
-        temperature = logits.new_tensor([[ask.temperature] for ask in asks])
+        temperature = logits.new_tensor([[max(ask.temperature, COLDEST)] for ask in asks])
         picked = logits if len(drawing) == len(rows) else logits[drawing]
         shares = _likeliest((picked / temperature).softmax(-1), asks)
         drawn = draw(shares, logits.new_tensor(noise))

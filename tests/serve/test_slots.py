@@ -197,6 +197,14 @@ def test_top_k_and_top_p_leave_out_the_unlikely(model: Transformer) -> None:
         assert float(difference) < 4.5 * 0.5 / rows**0.5
 
 
+def test_the_smallest_temperature_takes_the_likeliest_token(model: Transformer) -> None:
+    slots = Slots(model, rows=2, tokens=128)
+    for key, temperature in enumerate((1e-38, 5e-324)):
+        slots.add(ask(key, [5, 6], 8, temperature=temperature, seed=key))
+    for told in finish(slots).values():
+        assert [one.token for one in told] == greedy(model, [5, 6], 8)
+
+
 def test_log_probabilities_are_those_of_the_full_forward_pass(model: Transformer) -> None:
     slots = Slots(model, rows=4, tokens=256)
     slots.add(ask(0, [5, 6, 7], 12, temperature=0.7, logprobs=3))
