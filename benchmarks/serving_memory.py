@@ -2,7 +2,7 @@
 
 What the server and its model's process hold (resident) is read every few seconds while clients ask for
 streamed answers. The first fifth of the time is left out of the slope: caches fill then. Ends with status 1
-where the memory grew by more than 2 %.
+where the memory of one of them grew by more than 2 %.
 """
 
 import argparse
@@ -16,6 +16,9 @@ import psutil
 
 from benchmarks.serving import export_model, loaded, our_server, prompts_of
 from benchmarks.work import Work, corpus_of
+
+Sizes = tuple[float, int, int]
+"""Minutes since the beginning, bytes of the server and of its model's process."""
 
 EVERY_SECONDS = 5.0
 SETTLED = 0.2
@@ -36,7 +39,7 @@ def main() -> None:
         work = Work(Path(folder), given.data, corpus, megabytes)
         options = ["--threads", str(given.threads)] if given.threads else []
         with our_server(export_model(work), *options) as (url, name, process):
-            sizes: list[tuple[float, int]] = []
+            sizes: list[Sizes] = []
             done = threading.Event()
             watcher = threading.Thread(target=_watch, args=(process, sizes, done))
             watcher.start()
@@ -48,29 +51,35 @@ def main() -> None:
     raise SystemExit(_told(sizes, given.clients, load.tokens_per_second))
 
 
-def _watch(process: int, sizes: list[tuple[float, int]], done: threading.Event) -> None:
-    """Minutes since the beginning, and bytes."""
-    parent, passed = psutil.Process(process), 0.0
+def _watch(process: int, sizes: list[Sizes], done: threading.Event) -> None:
+    server, passed = psutil.Process(process), 0.0
+    [model] = server.children(recursive=True)
     while True:
-        family = [parent, *parent.children(recursive=True)]
-        sizes.append((passed / 60, sum(one.memory_info().rss for one in family)))
+        sizes.append((passed / 60, server.memory_info().rss, model.memory_info().rss))
         if done.wait(EVERY_SECONDS):
             return
         passed += EVERY_SECONDS
 
 
-def _told(sizes: list[tuple[float, int]], clients: int, rate: float) -> int:
-    settled = sizes[int(len(sizes) * SETTLED) :]
-    minutes, held = zip(*settled, strict=True)
-    slope = statistics.linear_regression(minutes, held).slope
-    grown = slope * (minutes[-1] - minutes[0]) / held[0]
-    fifths = [sizes[int(place * (len(sizes) - 1) / 5)][1] for place in range(6)]
+def _told(sizes: list[Sizes], clients: int, rate: float) -> int:
+    print(f"{clients} clients, {sizes[-1][0]:.1f} minutes, {rate:.0f} tokens/s")
+    minutes, server, model = zip(*sizes, strict=True)
+    grown = [_grown("server", minutes, server), _grown("model", minutes, model)]
+    return int(max(grown) > MOST_GROWTH)
+
+
+def _grown(name: str, minutes: tuple[float, ...], held: tuple[int, ...]) -> float:
+    """The share by which it grew once settled."""
+    first = int(len(held) * SETTLED)
+    slope = statistics.linear_regression(minutes[first:], held[first:]).slope
+    grown = slope * (minutes[-1] - minutes[first]) / held[first]
+    fifths = [held[int(place * (len(held) - 1) / 5)] for place in range(6)]
     told = ", ".join(f"{size / 2**20:.0f}" for size in fifths)
     print(
-        f"{clients} clients, {sizes[-1][0]:.1f} minutes, {rate:.0f} tokens/s: {told} MiB at the start and after "
-        f"each fifth; {slope / 2**20:+.2f} MiB a minute after the first ({grown:+.1%})"
+        f"{name}: {told} MiB at the start and after each fifth; {slope / 2**20:+.2f} MiB a minute after "
+        f"the first ({grown:+.1%})"
     )
-    return int(grown > MOST_GROWTH)
+    return grown
 
 
 if __name__ == "__main__":
