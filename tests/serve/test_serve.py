@@ -1,9 +1,12 @@
 """The server under bad requests, readers that leave, too many of them, and without a token."""
 
+import asyncio
+import gc
 import json
 import random
 import socket
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,8 +16,12 @@ import psutil
 import pytest
 
 from conf.pairs import PairsConfig
+from conf.serving import Serving
 from conf.settings import SourceSpec
-from flows.serve import read_token
+from flows.answering import Engine
+from flows.runs import Home
+from flows.serve import Limits, Server, read_token
+from flows.served import find_served
 from tests.serve.conftest import ROWS, WAITING, Running, serving
 from tests.tasks.test_pairs import run as run_pairs
 
@@ -131,6 +138,45 @@ def test_memory_stays_flat_under_load(server: Running) -> None:
                 assert set(pool.map(ask, range(400))) == {200}
                 sizes.append(resident())
     assert sizes[-1] < sizes[1] * 1.02, sizes
+
+
+def test_nothing_is_kept_of_requests_that_ended(policies: dict[str, Path], tmp_path: Path) -> None:
+    own = {"flows.serve", "flows.answering", "flows.answer_text", "flows.openai_api"}
+
+    def kept() -> Counter[str]:
+        gc.collect()
+        found = Counter(
+            type(one).__name__ for one in gc.get_objects() if type(one).__module__ in own
+        )
+        return found + Counter(tasks=len(asyncio.all_tasks()))
+
+    async def ask(client: httpx.AsyncClient) -> None:
+        for body in (
+            SHORT,
+            {**SHORT, "stream": True, "n": 3},
+            {**SHORT, "stop": ["a"]},
+            {"model": "one"},
+        ):
+            await client.post(CHAT, json=body)
+        with pytest.raises(TimeoutError):  # a reader that leaves
+            await asyncio.wait_for(client.post(CHAT, json={**LONG, "stream": True}), 0.2)
+
+    async def counted() -> tuple[Counter[str], Counter[str]]:
+        [served] = find_served([f"one={policies['one']}"], Home(tmp_path))
+        async with Engine(served, Serving(folder=str(served.folder))) as engine:
+            await engine.load()
+            app = Server([engine], Limits(), tmp_path / "rated.jsonl").application
+            to_app = httpx.ASGITransport(app)
+            async with httpx.AsyncClient(transport=to_app, base_url="http://127.0.0.1") as client:
+                before = kept()
+                await asyncio.gather(*(ask(client) for _ in range(8)))
+                assert engine.open_answers == 0
+                return before, kept()
+
+    before, after = asyncio.run(counted())
+    assert before["Engine"] == 1
+    # What the last token was for is a variable of the loop that waits for the next one.
+    assert (after - before).total() <= 1, after - before
 
 
 def test_what_is_no_http_is_refused(server: Running) -> None:
