@@ -100,13 +100,14 @@ def test_two_checkpoints_are_compared_and_the_choice_becomes_a_pair(
     page.locator("#system").fill("Be brief.")
     say(page, "马在哪里？")
     expect(page.locator(".answer .row:visible")).to_have_count(2)
+    page.locator("#system").fill("Be rude.")  # later than the answers
     page.locator(".answer .up").nth(1).click()
     expect(page.locator(".state").nth(1)).to_contain_text("saved as chosen")
     expect(page.locator(".state").nth(0)).to_contain_text("saved as rejected")
     (line,) = server.preferences.read_text("utf-8").splitlines()
     pair = json.loads(line)
     assert [message["role"] for message in pair["prompt"]] == ["system", "user"]
-    assert pair["prompt"][1]["content"] == "马在哪里？"
+    assert [message["content"] for message in pair["prompt"]] == ["Be brief.", "马在哪里？"]
     assert (pair["chosen_model"], pair["rejected_model"]) == ("two", "one")
     texts = page.locator(".answer .text").all_text_contents()
     assert [pair["rejected"], pair["chosen"]] == texts
