@@ -17,7 +17,8 @@ class DpoConfig(Settings):
     ] = "sigmoid"
     """What of the difference to the reference is minimised. `ipo` takes means per token, `ipo_sum` sums;
     `simpo` and `orpo` take means of the policy alone; `kto` weighs each answer by itself, against how far
-    the policy strays on answers to other prompts of the step (one more forward pass)."""
+    the policy strays on answers to other prompts of the step (one more forward pass); it alone learns from
+    single answers with a label, too (`pairs.labelled`)."""
     beta: Annotated[float, Field(gt=0)] = 0.1
     """Strength of the pull to the reference, per nat; for `simpo` the scale of rewards (2 is usual), for
     `orpo` the weight of the odds."""

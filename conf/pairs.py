@@ -29,6 +29,9 @@ class PairsConfig(Settings):
     margins: Literal["as_given", "scaled"] = "as_given"
     """`scaled` divides the margins of a file by the range of all scores in it, so that files with different
     scales agree: 1 is the whole range."""
+    labelled: Literal["refuse", "keep"] = "refuse"
+    """What becomes of rows with one answer that `label` calls good (true) or bad (false): `keep` takes them as
+    pairs without the other answer, from which dpo learns with loss=kto and which all else leaves out."""
     max_similarity: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Pairs whose answers share more than this of their character trigrams (Jaccard) are dropped; 1 keeps
     all that differ."""

@@ -38,7 +38,7 @@ class Dialogue(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """One prompt with two answers; both answers end with `<|im_end|>`."""
+    """One prompt with two answers; each ends with `<|im_end|>`, or is empty where there is none."""
 
     prompt: list[int]
     chosen: list[int]
@@ -102,9 +102,17 @@ class Renderer:
         fitting = [dialogue for dialogue in found if dialogue is not None]
         return fitting if learn_from == "every_answer" else [_last_alone(row) for row in fitting]
 
-    def pairs(self, rows: Iterable[Preference]) -> list[Pair]:
-        """Pairs that fit; both answers of a pair follow the same tokens."""
-        return [found for row in rows if (found := self._pair(row)) is not None]
+    def pairs(self, rows: Iterable[Preference], *, takes_single: bool = False) -> list[Pair]:
+        """Pairs that fit; both answers of a pair follow the same tokens. Single answers are left out, unless
+        they are taken."""
+        taken: list[Preference] = []
+        for row in rows:
+            if takes_single or None not in (row["chosen"], row["rejected"]):
+                taken.append(row)
+            else:
+                self.counts.rows += 1
+                self.counts.left_out += 1
+        return [found for row in taken if (found := self._pair(row)) is not None]
 
     def prompt(self, messages: Sequence[Message], room: int) -> list[int] | None:
         """The prompt up to the header of the answer in at most `room` tokens; none if it cannot."""
@@ -124,7 +132,8 @@ class Renderer:
         return Dialogue(fitted.ids[:end], fitted.is_answer[:end], row["id"], row["domain"])
 
     def _pair(self, row: Preference) -> Pair | None:
-        chosen, rejected = self.answer(row["chosen"]), self.answer(row["rejected"])
+        both = (row["chosen"], row["rejected"])
+        chosen, rejected = ([] if text is None else self.answer(text) for text in both)
         room = self.limit - max(len(chosen), len(rejected))
         if (prompt := self.prompt(row["prompt"], room)) is None:
             return None

@@ -78,9 +78,10 @@ def work(job: JobFile, ranks: Ranks, journal: Journal) -> dict[str, Any]:
     model, tokenizer = load_model(source), ChatTokenizer(source / TOKENIZER)
     renderer = Renderer.within(tokenizer, settings.context, model.shape.context)
     folder = Path(job.inputs["preferences"])
-    rows = renderer.pairs(read_preferences(folder, "train"))
+    takes_single = settings.loss == "kto"
+    rows = renderer.pairs(read_preferences(folder, "train"), takes_single=takes_single)
     fitted = renderer.counts.take()
-    held = renderer.pairs(read_preferences(folder, "held"))
+    held = renderer.pairs(read_preferences(folder, "held"), takes_single=takes_single)
     refuse_blind_gate(settings.on_gate, held)
     add_lora(model, settings.lora, settings.seed)
     engine = build_engine(model, job.launch, ranks, update_rule(settings))
@@ -169,17 +170,25 @@ class Course:
         return self.settings.beta * (self.scorer.logprobs(self.held, model) - self.held_reference)
 
     def _strangers(self, step: int) -> list[Pair]:
-        """Each prompt of a step with the chosen answer of the next one, cut to fit."""
+        """Each prompt of a step with an answer to the next one, the chosen where there is one, cut to fit."""
         rows = [self.rows[row] for row in self.order.rows_at(step)]
         found: list[Pair] = []
         for row, other in zip(rows, [*rows[1:], rows[0]], strict=True):
-            answer = other.chosen[: row.length - len(row.prompt)]
+            answer = (other.chosen or other.rejected)[: row.length - len(row.prompt)]
             found.append(row._replace(chosen=answer, rejected=answer))
         return found
 
 
 def gaps_of(rows: Sequence[Pair], reference: Tensor) -> list[float]:
-    """By how much the reference takes each chosen answer for likelier than the rejected one, per token."""
+    """By how much the reference takes each chosen answer for likelier than the rejected one, per token.
+
+    Raises ValueError for a single answer.
+    """
+    if not all(row.chosen and row.rejected for row in rows):
+        raise ValueError(
+            "order=easy_first goes by both answers of a pair, and some are single answers with a label; use "
+            "order=mixed"
+        )
     lengths = torch.tensor([[len(row.chosen), len(row.rejected)] for row in rows])
     means = reference / lengths
     return (means[:, 0] - means[:, 1]).tolist()
@@ -199,7 +208,7 @@ class Look:
 
     def __call__(self, step: int) -> dict[str, float]:
         now, settings = self._engine.whole(), self.settings
-        figures = held_figures(self._course.held_rewards(now))
+        figures = held_figures(self._course.held_rewards(now), self._course.held)
         if self._prompts:
             figures |= soundness(
                 now,
@@ -236,10 +245,13 @@ def dpo_batch(rows: Sequence[Pair], reference: Tensor) -> Batch:
     """A micro-batch of pairs, packed, all chosen before all rejected, and the `reference`
     log-probabilities (B, 2)."""
     tensors = pair_tensors(rows)
+    chosen, rejected = (float(sum(map(bool, side))) for side in _sides(rows))
     return Batch(
         tensors={**tensors, "reference": reference},
         weights={
-            "pairs": float(len(rows)),
+            "rows": float(len(rows)),
+            "chosen": chosen,
+            "rejected": rejected,
             "chosen_tokens": float(sum(len(row.chosen) for row in rows)),
         },
         tokens=tensors["ids"].numel(),
@@ -247,8 +259,13 @@ def dpo_batch(rows: Sequence[Pair], reference: Tensor) -> Batch:
     )
 
 
+def _sides(rows: Sequence[Pair]) -> tuple[list[list[int]], list[list[int]]]:
+    return [row.chosen for row in rows], [row.rejected for row in rows]
+
+
 def step_loss(settings: DpoConfig) -> StepLoss:
-    """Mean loss of the step's pairs plus `rpo_alpha` times the chosen answers' mean likelihood loss.
+    """Mean loss of the step's pairs, a single answer being half of one, plus `rpo_alpha` times the chosen
+    answers' mean likelihood loss.
 
     Source of the second term: Pang et al. 2024, equation 1 (iterative reasoning preference optimisation),
     per token of the step.
@@ -257,10 +274,10 @@ def step_loss(settings: DpoConfig) -> StepLoss:
     def loss(model: Transformer, batch: Batch, totals: Mapping[str, float]) -> dict[str, Tensor]:
         policy = Sided(*labelled_logprobs(model, batch.tensors).sum(-1).chunk(2))
         reference = Sided(*batch["reference"].unbind(1))
-        likelihood = -policy.chosen.sum() / totals["chosen_tokens"]
+        likelihood = -policy.chosen.sum() / max(totals["chosen_tokens"], 1.0)
         gains = Sided(policy.chosen - reference.chosen, policy.rejected - reference.rejected)
+        tokens = Sided(*(batch["labels"] >= 0).sum(1).chunk(2))
         if settings.loss in PER_TOKEN:
-            tokens = Sided(*(batch["labels"] >= 0).sum(1).chunk(2))
             policy, reference = _means(policy, tokens), _means(reference, tokens)
         each = dpo_loss(
             *policy,
@@ -270,14 +287,18 @@ def step_loss(settings: DpoConfig) -> StepLoss:
             label_smoothing=settings.label_smoothing,
             gamma=settings.gamma,
             divergence=batch["divergence"] if settings.loss == "kto" else None,
+            has=Sided((tokens.chosen > 0).float(), (tokens.rejected > 0).float()),
         )
-        pairs = totals["pairs"]
+        pairs = (totals["chosen"] + totals["rejected"]) / 2
+        chosen = settings.beta * gains.chosen.sum() / max(totals["chosen"], 1.0)
+        rejected = settings.beta * gains.rejected.sum() / max(totals["rejected"], 1.0)
         return {
             "loss": each.sum() / pairs + settings.rpo_alpha * likelihood,
-            "chosen_reward": settings.beta * gains.chosen.sum() / pairs,
-            "rejected_reward": settings.beta * gains.rejected.sum() / pairs,
-            "margin": settings.beta * (gains.chosen - gains.rejected).sum() / pairs,
-            "accuracy": (gains.chosen > gains.rejected).sum() / pairs,
+            "chosen_reward": chosen,
+            "rejected_reward": rejected,
+            "margin": chosen - rejected,
+            # Of a single answer: whether its reward has the sign of its label.
+            "accuracy": (gains.chosen > gains.rejected).sum() / totals["rows"],
             "chosen_loss": likelihood,
         }
 
@@ -299,13 +320,15 @@ def dpo_loss(
     label_smoothing: float = 0.0,
     gamma: float = 0.0,
     divergence: Tensor | None = None,
+    has: Sided | None = None,
 ) -> Tensor:
     """(B,) loss of each pair; log 2 (sigmoid) when the policy equals the reference.
 
     Each of the four is (B,) float32: the log-probability of one whole answer, summed over its tokens;
     for `ipo`, `simpo` and `orpo` the mean over its tokens. `beta` is the pull to the reference, per nat.
     `label_smoothing` is the share of pairs taken to be labelled the wrong way round, `gamma` the margin of
-    `simpo`, `divergence` (a scalar, nats) the point that `kto` measures from.
+    `simpo`, `divergence` (a scalar, nats) the point that `kto` measures from, `has` is 1 where
+    there is an answer for `kto`, 0 elsewhere; all are there without it.
 
     Source: Rafailov et al. 2023, equation 7 (sigmoid); Mitchell 2023 (its smoothing); Azar et al.
     2023, equation 17 (ipo); Zhao et al. 2023 (hinge); Chowdhury et al. 2024, equation 12 (robust);
@@ -342,7 +365,9 @@ def dpo_loss(
             assert divergence is not None, "kto measures from a divergence"
             better = (beta * (gains.chosen - divergence)).sigmoid()
             worse = (beta * (divergence - gains.rejected)).sigmoid()
-            return 1 - (better + worse) / 2
+            has = has or Sided(torch.ones_like(better), torch.ones_like(worse))
+            most = (has.chosen + has.rejected) / 2
+            return most - (better * has.chosen + worse * has.rejected) / 2
 
 
 def _smoothed(gain: Tensor, label_smoothing: float) -> Tensor:
@@ -413,17 +438,21 @@ def final_accuracy(rewards: Tensor, figures: Mapping[str, float], look: Look) ->
     return share(right, len(rewards), chance=0.5).model_dump()
 
 
-def held_figures(rewards: Tensor) -> dict[str, float]:
+def held_figures(rewards: Tensor, held: Sequence[Pair]) -> dict[str, float]:
     """What is followed during training; nothing without held-out pairs. `rewards` (rows, 2): beta
-    times the log-ratio to the reference, the reward that DPO implies."""
-    if not len(rewards):
+    times the log-ratio to the reference, the reward that DPO implies; 0 where there is no answer."""
+    if not held:
         return {}
     chosen, rejected = rewards.double().unbind(1)
+    counts = [max(1, sum(map(bool, side))) for side in _sides(held)]
+    means = [
+        float(side.sum()) / count for side, count in zip((chosen, rejected), counts, strict=True)
+    ]
     return {
         "held_accuracy": float((chosen > rejected).double().mean()),
-        "held_margin": float((chosen - rejected).mean()),
-        "held_chosen_reward": float(chosen.mean()),
-        "held_rejected_reward": float(rejected.mean()),
+        "held_margin": means[0] - means[1],
+        "held_chosen_reward": means[0],
+        "held_rejected_reward": means[1],
     }
 
 

@@ -11,12 +11,13 @@ from storage.jsonl import Split, read_jsonl
 
 
 class Preference(TypedDict):
-    """One row. The prompt ends with a user turn; the answers are text."""
+    """One row. The prompt ends with a user turn. One of the answers may be missing: then the other one is known
+    to be good (chosen), or bad, by itself."""
 
     id: str
     prompt: list[Message]
-    chosen: str
-    rejected: str
+    chosen: str | None
+    rejected: str | None
     margin: float | None
     """How much better the chosen answer is, in the source's own unit; none where it does not say."""
     domain: str

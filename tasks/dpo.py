@@ -60,6 +60,7 @@ def _reference_record(
         "version": 1,
         "policy": policy.record.digest,
         "preferences": preferences.record.digest,
+        "has_single_answers": settings.loss == "kto",  # only then they are asked for, too
         **{name: getattr(settings, name) for name in DECIDE_REFERENCE},
     }
     return Record(

@@ -47,13 +47,14 @@ def pairs(
     lengths = LengthBias()
     with SplitWriter(job.files) as writer:
         for split, row in chain(_from_files(job, settings, tally), _answered(job.state)):
-            is_like = settings.max_similarity < 1 and (
-                similarity(row["chosen"], row["rejected"]) > settings.max_similarity
-            )
-            if is_like:
-                lengths.near_equal += 1
-                continue
-            lengths.add(row)
+            chosen, rejected = row["chosen"], row["rejected"]
+            if chosen is not None and rejected is not None:
+                if settings.max_similarity < 1 and (
+                    similarity(chosen, rejected) > settings.max_similarity
+                ):
+                    lengths.near_equal += 1
+                    continue
+                lengths.add(chosen, rejected)
             writer.write(split, row)
     job.metrics |= {**tally.figures(), **lengths.figures(), **writer.counts}
     job.tables |= tally.tables()
@@ -72,10 +73,15 @@ def _from_files(
     job: Job, settings: PairsConfig, tally: Tally
 ) -> Iterator[tuple[Split, Preference]]:
     files = in_split_order(job.sources["sources"]) if settings.sources else []
+    keeps_labelled = settings.labelled == "keep"
+
+    def parse(row: Any) -> list[PairRow]:
+        return parse_pairs(row, settings.several_answers, keeps_labelled=keeps_labelled)
+
     for number, file in enumerate(files):
         job.report_progress(number, len(files), "files")
         unit = _range_of_scores(file) if settings.margins == "scaled" else 1.0
-        for _, found in tally.parsed(file, lambda row: parse_pairs(row, settings.several_answers)):
+        for _, found in tally.parsed(file, parse):
             tally.add(file, "further", len(found) - 1)
             for row in found:
                 tally.layouts[row.layout] += 1
@@ -117,13 +123,12 @@ class LengthBias:
     near_equal: int = 0
     """Pairs that were dropped since their answers say almost the same."""
 
-    def add(self, pair: Preference) -> None:
+    def add(self, chosen: str, rejected: str) -> None:
         """Count a pair."""
-        chosen, rejected = len(pair["chosen"]), len(pair["rejected"])
         self.pairs += 1
-        self.longer += chosen > rejected
-        self.chosen_chars += chosen
-        self.rejected_chars += rejected
+        self.longer += len(chosen) > len(rejected)
+        self.chosen_chars += len(chosen)
+        self.rejected_chars += len(rejected)
 
     def figures(self) -> dict[str, Any]:
         """For the record; a share of longer chosen answers far from one half is a bias."""

@@ -11,6 +11,7 @@ from tasks.chat_formats import (
     RowRefused,
     message_of,
     opened,
+    parse_chat,
     refuse_disorder,
     turns_of_history,
     turns_of_list,
@@ -37,14 +38,16 @@ class PairRow:
 
     layout: str
     prompt: list[Message]
-    chosen: str
-    rejected: str
+    chosen: str | None
+    rejected: str | None
     margin: float | None
 
 
-def parse_pairs(row: Any, several: Several = "best_worst") -> list[PairRow]:
-    """The pairs of one row: one, or as many as its ranked or scored answers give. Raises RowRefused with
-    the reason."""
+def parse_pairs(
+    row: Any, several: Several = "best_worst", *, keeps_labelled: bool = False
+) -> list[PairRow]:
+    """The pairs of one row: one, or as many as its ranked or scored answers give; of a single answer with a
+    label, where those are kept, a pair without the other answer. Raises RowRefused with the reason."""
     if not isinstance(row, dict):
         raise RowRefused("is no object: ranked answers need their prompt" if row else "is empty")
     if row.get("tools"):
@@ -55,7 +58,7 @@ def parse_pairs(row: Any, several: Several = "best_worst") -> list[PairRow]:
     rejected = next((row[key] for key in REJECTED_KEYS if key in row), None)
     if chosen is None or rejected is None:
         if isinstance(row.get("label"), bool):
-            raise RowRefused("has one answer with a label where two are compared")
+            return [_labelled(row, keeps_labelled)]
         raise RowRefused("is in no known layout")
     layout, prompt, better, worse = _pair_of(row, chosen, rejected)
     prompt = opened(row, prompt)
@@ -65,6 +68,20 @@ def parse_pairs(row: Any, several: Several = "best_worst") -> list[PairRow]:
     if better.strip() == worse.strip():
         raise RowRefused("has two equal answers")
     return [PairRow(layout, prompt, better, worse, _margin(row))]
+
+
+def _labelled(row: dict[str, Any], is_kept: bool) -> PairRow:
+    if not is_kept:
+        raise RowRefused("has one answer with a label where two are compared")
+    unjudged = {key: value for key, value in row.items() if key != "label"}
+    if isinstance(row.get("completion"), list):
+        unjudged["completion"] = _answer(row["completion"])
+    chat = parse_chat(unjudged)
+    if chat.is_trimmed:
+        raise RowRefused("does not end with an answer")
+    *prompt, answer = chat.messages
+    both = (answer["content"], None) if row["label"] else (None, answer["content"])
+    return PairRow("labelled", prompt, *both, None)
 
 
 def rated_scores(row: Any) -> list[float]:

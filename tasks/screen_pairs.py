@@ -19,6 +19,6 @@ def screen_pairs(job: Job, preferences: Preferences, settings: ScreenPairsConfig
 
 
 def _told(split: Split, row: Preference) -> Told:
-    answers = [row["chosen"], row["rejected"]]
+    answers = [answer for answer in (row["chosen"], row["rejected"]) if answer is not None]
     said = [message["content"] for message in row["prompt"]]
     return Told(split, row, answers, "\n".join([*said, *answers]))

@@ -221,6 +221,18 @@ def test_of_an_empty_answer_its_end_is_learnt(tokenizer: ChatTokenizer) -> None:
     torch.testing.assert_close(found[0], end)
 
 
+def test_a_pair_without_one_of_its_answers_is_left_out_unless_it_is_taken(
+    tokenizer: ChatTokenizer,
+) -> None:
+    single = pair("猫？", "鱼", "草")
+    single["rejected"] = None
+    renderer = Renderer(tokenizer, 64)
+    assert renderer.pairs([single]) == []
+    assert renderer.counts.take() == {"rows": 1, "shortened": 0, "left_out": 1}
+    [taken] = renderer.pairs([single], takes_single=True)
+    assert (taken.chosen, taken.rejected) == (renderer.answer("鱼"), [])
+
+
 def test_both_answers_follow_the_same_tokens(tokenizer: ChatTokenizer) -> None:
     renderer = Renderer(tokenizer, 48)
     rows = renderer.pairs([pair(LONG, "fish", "The cat eats fish."), pair("猫？", "鱼", "草草草")])

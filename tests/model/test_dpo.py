@@ -1,5 +1,6 @@
 """The DPO worker: losses by hand, the reference computed once, what it learns, resume."""
 
+from dataclasses import replace
 from math import exp, log
 from pathlib import Path
 from typing import Any, get_args
@@ -10,13 +11,15 @@ import torch
 from conf.dpo import DpoConfig
 from conf.launch import LaunchConfig
 from model.dialogues import Pair
-from model.dpo import Course, GateClosed, Loss, Scorer, dpo_loss, work
+from model.dpo import Course, GateClosed, Loss, Scorer, dpo_batch, dpo_loss, step_loss, work
 from model.engine import build_engine
 from model.optimizer import UpdateRule
 from model.ranks import Ranks
 from model.soundness import repeated_share
 from model.transformer import Transformer
 from model.weights import load_model, load_tensors
+from storage.jsonl import SPLITS, SplitWriter
+from storage.preferences import read_preferences
 from tests.model.small_world import (
     SHAPE,
     kill_at,
@@ -122,6 +125,55 @@ def test_kto_measures_from_answers_to_other_prompts(world: Path, tmp_path: Path)
     [after] = course.batches(job)(0)
     assert after["divergence"].item() == pytest.approx(max(0.0, sum(moved) / 2), abs=1e-4)
     assert sum(moved) != 0
+
+
+def test_kto_learns_the_same_of_pairs_and_of_their_answers_alone(world: Path) -> None:
+    pairs = [Pair([5, 6], [7, 8], [9], 0.0, "a"), Pair([10], [11], [12, 13], 0.0, "b")]
+    known = torch.tensor([[-9.0, -5.0], [-4.0, -11.0]])
+    good = [row._replace(rejected=[]) for row in pairs]
+    bad = [row._replace(chosen=[]) for row in pairs]
+    apart = torch.tensor([[-9.0, 0.0], [-4.0, 0.0], [0.0, -5.0], [0.0, -11.0]])
+    loss = step_loss(changed(loss="kto", beta=0.3))
+    found: list[dict[str, torch.Tensor]] = []
+    norms: list[torch.Tensor] = []
+    for rows, reference in ((pairs, known), ([*good, *bad], apart)):
+        model = load_model(world / "policy")
+        batch = dpo_batch(rows, reference)
+        batch = replace(batch, tensors={**batch.tensors, "divergence": torch.tensor(0.7)})
+        found.append(loss(model, batch, batch.weights))
+        found[-1]["loss"].backward()
+        norms.append(model.embedding.weight.grad.norm())  # pyright: ignore[reportOptionalMemberAccess]
+    for name in ("loss", "chosen_reward", "rejected_reward", "margin", "chosen_loss"):
+        assert found[1][name].item() == pytest.approx(found[0][name].item(), rel=1e-5), name
+    assert norms[1].item() == pytest.approx(norms[0].item(), rel=1e-5)
+    # Of bad answers alone there is nothing to make likelier.
+    batch = dpo_batch(bad, apart[2:])
+    batch = replace(batch, tensors={**batch.tensors, "divergence": torch.tensor(0.7)})
+    alone = loss(load_model(world / "policy"), batch, batch.weights)
+    assert (alone["chosen_loss"].item(), alone["chosen_reward"].item()) == (0.0, 0.0)
+    assert 0 < alone["loss"].item() < 1
+
+
+def test_kto_learns_from_single_answers_and_others_leave_them_out(
+    world: Path, tmp_path: Path
+) -> None:
+    alone = tmp_path / "preferences"
+    with SplitWriter(alone) as singles:
+        for split in SPLITS:
+            for number, row in enumerate(read_preferences(world / "preferences", split)):
+                row["rejected" if number % 2 else "chosen"] = None
+                singles.write(split, row)
+    given = {**inputs(world), "preferences": alone}
+    job = make_job(tmp_path / "kto", "dpo", changed(loss="kto", rpo_alpha=0.0), given)
+    figures = run_here(work, job)
+    assert figures["train"]["left_out"] == 0
+    assert figures["held_chosen_reward"] > 0 > figures["held_rejected_reward"]
+    assert figures["accuracy"]["low"] > 0.5  # share of rewards with the sign of the label
+    with pytest.raises(ValueError, match="no row is left to train on"):
+        run_here(work, make_job(tmp_path / "dpo", "dpo", changed(), given))
+    easy = changed(loss="kto", order="easy_first")
+    with pytest.raises(ValueError, match="goes by both answers of a pair"):
+        run_here(work, make_job(tmp_path / "easy", "dpo", easy, given))
 
 
 def answer_logprob(model: Transformer, prompt: list[int], answer: list[int]) -> float:

@@ -6,13 +6,17 @@ from typing import Any
 
 import pytest
 
+from conf.dpo import DpoConfig
 from conf.pairs import PairsConfig
 from conf.settings import SourceSpec
+from storage.checkpoint import Policy
 from storage.jsonl import split_by_hash
 from storage.preferences import Preferences
+from storage.record import Record
 from storage.source import HashCache, resolve
 from storage.store import Store
 from tasks.chat_formats import RowRefused
+from tasks.dpo import _reference_record
 from tasks.pairs import pairs, similarity
 from tasks.preference_formats import parse_pairs
 from tasks.stage import Job
@@ -171,6 +175,58 @@ def test_several_rated_answers_make_pairs(name: str) -> None:
     pairs = parse_pairs(row, "all_pairs")
     assert [(p.chosen, p.rejected) for p in pairs] == [("好", "中"), ("好", "差"), ("中", "差")]
     assert [p.margin for p in pairs] == ([1.5, 3.5, 2.0] if is_scored else [1.0, 2.0, 1.0])
+
+
+@pytest.mark.parametrize("label", [True, False])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "猫吃什么？", "completion": "鱼。"},
+        {"prompt": ASKED, "completion": [turn("assistant", "鱼。")]},
+        {"messages": [*ASKED, turn("assistant", "鱼。")]},
+    ],
+)
+def test_a_single_answer_with_a_label_is_good_or_bad_by_itself(
+    row: dict[str, Any], label: bool
+) -> None:
+    labelled = {**row, "label": label}
+    with pytest.raises(RowRefused, match="one answer with a label"):
+        parse_pairs(labelled)
+    [pair] = parse_pairs(labelled, keeps_labelled=True)
+    assert (pair.layout, pair.prompt) == ("labelled", ASKED)
+    assert (pair.chosen, pair.rejected) == (("鱼。", None) if label else (None, "鱼。"))
+
+
+def test_what_the_reference_says_of_single_answers_is_not_what_other_losses_ask(
+    tmp_path: Path,
+) -> None:
+    record = Record(fingerprint="a", kind="policy", stage="test", digest="d", identity={})
+    (tmp_path / "record.json").write_text(record.model_dump_json(), "utf-8")
+    job = Job(node="dpo", stage="dpo", path=tmp_path, store=Store(tmp_path / "store"))
+    of = {
+        loss: _reference_record(
+            job, Policy(tmp_path), Preferences(tmp_path), DpoConfig(loss=loss)
+        ).fingerprint
+        for loss in ("sigmoid", "ipo", "kto")
+    }
+    assert of["sigmoid"] == of["ipo"] != of["kto"]
+
+
+def test_single_answers_stand_beside_pairs_where_they_are_kept(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "Q", "completion": "good", "label": True},
+        {"prompt": "Q", "completion": "bad", "label": False},
+        {"prompt": "Q", "chosen": "good", "rejected": "not good"},
+    ]
+    (tmp_path / "a.json").write_text(json.dumps(rows), "utf-8")
+    settings = PairsConfig(
+        sources=(SourceSpec(path="a.json", split="train"),), labelled="keep", max_similarity=0.9
+    )
+    found, job = run(tmp_path, settings, tmp_path)
+    sides = [(row["chosen"], row["rejected"]) for row in found.rows("train")]
+    assert sides == [("good", None), (None, "bad"), ("good", "not good")]
+    assert job.metrics["layouts"] == {"labelled": 2, "prompt_text": 1}
+    assert job.metrics["rejected_chars"] == 8  # of pairs alone
 
 
 def test_answers_of_equal_score_are_no_pair() -> None:
