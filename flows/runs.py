@@ -6,7 +6,7 @@ import logging
 import os
 import re
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -173,12 +173,12 @@ class Home:
         newest = self.newest()
         return self.store(newest.composed if newest else None)
 
-    def records(self) -> Iterator[RunRecord]:
-        """Every run, newest first."""
+    def records(self, *, without: Container[str] = ()) -> Iterator[RunRecord]:
+        """Every run, newest first, but for those with these ids."""
         if not self.runs.is_dir():
             return
         for folder in sorted(self.runs.iterdir(), reverse=True):
-            if not (folder / RUN_FILE).is_file():
+            if folder.name in without or not (folder / RUN_FILE).is_file():
                 continue
             try:
                 yield RunRecord.read(folder)

@@ -1,6 +1,6 @@
 """New data starts a run: the service that looks at the watched places.
 
-What a place holds is compared, by content, with what the newest runs of its recipe have read; runs that
+What a place holds is compared, by content, with what the runs of its recipe have read; runs that
 go on count, so a run by a schedule that has seen a file already leaves nothing to do here. Files that no
 run has read start one run of the deployment `full`. The request for it is named by the recipe and these
 contents: the server makes one run of however many equal requests, also over restarts of the watcher.
@@ -45,8 +45,10 @@ class Watcher:
     """The run that it started."""
     trouble: str = ""
     """What keeps it from looking, told once while it lasts."""
-    _read: dict[str, set[str]] = field(default_factory=dict[str, set[str]])
-    """Contents that ended runs have read."""
+    _known: set[str] = field(default_factory=set[str])
+    """Contents that complete runs have read."""
+    _ended: set[str] = field(default_factory=set[str])
+    """Ids of the runs that need not be looked at again."""
 
     @classmethod
     def of(cls, watch: Watch, home: Home) -> "Watcher":
@@ -67,22 +69,22 @@ class Watcher:
         return sorted(new)
 
     def _contents_read(self) -> set[str]:
-        """Contents that the newest runs of the recipe have read, or are about to."""
-        found: set[str] = set()
-        for record in self.home.newest_records():
-            if record.recipe != Path(self.watch.recipe).stem:
+        """Contents that runs of the recipe have read, or are about to.
+
+        Of a run that died, or failed, nothing counts: what it read is new again.
+        """
+        live: set[str] = set()
+        for record in self.home.records(without=self._ended):
+            sources = [source for s in record.stages.values() for source in s.sources.values()]
+            files = [file for source in sources for landing in source for file in landing]
+            contents = {str(file[0]) for file in files}
+            is_ours = record.recipe == Path(self.watch.recipe).stem
+            if record.state == "running":
+                live |= contents if is_ours else set()
                 continue
-            if record.run_id not in self._read:
-                sources = [source for s in record.stages.values() for source in s.sources.values()]
-                files = [file for source in sources for landing in source for file in landing]
-                contents = {str(file[0]) for file in files}
-                if record.status == "running":
-                    # Of a run that died, or fails, nothing counts: what it read is new again.
-                    found |= contents if record.state == "running" else set()
-                    continue
-                self._read[record.run_id] = contents if record.status == "done" else set()
-            found |= self._read[record.run_id]
-        return found
+            self._ended.add(record.run_id)
+            self._known |= contents if is_ours and record.status == "done" else set()
+        return self._known | live
 
     def _request(self, new: dict[str, str]) -> str:
         asked = self.watch.model_dump(include={"recipe", "overrides", "is_extension"})

@@ -7,7 +7,7 @@ import pytest
 
 from conf.mistakes import RecipeError
 from flows.arrivals import Arrivals, Folder, Wholeness, open_place
-from flows.runs import open_home
+from flows.runs import NEWEST_RUNS, RunRecord, open_home
 from flows.watch import Watcher, look_once
 from flows.watches import Watch, add_watch, remove_watches, watches
 from storage.bucket import Bucket
@@ -146,6 +146,15 @@ def test_one_run_for_each_new_content_and_none_for_what_a_run_has_read(place: Pl
     go(place)  # a run by schedule, or by hand, is as good
     assert watcher(place, requests).turn() == []
     assert len(set(requests)) == 2
+
+
+def test_runs_of_other_recipes_do_not_make_old_files_new(place: Place) -> None:
+    go(place)
+    home = open_home()
+    for _ in range(NEWEST_RUNS):
+        other = RunRecord(run_id=home.new_run_id(), recipe="other", recipe_path="", status="done")
+        other.write(home.run_folder(other.run_id))
+    assert watcher(place, []).turn() == []
 
 
 def test_what_a_failed_run_has_read_is_asked_for_once(place: Place) -> None:
