@@ -72,6 +72,8 @@ class Chat:
         self.engines, self.preferences, self.say = engines, preferences, say
         self.sampling, self.system = Sampling(), ""
         self.messages: list[Message] = []
+        self.asked: list[Message] = []
+        """What the last answers answered, whatever the system prompt has become."""
         self.answers: list[str] = []
         """Of each checkpoint to the last question; the conversation goes on with the first of them,
         or with the one that was preferred."""
@@ -131,17 +133,17 @@ class Chat:
                 f"/prefer N takes one of the {len(self.answers)} answers of the last turn"
             )
         best = int(number) - 1
-        prompt = self._opened(self.messages[:-1])
         for place, answer in enumerate(self.answers):
             if place != best:
                 models = (self.engines[best].served.name, self.engines[place].served.name)
-                save_pair(self.preferences, prompt, self.answers[best], answer, models)
+                save_pair(self.preferences, self.asked, self.answers[best], answer, models)
         self.messages[-1]["content"] = self.answers[best]
         self.say(f"kept in {self.preferences}\n")
 
     async def _ask(self, question: str) -> None:
         """All checkpoints answer at once; they are shown one after the other."""
         self.messages.append({"role": "user", "content": question})
+        self.asked = self._opened(self.messages)
         self.answers = [""] * len(self.engines)
         begun: list[Answers] = []
         try:

@@ -94,10 +94,12 @@ def test_checkpoints_answer_chinese_with_the_history_and_the_better_is_kept(
 
     asked = [{"role": "user", "content": "猫吃什么？"}]
     assert first == f"[1] one: {answered(asked)}"
+    terminal.say("/system Be rude.")  # later than the answers
     kept = terminal.say("/prefer 2").removeprefix("kept in ").strip()
     pair = json.loads(Path(kept).read_text("utf-8"))
     assert pair["prompt"] == asked
     assert pair["chosen_model"] == "two"
+    terminal.say("/system")
     # the conversation goes on with the answer that was preferred
     history = [
         *asked,
