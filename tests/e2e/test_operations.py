@@ -349,9 +349,9 @@ def test_a_run_from_the_form_is_watched_to_its_end_and_repeated(bessemer: Comman
 
 
 @pytest.mark.soak
-def test_a_dry_run_from_the_form_shows_the_plan(bessemer: Command) -> None:
+def test_a_dry_run_from_the_form_of_full_shows_the_plan(bessemer: Command) -> None:
     with page_of(
-        bessemer, f"deployments/deployment/{deployments(bessemer)['corpus']['id']}/run"
+        bessemer, f"deployments/deployment/{deployments(bessemer)['full']['id']}/run"
     ) as page:
         page.locator("fieldset label[role=switch]").last.click()
         page.get_by_role("button", name="Submit").click()
