@@ -1,12 +1,11 @@
 """What is known of the runs of a home: where things lie, what each run did, what a name means."""
 
 import fcntl
-import itertools
 import logging
 import os
 import re
 import secrets
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -20,6 +19,8 @@ from storage.store import Store, open_store
 from tasks import processes
 
 RUN_FILE = "run.json"
+GOING = "going"
+"""Beside it until the run has ended, so that a long one is found among many without reading them all."""
 _log = logging.getLogger("bessemer.run")
 _RUN_TIME = re.compile(r"\d{8}-\d{6}-\d{3}")
 SHORTEST_FINGERPRINT = 6
@@ -28,7 +29,7 @@ SHORT = 8
 FAREWELL_SECONDS = 60.0
 """How long after its end a run's process is taken to be still busy with telling Prefect."""
 NEWEST_RUNS = 20
-"""Older runs are not asked how they are: each look reads a file."""
+"""Older ones that have ended are not looked at: each look reads a file."""
 
 StageStatus = Literal["waiting", "running", "hit", "built", "failed", "skipped"]
 RunStatus = Literal["running", "done", "failed", "cancelled"]
@@ -104,6 +105,10 @@ class RunRecord(BaseModel):
         draft = folder / f".{RUN_FILE}.{os.getpid()}"
         draft.write_text(self.model_dump_json(indent=1), "utf-8")
         draft.replace(folder / RUN_FILE)
+        if self.status == "running" and self.ended is None:
+            (folder / GOING).touch()
+        else:
+            (folder / GOING).unlink(missing_ok=True)
 
     @property
     def state(self) -> str:
@@ -175,19 +180,25 @@ class Home:
 
     def records(self, *, without: Container[str] = ()) -> Iterator[RunRecord]:
         """Every run, newest first, but for those with these ids."""
-        if not self.runs.is_dir():
-            return
-        for folder in sorted(self.runs.iterdir(), reverse=True):
-            if folder.name in without or not (folder / RUN_FILE).is_file():
-                continue
-            try:
-                yield RunRecord.read(folder)
-            except ValidationError as error:
-                _log.warning("%s cannot be read and is passed over: %s", folder / RUN_FILE, error)
+        yield from self._read(name for name in self._run_ids() if name not in without)
 
     def newest_records(self) -> list[RunRecord]:
-        """The newest runs, the newest first."""
-        return [*itertools.islice(self.records(), NEWEST_RUNS)]
+        """The newest runs, the newest first, and the older ones that have not ended."""
+        ids = self._run_ids()
+        going = [name for name in ids[NEWEST_RUNS:] if (self.run_folder(name) / GOING).exists()]
+        return [*self._read([*ids[:NEWEST_RUNS], *going])]
+
+    def _run_ids(self) -> list[str]:
+        found = [path.parent.name for path in self.runs.glob(f"*/{RUN_FILE}")]
+        return sorted(found, reverse=True)
+
+    def _read(self, run_ids: Iterable[str]) -> Iterator[RunRecord]:
+        for run_id in run_ids:
+            file = self.run_folder(run_id) / RUN_FILE
+            try:
+                yield RunRecord.read(file.parent)
+            except ValidationError as error:
+                _log.warning("%s cannot be read and is passed over: %s", file, error)
 
     def dead_runs(self) -> list[RunRecord]:
         """Newer runs that died without a word, and of which Prefect has not been told yet."""

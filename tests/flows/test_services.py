@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from flows.runs import FileLock, Home, RunRecord, ServiceError, is_alive
+from flows.runs import NEWEST_RUNS, FileLock, Home, RunRecord, RunStatus, ServiceError, is_alive
 from flows.services import (
     PROCESSES,
     Activity,
@@ -201,3 +201,26 @@ def test_a_service_that_asks_a_server_elsewhere_is_replaced_and_its_runs_are_lef
     assert read_service(home, "worker") == worker
     assert down(home) == [worker]
     assert not worker.is_running
+
+
+def test_a_long_run_is_not_forgotten_behind_many_short_ones(tmp_path: Path) -> None:
+    home = Home(tmp_path)
+
+    def write(status: RunStatus, pid: int) -> RunRecord:
+        record = RunRecord(run_id=home.new_run_id(), recipe="r", recipe_path="r", status=status)
+        record.pid, record.pid_started = pid, start_of(pid)
+        record.ended = "2026-01-01T00:00:00+00:00" if status == "done" else None
+        record.write(home.run_folder(record.run_id))
+        return record
+
+    with subprocess.Popen(["sleep", "600"]) as process:
+        long = write("running", process.pid)
+        for _ in range(NEWEST_RUNS):
+            write("done", 1)
+        assert [record.run_id for record in home.live_runs()] == [long.run_id]
+        process.kill()
+    assert [record.run_id for record in home.dead_runs()] == [long.run_id]
+    long.ended = datetime.now(UTC).isoformat(timespec="seconds")
+    long.write(home.run_folder(long.run_id))
+    assert home.dead_runs() == []
+    assert len(home.newest_records()) == NEWEST_RUNS
