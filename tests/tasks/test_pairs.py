@@ -392,3 +392,13 @@ def test_real_sets_are_read_row_for_row(tmp_path: Path, shared_data: Path) -> No
             assert row["prompt"][-1]["role"] == "user"
             first = next(m["content"] for m in row["prompt"] if m["role"] == "user")
             assert split_by_hash(first, 0.1) == split
+
+
+def test_real_single_answers_with_labels_are_read_row_for_row(
+    tmp_path: Path, shared_data: Path
+) -> None:
+    source = SourceSpec(path="llamafactory/kto_en_demo.json.zst", split="train")
+    settings = PairsConfig(sources=(source,), labelled="keep")
+    found, _ = run(tmp_path, settings, shared_data / "preference")
+    sides = [(row["chosen"] is None, row["rejected"] is None) for row in found.rows("train")]
+    assert sorted(sides) == [(False, True)] * 150 + [(True, False)] * 150
