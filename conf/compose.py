@@ -303,10 +303,14 @@ def _tidy(merged: dict[str, Any], mistakes: list[Mistake]) -> None:
             mend = "give the node another name and say `uses: STAGE`"
             mistakes.append(Mistake(f"stages.{name}", "is a reserved name", mend))
             del stages[name]
-        elif not name.replace("_", "").isalnum() or not name.isascii():
-            mend = "use letters, digits and _"
+        elif not _is_name(name):
+            mend = "use letters, digits and _, not a number alone"
             mistakes.append(Mistake(f"stages.{name}", "is no name for a node", mend))
             del stages[name]
         elif "from" in node:
             node["from"] = _thawed(node["from"])
     merged["stages"] = stages
+
+
+def _is_name(key: object) -> bool:
+    return isinstance(key, str) and key.isascii() and key.replace("_", "").isalnum()

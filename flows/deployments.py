@@ -4,6 +4,7 @@
 what the flow of that name makes, and what it needs. `flows/worker.py` registers and serves them.
 """
 
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 from uuid import UUID
@@ -39,13 +40,18 @@ def nodes() -> tuple[str, ...]:
     """Nodes of all these recipes, in their order."""
     found: dict[str, None] = {}
     for recipe in choices():
-        composed, _ = compose_leniently(recipe, [])
-        found |= dict.fromkeys(composed.get("stages") or {})
+        # One that is just being written keeps nobody from the others; its own run tells what is wrong.
+        with suppress(RecipeError):
+            composed, _ = compose_leniently(recipe, [])
+            found |= dict.fromkeys(composed.get("stages") or {})
     return tuple(found)
 
 
 def _is_recipe(path: Path) -> bool:
-    return any(line.startswith("stages:") for line in path.read_text("utf-8").splitlines())
+    if not path.is_file():
+        return False
+    lines = path.read_text("utf-8", errors="replace").splitlines()
+    return any(line.startswith("stages:") for line in lines)
 
 
 Override = Annotated[str, Field(pattern=r"^[+~]{0,2}[\w./@-]+(=.*)?$")]

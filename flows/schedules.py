@@ -3,6 +3,7 @@
 A run by schedule is one like any other: with nothing new it takes everything from the store.
 """
 
+import hashlib
 import re
 import time
 from collections.abc import Generator
@@ -63,8 +64,11 @@ class Schedule:
 
 
 def slug_of(recipe: str) -> str:
-    """Name of a recipe's schedule."""
-    return re.sub(r"[^a-z0-9]+", "-", Path(recipe).stem.lower()).strip("-")
+    """Name of a recipe's schedule, in the few letters that Prefect takes."""
+    stem = Path(recipe).stem.lower()
+    # Without it all Chinese names would be one.
+    mark = "" if stem.isascii() else f"-{hashlib.sha256(stem.encode()).hexdigest()[:8]}"
+    return (re.sub(r"[^a-z0-9]+", "-", stem).strip("-") + mark).strip("-")
 
 
 def put_schedule(wanted: Schedule) -> None:
