@@ -10,7 +10,7 @@ from tasks.stage import Job, stage
 from tasks.tally import Tally, in_split_order
 
 
-@stage(version=1)
+@stage(version=2)
 def chats(job: Job, settings: ChatsConfig) -> Conversations:
     """Read conversations, refuse what cannot be one, drop repetitions, hold a share out.
 

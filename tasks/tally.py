@@ -55,8 +55,9 @@ class Tally:
     ) -> Split | None:
         """Where a row goes; none when it is a repetition, or its question is held out by another file.
 
-        A hash of `held_by` decides, of the question where that is empty. Files of `split: held` must have been placed before all others (`in_split_order`). A file of
-        `split: train` goes to training as a whole, as its owner says; what it shares is counted.
+        A hash of `held_by` decides, of the question where that is empty. Files of `split: held` must have
+        been placed before all others (`in_split_order`). A file of `split: train` goes to training as a whole,
+        as its owner says; what it shares is counted.
         """
         if not self.keep_duplicates and row_id in self._seen:
             self.add(file, "duplicates")
