@@ -30,6 +30,16 @@ class Table:
 
 
 @dataclass
+class Detail:
+    """Text that is shown when asked for."""
+
+    title: str
+    text: str
+    is_open: bool
+    """Whether it is shown at once."""
+
+
+@dataclass
 class Section:
     """A part of the page."""
 
@@ -39,7 +49,7 @@ class Section:
     wide: list[str] = field(default_factory=list[str])
     charts: list[str] = field(default_factory=list[str])
     tables: list[Table] = field(default_factory=list[Table])
-    details: list[dict[str, str]] = field(default_factory=list[dict[str, str]])
+    details: list[Detail] = field(default_factory=list[Detail])
     links: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
     """What is said, and the address relative to the page."""
 

@@ -1,7 +1,7 @@
 """The report of a run: one self-contained page, made from the records alone; a failed run has one too."""
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ from conf.contract import METRICS
 from flows import alignment_page, charts, drawing
 from flows.headlines import headlines
 from flows.page_parts import (
+    Detail,
     Exact,
     Section,
     Table,
@@ -48,6 +49,7 @@ def write_report(run_dir: Path, store: Store) -> Path:
         name: Scores(path).figures() for name, path in paths.items() if _kind(run, name) == "scores"
     }
     sections = [
+        _errors(run),
         _effects(run, paths),
         _graph(run),
         _corpus(run),
@@ -61,7 +63,6 @@ def write_report(run_dir: Path, store: Store) -> Path:
         _samples(run, paths),
         _scores(scores),
         _costs(run),
-        _errors(run),
     ]
     target = run_dir / "report.html"
     target.write_text(page(f"{run.recipe}: {_verdict(run)}", _subtitle(run), sections), "utf-8")
@@ -74,7 +75,9 @@ def _kind(run: RunRecord, name: str) -> str | None:
 
 def _verdict(run: RunRecord) -> str:
     failed = [name for name, stage in run.stages.items() if stage.status == "failed"]
-    return f"{', '.join(failed)} failed" if failed else "finished"
+    if failed:
+        return f"{', '.join(failed)} failed"
+    return "cancelled" if run.status == "cancelled" else "finished"
 
 
 def _subtitle(run: RunRecord) -> str:
@@ -388,11 +391,13 @@ def _costs(run: RunRecord) -> Section:
 
 
 def _errors(run: RunRecord) -> Section:
-    rows: Iterable[tuple[str, str]] = (
-        (name, stage.error) for name, stage in run.stages.items() if stage.error
-    )
+    """What is not there, and why; open where the reason lies in the stage itself."""
     return Section(
         "errors",
         "What went wrong",
-        details=[{"title": name, "text": error} for name, error in rows],
+        details=[
+            Detail(name, stage.error, is_open=stage.status == "failed")
+            for name, stage in run.stages.items()
+            if stage.error
+        ],
     )

@@ -137,9 +137,21 @@ def test_a_failed_run_says_what_failed_and_why(
 ) -> None:
     page = page_of(run, tmp_path / "run")
     assert "<h1>handmade: reward failed</h1>" in page
-    assert "the loss is not finite at step 3" in page
+    # What went wrong comes first, and is open: paper shows it as well.
+    assert page.index('id="errors"') < page.index('id="effects"')
+    assert "<details open><summary>reward</summary><pre>the loss is not finite at step 3" in page
     assert page.count('class="node failed"') == 1
     assert page.count('class="node skipped"') == 1
+
+
+def test_a_cancelled_run_is_not_called_finished(tmp_path: Path) -> None:
+    cut = stage("ppo", "ppo", "policy", status="skipped", error="the run was cancelled")
+    record = RunRecord(
+        run_id="1", recipe="handmade", recipe_path="handmade", status="cancelled",
+        stages={"ppo": cut},
+    )  # fmt: skip
+    page = page_of((record, open_store(str(tmp_path / "store"))), tmp_path / "run")
+    assert "<h1>handmade: cancelled</h1>" in page
 
 
 def test_the_first_table_holds_what_the_stages_call_telling(
