@@ -111,6 +111,12 @@ def test_input_history_and_system_keep_their_place() -> None:
     ]
 
 
+def test_a_system_message_of_its_own_is_not_doubled() -> None:
+    own = {"role": "System", "content": "Be brief."}
+    row = {"system": "Be long.", "messages": [own, *HELLO]}
+    assert parse_chat(row).messages == [{"role": "system", "content": "Be brief."}, *HELLO]
+
+
 def test_moss_turns_stand_in_the_order_of_their_numbers() -> None:
     turn = {"Human": "q{}", "MOSS": "a{}", "Commands": "None"}
     chat = {f"turn_{n}": {k: v.format(n) for k, v in turn.items()} for n in (10, 2, 1)}
