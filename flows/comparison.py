@@ -8,7 +8,16 @@ from typing import Any
 from conf.contract import METRICS
 from flows import charts
 from flows.headlines import figures_in, headlines
-from flows.page_parts import Exact, Section, Table, flat, page, read_metrics, series_of
+from flows.page_parts import (
+    Exact,
+    Section,
+    Table,
+    flat,
+    page,
+    read_metrics,
+    series_of,
+    shown_answer,
+)
 from flows.runs import Home, RunRecord
 from storage.scores import Figure, Scores
 
@@ -216,7 +225,7 @@ def _samples(sides: Sequence[Compared]) -> Section:
                 continue
             for row in Scores(path).answers():
                 if row.get("sample", 0) == 0:
-                    answers.setdefault((node, row["prompt"]), {})[side.label] = row["answer"]
+                    answers.setdefault((node, row["prompt"]), {})[side.label] = shown_answer(row)
     shared = [(key, of) for key, of in answers.items() if len(of) > 1][:SHOWN_PROMPTS]
     rows = [[*key, *(of.get(side.label, "") for side in sides)] for key, of in shared]
     if rows:

@@ -151,6 +151,14 @@ def _thinned(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[f
     return [x for x, _ in chosen], [y for _, y in chosen]
 
 
+def shown_answer(row: Mapping[str, Any]) -> str:
+    """An answer for people; bytes that are no character as `‹?›`, except where the answer was cut off in one."""
+    answer = str(row["answer"])
+    if not row["is_ended"]:
+        answer = answer.rstrip("\ufffd") + " …"
+    return answer.replace("\ufffd", "‹?›")
+
+
 def stage_tables(stage: StageRecord) -> Iterator[Table]:
     """The small tables that a stage wrote for people."""
     if stage.path is None or not (path := Path(stage.path) / "logs" / "tables.json").exists():

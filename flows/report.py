@@ -18,6 +18,7 @@ from flows.page_parts import (
     page,
     read_metrics,
     series_of,
+    shown_answer,
     stage_tables,
 )
 from flows.runs import RunRecord, StageRecord
@@ -353,7 +354,7 @@ def _samples(run: RunRecord, paths: Mapping[str, Path]) -> Section:
     for node in nodes:
         for row in Scores(paths[node]).answers():
             if row.get("sample", 0) == 0:
-                answers.setdefault(row["prompt"], {})[node] = _told(row)
+                answers.setdefault(row["prompt"], {})[node] = shown_answer(row)
     if answers:
         rows = [
             [prompt, *(given.get(node, "") for node in nodes)] for prompt, given in answers.items()
@@ -365,14 +366,6 @@ def _samples(run: RunRecord, paths: Mapping[str, Path]) -> Section:
                 Table("more prompts", columns, more, is_samples=True, is_detail=True)
             )
     return section
-
-
-def _told(row: Mapping[str, Any]) -> str:
-    """An answer; bytes that are no character as `‹?›`, except where the answer was cut off in one."""
-    answer = str(row["answer"])
-    if not row["is_ended"]:
-        answer = answer.rstrip("\ufffd") + " …"
-    return answer.replace("\ufffd", "‹?›")
 
 
 def _costs(run: RunRecord) -> Section:
