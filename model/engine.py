@@ -282,10 +282,13 @@ def snapshot_of(
     scale: LossScale | None,
     *,
     is_lasting: bool,
+    is_teller: bool | None = None,
 ) -> Write:
-    """What writes them into a folder, as `Engine.snapshot` says; tensors are whole, or DTensors."""
+    """What writes them into a folder, as `Engine.snapshot` says; tensors are DTensors, or whole ones, which
+    the first process alone writes unless it is told who does."""
+    teller = ranks.is_first if is_teller is None else is_teller
     parts = {
-        name: Part.of(tensors, ranks, is_copied=is_lasting)
+        name: Part.of(tensors, ranks, is_copied=is_lasting, is_teller=teller)
         for name, tensors in ((WEIGHTS_FOLDER, weights), (OPTIMIZER_FOLDER, states))
     }
     scale_now = replace(scale) if scale and ranks.is_first else None

@@ -15,18 +15,19 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGP
 
 from model.batches import Batch
 from model.engine import (
+    OPTIMIZER_FOLDER,
     WEIGHTS_FOLDER,
     Hollow,
     Loss,
     Objective,
+    by_parameter,
     load_states,
-    optimizer_states,
     snapshot_of,
     states_of,
 )
 from model.optimizer import LossScale, Update, UpdateRule, build_optimizers, gradient_norm
 from model.ranks import Ranks
-from model.tensor_files import read_whole
+from model.tensor_files import outlines_in, read_into
 from model.transformer import Transformer
 from model.weights import Write
 
@@ -47,8 +48,9 @@ class PipelineEngine:
         )
         self._stages, self._data = mesh.get_group("stage"), mesh.get_group("data")
         # A tied embedding stands at both ends, which add up what they learn for it.
-        self._is_tied = model.shape.is_tied and not model.is_scalar
-        self._ends = _group_of_ends(ranks) if self._is_tied else None
+        is_tied = model.shape.is_tied and not model.is_scalar
+        self._ends = _group_of_ends(ranks) if is_tied else None
+        self._has_copy = is_tied and ranks.peer == ranks.peers - 1
         entry = _keep_part(model, ranks)
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         optimizers = build_optimizers(model.named_parameters(), rule)
@@ -86,8 +88,7 @@ class PipelineEngine:
         self._update.discard()
 
     def _norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
-        is_copy = self._is_tied and self.ranks.peer == self.ranks.peers - 1
-        left_out = self.model.embedding.weight if is_copy else None
+        left_out = self.model.embedding.weight if self._has_copy else None
         square = gradient_norm(p for p in parameters if p is not left_out).square()
         dist.all_reduce(square, group=self._stages)
         return square.sqrt()
@@ -96,16 +97,39 @@ class PipelineEngine:
         return self._hollow.filled(self._collected(self.model.state_dict()))
 
     def snapshot(self, *, is_lasting: bool) -> Write:
-        weights = self._collected(self.model.state_dict())
-        states = self._collected(states_of(self.model, self._update.optimizers))
-        return snapshot_of(weights, states, self.ranks, self.scale, is_lasting=is_lasting)
+        """Each stage of the first pipeline writes what it has."""
+        weights, states = (
+            {name: value for name, value in tensors.items() if not self._is_copy(name)}
+            for tensors in (
+                self.model.state_dict(),
+                states_of(self.model, self._update.optimizers),
+            )
+        )
+        return snapshot_of(
+            weights,
+            states,
+            self.ranks,
+            self.scale,
+            is_lasting=is_lasting,
+            is_teller=self.ranks.rank == 0,
+        )
+
+    def _is_copy(self, name: str) -> bool:
+        """Whether a tensor is that of the tied embedding where it stands for the second time."""
+        return self._has_copy and name.startswith("embedding.")
 
     def load(self, folder: Path, *, has_optimizer: bool = True) -> None:
-        weights = read_whole(folder / WEIGHTS_FOLDER)
-        self.model.load_state_dict({name: weights[name] for name in self.model.state_dict()})
+        own = dict(self.model.named_parameters())
+        read_into(folder / WEIGHTS_FOLDER, own)
         if not has_optimizer:
             return
-        load_states(self.model, self._update.optimizers, optimizer_states(folder))
+        states = {
+            name: torch.empty_like(outline, device="cpu")
+            for name, outline in outlines_in(folder / OPTIMIZER_FOLDER).items()
+            if name.rsplit("|", 1)[0] in own
+        }
+        read_into(folder / OPTIMIZER_FOLDER, states)
+        load_states(self.model, self._update.optimizers, by_parameter(states))
         if self.scale:
             self.scale.load(folder)
 

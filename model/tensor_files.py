@@ -34,9 +34,16 @@ class Part:
     """Where they begin in the whole."""
 
     @classmethod
-    def of(cls, tensors: Mapping[str, Tensor], ranks: Ranks, *, is_copied: bool) -> Self:
-        """The own part; `is_copied` if it may be written after the tensors have changed."""
-        own = {name: value.detach() for name, value in tensors.items() if _is_told(value, ranks)}
+    def of(
+        cls, tensors: Mapping[str, Tensor], ranks: Ranks, *, is_copied: bool, is_teller: bool
+    ) -> Self:
+        """The own part; `is_copied` if it may be written after the tensors have changed, `is_teller` if this
+        process tells of whole ones."""
+        own = {
+            name: value.detach()
+            for name, value in tensors.items()
+            if (_is_told(value, ranks) if isinstance(value, DTensor) else is_teller)
+        }
         return cls(
             {name: _local(value).to("cpu", copy=is_copied) for name, value in own.items()},
             {name: _offsets(value) for name, value in own.items()},
@@ -97,10 +104,8 @@ def _reader(folder: Path) -> Any:
     return HuggingFaceStorageReader(str(folder))
 
 
-def _is_told(value: Tensor, ranks: Ranks) -> bool:
+def _is_told(value: DTensor, ranks: Ranks) -> bool:
     """Whether this process is the first of those that hold the same."""
-    if not isinstance(value, DTensor):
-        return ranks.is_first
     mesh = value.device_mesh
     place = mesh.get_coordinate() or ()
     copies = [at for at, how in zip(place, value.placements, strict=True) if how.is_replicate()]

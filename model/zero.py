@@ -107,16 +107,26 @@ class ZeroEngine:
         return self.model if self._hollow is None else self._hollow.filled(self._weights())
 
     def _weights(self) -> dict[str, Tensor]:
-        if self.stage < 3:
-            return self.model.state_dict()
         from deepspeed import zero
 
         with zero.GatheredParameters(list(self.model.parameters())):
             return {name: value.clone() for name, value in self.model.state_dict().items()}
 
     def snapshot(self, *, is_lasting: bool) -> Write:
-        weights, states = self._weights(), self._whole_states()
+        weights = self.model.state_dict() if self.stage < 3 else self._told_weights()
+        states = self._told_states()
         return snapshot_of(weights, states, self.ranks, self.scale, is_lasting=is_lasting)
+
+    def _told_weights(self) -> dict[str, Tensor]:
+        """Those of the first rank, on the host: a device holds one whole tensor at a time."""
+        from deepspeed import zero
+
+        weights: dict[str, Tensor] = {}
+        for name, parameter in self.model.named_parameters():
+            with zero.GatheredParameters([parameter]):
+                if self.ranks.is_first:
+                    weights[name] = parameter.detach().to("cpu", copy=True)
+        return weights
 
     def load(self, folder: Path, *, has_optimizer: bool = True) -> None:
         self._load_weights(read_whole(folder / WEIGHTS_FOLDER))
@@ -156,7 +166,8 @@ class ZeroEngine:
                 self.model.load_state_dict(weights)
         self._zero.refresh_fp32_params()
 
-    def _whole_states(self) -> dict[str, Tensor]:
+    def _told_states(self) -> dict[str, Tensor]:
+        """Those of the first rank, on the host."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
         base = self._zero.optimizer.state
@@ -168,8 +179,10 @@ class ZeroEngine:
         for name, parameter in self._learning():
             states[f"{name}|step"] = torch.tensor(step)
             for key in MOMENTS:
-                whole = safe_get_full_optimizer_state(parameter, key)
-                states[f"{name}|{key}"] = cast("Tensor", whole)
+                # All ranks put it together.
+                whole = cast("Tensor", safe_get_full_optimizer_state(parameter, key))
+                if self.ranks.is_first:
+                    states[f"{name}|{key}"] = whole.cpu()
         return states
 
     def _allocate_states(self, step: Tensor) -> None:

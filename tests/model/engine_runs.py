@@ -83,7 +83,22 @@ LAUNCHES: dict[str, dict[str, Any]] = {
     "fsdp_muon": {"engine": "fsdp"},
     "tensor_muon": {"engine": "fsdp", "tensor_parallel": 2},
     "pipeline_muon": {"engine": "ddp", "pipeline_stages": 2},
-}
+    "plain_bf16": {"engine": "plain"},
+    "ddp_bf16": {"engine": "ddp"},
+    "fsdp_bf16": {"engine": "fsdp"},
+    "tensor_bf16": {"engine": "fsdp", "tensor_parallel": 2},
+    "pipeline_bf16": {"engine": "ddp", "pipeline_stages": 2},
+    "zero2_bf16": {"engine": "zero2", "deepspeed": BUCKETS},
+    "zero3_bf16": {"engine": "zero3", "deepspeed": BUCKETS},
+    "fsdp_recomputed": {"engine": "fsdp", "checkpoint_activations": True},
+    "tensor_recomputed": {
+        "engine": "fsdp", "tensor_parallel": 2, "checkpoint_activations": True,
+    },
+    "pipeline_recomputed": {
+        "engine": "ddp", "pipeline_stages": 2, "checkpoint_activations": True,
+    },
+    "zero3_recomputed": {"engine": "zero3", "deepspeed": BUCKETS, "checkpoint_activations": True},
+}  # fmt: skip
 
 
 FIRST_SCALE = 2.0**24
@@ -131,7 +146,7 @@ def run(
     """The whole job, or up to the step at which it dies."""
     launch, ranks = placed(name, ranks)
     kind = {"optimizer": "muon"} if name.endswith("_muon") else {}
-    kind |= {"precision": "fp16"} if name.endswith("_fp16") else {}
+    kind |= {"precision": name[-4:]} if name.endswith(("_fp16", "_bf16")) else {}
     chosen = SETTINGS.model_copy(update={"launch": launch, **kind, **settings})
     if ranks.is_first:
         write_job(attempt, "pretrain", chosen, {"tokens": tokens}, launch)
