@@ -164,8 +164,10 @@ class HashCache:
         if self._is_loaded or self.path is None or not self.path.exists():
             return
         with closing(self._connect(self.path)) as connection:
-            rows = connection.execute("select path, state, digest from hashes").fetchall()
-        self._known |= {path: (state, digest) for path, state, digest in rows}
+            # As bytes: the name of a file may be no UTF-8.
+            wanted = "select cast(path as blob), state, digest from hashes"
+            rows = connection.execute(wanted).fetchall()
+        self._known |= {os.fsdecode(path): (state, digest) for path, state, digest in rows}
         self._is_loaded = True
 
     def _save(self, fresh: Mapping[str, tuple[str, str]]) -> None:
@@ -182,7 +184,6 @@ class HashCache:
     @staticmethod
     def _connect(path: Path) -> sqlite3.Connection:
         connection = sqlite3.connect(path, timeout=30.0)
-        connection.text_factory = os.fsdecode  # a name of a file may be no UTF-8
         connection.execute(
             "create table if not exists hashes (path text primary key, state text, digest text)"
         )
