@@ -144,11 +144,14 @@ async def loaded(url: str, name: str, clients: int, prompts: list[str], seconds:
     async def answered(turn: int) -> None:
         asked = time.monotonic()
         times = [at async for at in _asked(url, name, prompts[turn % len(prompts)])]
+        if times:
+            firsts.append(times[0] - asked)
+        else:  # its bytes made no character
+            times = [time.monotonic()]
         # Text comes in pieces of one or more tokens: the tokens are spread over their times.
         arrivals.extend(
             times[place * len(times) // ANSWER_TOKENS] for place in range(ANSWER_TOKENS)
         )
-        firsts.append(times[0] - asked)
 
     async def client(turn: int, end: float) -> None:
         while time.monotonic() < end:
