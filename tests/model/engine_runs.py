@@ -1,12 +1,15 @@
 """Every engine over the same small pretraining in one pair of ranks: `python -m tests.model.engine_runs
-TOKENS FOLDER NAME=STEP ... OLD-to-NEW ... NAME!STEP`.
+TOKENS FOLDER NAME=STEP:PORT ... OLD-to-NEW ... NAME!STEP`.
 
-For NAME=STEP, of LAUNCHES: an unbroken run in FOLDER/NAME; a run in FOLDER/NAME-broken that dies while it
-writes down that step, and is run again by a new engine; a run with a strict guard. For OLD-to-NEW the engine
-NEW ends what OLD has begun, in FOLDER/OLD-to-NEW. Starting processes costs more than the runs. For NAME!STEP
-a run in FOLDER/NAME whose processes get kill -9 at that step, or at none.
+For NAME=STEP:PORT, of LAUNCHES: an unbroken run in FOLDER/NAME; a run in FOLDER/NAME-broken whose processes,
+forked from the ranks and met at that port, get kill -9 while they write down that step, and which the ranks
+end; a run with a strict guard. For OLD-to-NEW the engine NEW ends what OLD has begun, in FOLDER/OLD-to-NEW.
+Starting processes costs more than the runs. For NAME!STEP a run in FOLDER/NAME in which the ranks themselves
+get kill -9 at that step, or at none.
 """
 
+import importlib
+import multiprocessing
 import os
 import shutil
 import signal
@@ -139,11 +142,10 @@ def run(
     name: str,
     ranks: Ranks,
     *,
-    last: int = 0,
-    is_killed: bool = False,
+    killed_at: int = 0,
     **settings: object,
 ) -> None:
-    """The whole job, or up to the step at which it dies."""
+    """The whole job, or up to the step at which this process gets kill -9."""
     launch, ranks = placed(name, ranks)
     kind = {"optimizer": "muon"} if name.endswith("_muon") else {}
     kind |= {"precision": name[-4:]} if name.endswith(("_fp16", "_bf16")) else {}
@@ -153,15 +155,12 @@ def run(
     ranks.wait()
     job = JobFile.model_validate_json((attempt / "state" / "job.json").read_text("utf-8"))
     journal = BreakingJournal(
-        attempt / "logs", is_writer=ranks.is_first, last=last or -1, is_killed=is_killed
+        attempt / "logs", is_writer=ranks.is_first, last=killed_at or -1, is_killed=True
     )
-    try:
-        # In fp16 the first steps overflow; by what ranks are averaged over, each multiplies its loss.
-        first = (FIRST_SCALE / ranks.world, 0, 2000)
-        with patch.object(LossScale.__init__, "__defaults__", first):
-            work(job, ranks, journal)
-    except Killed:
-        assert last, "only a run that is to be killed dies"
+    # In fp16 the first steps overflow; by what ranks are averaged over, each multiplies its loss.
+    first = (FIRST_SCALE / ranks.world, 0, 2000)
+    with patch.object(LossScale.__init__, "__defaults__", first):
+        work(job, ranks, journal)
     ranks.wait()
 
 
@@ -181,26 +180,42 @@ def move_on(folder: Path, old: str, new: str, tokens: Path, ranks: Ranks) -> Non
     run(attempt, tokens, new, ranks)
 
 
+def joined() -> Ranks:
+    """This process in the group that its environment names."""
+    processes = int(os.environ["WORLD_SIZE"])
+    return join_ranks(LaunchConfig(engine="ddp", processes=processes, threads=1, device="cpu"))
+
+
+def die(attempt: Path, tokens: Path, name: str, step: str, port: str) -> None:
+    """Run up to that step, in a group of its own, and get kill -9."""
+    os.environ["MASTER_PORT"] = port
+    run(attempt, tokens, name, joined(), killed_at=int(step))
+
+
 def main() -> None:
     """Entry of each rank."""
     tokens, folder = Path(sys.argv[1]), Path(sys.argv[2])
-    processes = int(os.environ["WORLD_SIZE"])
-    ranks = join_ranks(LaunchConfig(engine="ddp", processes=processes, threads=1, device="cpu"))
-    for wish in sys.argv[3:]:
-        name, is_killed, last = wish.partition("!")
-        if is_killed:
-            run(folder / name, tokens, name, ranks, last=int(last), is_killed=True)
-            continue
-        name, _, last = wish.partition("=")
-        if not last:
-            old, _, new = name.partition("-to-")
-            move_on(folder, old, new, tokens, ranks)
-            continue
+    deaths = [wish.partition("=") for wish in sys.argv[3:] if "=" in wish]
+    if any(name.startswith("zero") for name, _, _ in deaths):
+        importlib.import_module("deepspeed")  # once, not in every fork
+    for name, _, at in deaths:
+        asked = (folder / f"{name}-broken", tokens, name, *at.split(":"))
+        victim = multiprocessing.get_context("fork").Process(target=die, args=asked)
+        victim.start()
+        victim.join()
+        assert victim.exitcode == -signal.SIGKILL, f"{name}: {victim.exitcode}"
+    ranks = joined()
+    for name, _, _ in deaths:
         run(folder / name, tokens, name, ranks)
-        broken = folder / f"{name}-broken"
-        run(broken, tokens, name, ranks, last=int(last))
-        run(broken, tokens, name, ranks)
+        run(folder / f"{name}-broken", tokens, name, ranks)
         run_guarded(folder, tokens, name, ranks)
+    for wish in sys.argv[3:]:
+        name, is_killed, step = wish.partition("!")
+        old, is_move, new = wish.partition("-to-")
+        if is_killed:
+            run(folder / name, tokens, name, ranks, killed_at=int(step))
+        elif is_move:
+            move_on(folder, old, new, tokens, ranks)
     ranks.leave()
 
 

@@ -18,7 +18,7 @@ from model.optimizer import UpdateRule
 from model.ranks import Ranks
 from model.zero import ZeroEngine, release_builds
 from tests.model.engine_runs import LAUNCHES, SETTINGS, STEPS, move_on, run, run_guarded
-from tests.model.small_jobs import finish, start_pair
+from tests.model.small_jobs import finish, free_port, start_pair
 from tests.model.small_tokens import write_small_tokens
 
 LONG = ("zero1_offload", "zero2_offload", "zero3_offload")
@@ -86,7 +86,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReques
         "tests.model.engine_runs",
         str(tokens),
         str(folder),
-        *(f"{engine}={step}" for engine, step in deaths.items()),
+        *(f"{engine}={step}:{free_port()}" for engine, step in deaths.items()),
         *MOVES,
     )
     finish(ranks, timeout=1500)
@@ -115,7 +115,7 @@ def test_the_guard_leaves_out_the_steps_that_it_does_in_one_process(
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_dead_at_a_random_step_and_run_again_gives_the_same_bits(runs: Runs, engine: str) -> None:
+def test_killed_at_a_random_step_and_run_again_gives_the_same_bits(runs: Runs, engine: str) -> None:
     assert_same_bits(runs.folder / engine, runs.folder / f"{engine}-broken")
     assert runs.figures(engine, "loss") == runs.figures(f"{engine}-broken", "loss")
 
@@ -235,7 +235,7 @@ def assert_same_bits(whole: Path, broken: Path) -> None:
 def test_four_processes_do_what_two_do_and_go_on_from_them(
     runs: Runs, tmp_path: Path, name: str
 ) -> None:
-    wishes = [f"{name}={random.randint(2, STEPS - 1)}"]
+    wishes = [f"{name}={random.randint(2, STEPS - 1)}:{free_port()}"]
     on(4, runs.tokens, tmp_path, *wishes)
     four = replace(runs, folder=tmp_path)
     for figure in ("loss", "held_loss/zh"):
@@ -256,7 +256,7 @@ def test_four_processes_do_what_two_do_and_go_on_from_them(
 def test_ranks_whose_last_part_is_not_full_resume_to_the_same_bits(tmp_path: Path) -> None:
     tokens = write_small_tokens(tmp_path / "tokens")
     # A third of 32 weights is 11, and of the last rank's part one is filling.
-    on(3, tokens, tmp_path, "zero3=7")
+    on(3, tokens, tmp_path, f"zero3=7:{free_port()}")
     assert_same_bits(tmp_path / "zero3", tmp_path / "zero3-broken")
 
 
