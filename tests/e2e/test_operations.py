@@ -28,16 +28,10 @@ pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 REAL = ("-c", "from flows.cli import main; main()")
 """The command with the real stages, which the worker has too."""
 NOTES = """
-seed: 0
 stages:
   extract: {sources: [{path: "notes/*.txt"}]}
 """
-EXAMINED = """
-seed: 0
-stages:
-  extract: {sources: [{path: "notes/*.txt"}]}
-  decontaminate: {from: {corpus: extract}, exams: [{path: "exams/*.jsonl"}]}
-"""
+EXAMINED = NOTES + '  decontaminate: {from: {corpus: extract}, exams: [{path: "exams/*.jsonl"}]}\n'
 TRAINING = """
 seed: 0
 launch: {threads: 1, checkpoint_seconds: 3}
@@ -82,10 +76,8 @@ def bessemer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
 def write_story(file: Path, *, seed: int) -> None:
     """150 documents, some 100 kB, of sentences that are easily learnt."""
     chosen = random.Random(seed)
-    animals, foods = (
-        ["fox", "bear", "heron", "mouse", "otter", "wolf"],
-        ["honey", "fish", "apples", "roots"],
-    )
+    animals = ["fox", "bear", "heron", "mouse", "otter", "wolf"]
+    foods = ["honey", "fish", "apples", "roots"]
     sentences = [
         f"The {chosen.choice(animals)} eats {chosen.choice(foods)} at {chosen.randrange(24)} o'clock, "
         f"狐狸在第{chosen.randrange(1000)}天吃蜂蜜。"
@@ -198,10 +190,8 @@ def built_since(bessemer: Command, first: RunRecord, stage: str) -> list[RunReco
 
 def losses(record: RunRecord) -> list[float]:
     """Of each step of the run's pretraining."""
-    lines = (
-        Path(str(record.stages["pretrain"].path), "logs", "metrics.jsonl").read_text().splitlines()
-    )
-    return [json.loads(line)["loss"] for line in lines]
+    logs = Path(str(record.stages["pretrain"].path), "logs", "metrics.jsonl")
+    return [json.loads(line)["loss"] for line in logs.read_text().splitlines()]
 
 
 def planned(bessemer: Command) -> list[Any]:
