@@ -1,11 +1,12 @@
-"""Every engine over the same small pretraining in one pair of ranks: `python -m tests.model.engine_runs
-TOKENS FOLDER NAME=STEP:PORT ... OLD-to-NEW ... NAME!STEP`.
+"""Every engine over the same small pretraining: `python -m tests.model.engine_runs TOKENS FOLDER ROUND ...`.
 
-For NAME=STEP:PORT, of LAUNCHES: an unbroken run in FOLDER/NAME; a run in FOLDER/NAME-broken whose processes,
-forked from the ranks and met at that port, get kill -9 while they write down that step, and which the ranks
-end; a run with a strict guard. For OLD-to-NEW the engine NEW ends what OLD has begun, in FOLDER/OLD-to-NEW.
-Starting processes costs more than the runs. For NAME!STEP a run in FOLDER/NAME in which the ranks themselves
-get kill -9 at that step, or at none.
+A round is one job, or several at once, joined by "+"; each writes into the folder of its name below FOLDER:
+NAME, of LAUNCHES, from start to end, NAME-guarded with a strict guard; NAME-killed=STEP until its processes
+get kill -9 while they write down that step, NAME-stopped=STEP until one of them gets SIGTERM there, and
+without =STEP on from there to the end; OLD-to-NEW ends with the engine NEW what OLD has begun.
+
+Every job runs in processes forked from the ranks: it starts without waiting for imports, and finds nothing
+that an engine before it has left in its process (ZeRO 3 changes how torch multiplies by a matrix).
 """
 
 import importlib
@@ -14,21 +15,26 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from conf.contract import JobFile
+import torch
+import torch.distributed as dist
+
+from conf.contract import ExitCode, JobFile
 from conf.launch import LaunchConfig
 from conf.pretrain import PhaseConfig, PretrainConfig
 from conf.shape import ShapeConfig
 from model import loop
 from model.journal import Journal
+from model.loop import Ended
 from model.optimizer import LossScale
 from model.pretrain import work
-from model.ranks import Ranks, join_ranks
+from model.ranks import Ranks
 from tests.model.small_jobs import write_job
 
 STEPS = 12
@@ -111,18 +117,23 @@ class Killed(BaseException):
     """The journal's pen breaks: nothing behind it runs."""
 
 
-class BreakingJournal(Journal):
-    """Dies when it is to write down a step, or has its process killed."""
+def break_off() -> None:
+    """End the job without a word."""
+    raise Killed
 
-    def __init__(self, logs: Path, *, is_writer: bool, last: int, is_killed: bool = False) -> None:
+
+class MarkedJournal(Journal):
+    """Does something first when it is to write down a certain step, on every rank."""
+
+    def __init__(
+        self, logs: Path, *, is_writer: bool, marked: int, act: Callable[[], None] = break_off
+    ) -> None:
         super().__init__(logs, is_writer=is_writer)
-        self._last, self._is_killed = last, is_killed
+        self._marked, self._act = marked, act
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
-        if step == self._last and self._is_killed:
-            os.kill(os.getpid(), signal.SIGKILL)
-        if step == self._last:
-            raise Killed
+        if step == self._marked:
+            self._act()
         super().write(step, figures)
 
 
@@ -142,11 +153,14 @@ def run(
     name: str,
     ranks: Ranks,
     *,
-    killed_at: int = 0,
+    sent: tuple[int, int] = (-1, 0),
     **settings: object,
 ) -> None:
-    """The whole job, or up to the step at which this process gets kill -9."""
+    """The whole job, or as far as it comes when at a step this process is sent a signal."""
     launch, ranks = placed(name, ranks)
+    marked, number = sent
+    if number == signal.SIGTERM:
+        ranks.stop_on_sigterm()
     kind = {"optimizer": "muon"} if name.endswith("_muon") else {}
     kind |= {"precision": name[-4:]} if name.endswith(("_fp16", "_bf16")) else {}
     chosen = SETTINGS.model_copy(update={"launch": launch, **kind, **settings})
@@ -154,9 +168,8 @@ def run(
         write_job(attempt, "pretrain", chosen, {"tokens": tokens}, launch)
     ranks.wait()
     job = JobFile.model_validate_json((attempt / "state" / "job.json").read_text("utf-8"))
-    journal = BreakingJournal(
-        attempt / "logs", is_writer=ranks.is_first, last=killed_at or -1, is_killed=True
-    )
+    send = partial(os.kill, os.getpid(), number)
+    journal = MarkedJournal(attempt / "logs", is_writer=ranks.is_first, marked=marked, act=send)
     # In fp16 the first steps overflow; by what ranks are averaged over, each multiplies its loss.
     first = (FIRST_SCALE / ranks.world, 0, 2000)
     with patch.object(LossScale.__init__, "__defaults__", first):
@@ -180,43 +193,58 @@ def move_on(folder: Path, old: str, new: str, tokens: Path, ranks: Ranks) -> Non
     run(attempt, tokens, new, ranks)
 
 
-def joined() -> Ranks:
-    """This process in the group that its environment names."""
-    processes = int(os.environ["WORLD_SIZE"])
-    return join_ranks(LaunchConfig(engine="ddp", processes=processes, threads=1, device="cpu"))
+def joined(meeting: Path) -> Ranks:
+    """This process in the group of those that meet in that file."""
+    rank, processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(meeting), processes)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=processes)
+    return Ranks(rank, processes)
 
 
-def die(attempt: Path, tokens: Path, name: str, step: str, port: str) -> None:
-    """Run up to that step, in a group of its own, and get kill -9."""
-    os.environ["MASTER_PORT"] = port
-    run(attempt, tokens, name, joined(), killed_at=int(step))
+def do(job: str, tokens: Path, folder: Path, meeting: Path) -> None:
+    """One job, in a process of its own that ends as a worker does."""
+    ranks = joined(meeting)
+    attempt, _, step = job.partition("=")
+    name, _, end = attempt.partition("-")
+    sent = (-1, 0)
+    if step and end == "killed":
+        sent = (int(step), signal.SIGKILL)
+    elif step and ranks.rank == ranks.processes - 1:
+        sent = (int(step), signal.SIGTERM)
+    try:
+        if end.startswith("to-"):
+            move_on(folder, name, end.removeprefix("to-"), tokens, ranks)
+        elif end == "guarded":
+            run_guarded(folder, tokens, name, ranks)
+        else:
+            run(folder / attempt, tokens, name, ranks, sent=sent)
+    except Ended as ended:
+        ranks.leave()
+        is_due = f"after step {step} of {STEPS}, which was saved" in str(ended)
+        sys.exit(int(ended.code) if is_due else str(ended))
+    ranks.leave()
 
 
 def main() -> None:
     """Entry of each rank."""
-    tokens, folder = Path(sys.argv[1]), Path(sys.argv[2])
-    deaths = [wish.partition("=") for wish in sys.argv[3:] if "=" in wish]
-    if any(name.startswith("zero") for name, _, _ in deaths):
+    tokens, folder, rounds = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
+    if any("zero" in jobs for jobs in rounds):
         importlib.import_module("deepspeed")  # once, not in every fork
-    for name, _, at in deaths:
-        asked = (folder / f"{name}-broken", tokens, name, *at.split(":"))
-        victim = multiprocessing.get_context("fork").Process(target=die, args=asked)
-        victim.start()
-        victim.join()
-        assert victim.exitcode == -signal.SIGKILL, f"{name}: {victim.exitcode}"
-    ranks = joined()
-    for name, _, _ in deaths:
-        run(folder / name, tokens, name, ranks)
-        run(folder / f"{name}-broken", tokens, name, ranks)
-        run_guarded(folder, tokens, name, ranks)
-    for wish in sys.argv[3:]:
-        name, is_killed, step = wish.partition("!")
-        old, is_move, new = wish.partition("-to-")
-        if is_killed:
-            run(folder / name, tokens, name, ranks, killed_at=int(step))
-        elif is_move:
-            move_on(folder, old, new, tokens, ranks)
-    ranks.leave()
+    for number, jobs in enumerate(rounds):
+        forks: dict[str, Any] = {}
+        for job in jobs.split("+"):
+            meeting = folder / f"{number}-{job}.meeting"
+            forks[job] = multiprocessing.get_context("fork").Process(
+                target=do, args=(job, tokens, folder, meeting)
+            )
+            forks[job].start()
+        for job, fork in forks.items():
+            fork.join()
+            wanted = 0
+            if "=" in job:
+                wanted = -signal.SIGKILL if "-killed" in job else int(ExitCode.REQUEUE)
+            assert fork.exitcode == wanted, f"{job}: {fork.exitcode}"
 
 
 if __name__ == "__main__":

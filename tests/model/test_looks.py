@@ -17,7 +17,7 @@ from model.ranks import Ranks
 from model.weights import load_model
 from storage.checkpoint import kept_looks
 from storage.tokens import TokenFiles
-from tests.model.engine_runs import BreakingJournal, Killed
+from tests.model.engine_runs import Killed, MarkedJournal
 from tests.model.small_jobs import write_job
 from tests.model.small_tokens import documents, write_small_tokens
 
@@ -51,7 +51,7 @@ def run(tokens: Path, attempt: Path, settings: PretrainConfig, *, last: int = -1
     job = JobFile.model_validate_json(path.read_text("utf-8"))
     if last > 0:
         with pytest.raises(Killed):
-            work(job, Ranks(), BreakingJournal(job.logs, is_writer=True, last=last))
+            work(job, Ranks(), MarkedJournal(job.logs, is_writer=True, marked=last))
     return work(job, Ranks(), Journal(job.logs))
 
 
