@@ -1,5 +1,7 @@
 """A real torch job under the launchers: the stage's result does not depend on who starts the ranks."""
 
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,25 @@ from conf.pretrain import PretrainConfig
 from conf.shape import ShapeConfig
 from storage.store import Store
 from storage.tokens import Tokens
-from tasks.launch import JobFailed
+from tasks.launch import JobFailed, JobStopped, run_worker
 from tasks.pretrain import pretrain
 from tasks.stage import Job
 from tests.model.small_tokens import write_small_tokens
 from tests.tasks.launching import install_ssh, make_job, processes_of, run
+
+MARKED = "tests.tasks.workers.marked_pretrain"
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Tokens:
+    folder = tmp_path_factory.mktemp("tokens")
+    write_small_tokens(folder / "files")
+    return Tokens(folder)
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BESSEMER_HOME", str(tmp_path))
 
 
 def train(root: Path, tokens: Tokens, launch: LaunchConfig, rate: float = 3e-3) -> Job:
@@ -38,36 +54,49 @@ def train(root: Path, tokens: Tokens, launch: LaunchConfig, rate: float = 3e-3) 
 @pytest.mark.parametrize(
     ("launcher", "engine", "sign"),
     [
-        pytest.param("deepspeed", "zero2", "deepspeed.launcher", marks=pytest.mark.soak),
+        ("torchrun", "fsdp", "engine fsdp"),
+        ("deepspeed", "zero2", "deepspeed.launcher"),
+        ("slurm", "ddp", "[slurm] batch job"),
         pytest.param("deepspeed", "zero1", "deepspeed.launcher", marks=pytest.mark.soak),
         pytest.param("deepspeed", "zero3", "deepspeed.launcher", marks=pytest.mark.soak),
-        pytest.param("torchrun", "fsdp", "engine fsdp", marks=pytest.mark.soak),
     ],
 )
-def test_engines_under_their_launchers_give_the_plain_loss(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launcher: Any, engine: Any, sign: str
+def test_two_jobs_at_once_of_which_one_is_stopped_and_killed_end_with_the_same_bits(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tokens: Tokens,
+    queue: Path,
+    launcher: Any,
+    engine: Any,
+    sign: str,
 ) -> None:
-    monkeypatch.setenv("BESSEMER_HOME", str(tmp_path))
-    write_small_tokens(tmp_path / "tokens" / "files")
-    tokens = Tokens(tmp_path / "tokens")
+    def run_marked(job: Job, module: str, *rest: Any) -> dict[str, Any]:
+        return run_worker(job, MARKED if "marked" in job.path.parts else module, *rest)
+
+    monkeypatch.setattr("tasks.pretrain.run_worker", run_marked)
+    launch = LaunchConfig(threads=1, launcher=launcher, engine=engine, processes=2)
+    with ThreadPoolExecutor(1) as pool:
+        unbroken = pool.submit(train, tmp_path / "whole", tokens, launch)
+        with pytest.raises(JobStopped, match="a checkpoint was saved"):
+            train(tmp_path / "marked", tokens, launch)
+        with pytest.raises(JobFailed, match="was killed"):
+            train(tmp_path / "marked", tokens, launch)
+        marked, whole = train(tmp_path / "marked", tokens, launch), unbroken.result()
     plain = train(tmp_path / "plain", tokens, LaunchConfig(threads=1))
-    spread_launch = LaunchConfig(threads=1, launcher=launcher, engine=engine, processes=2)
-    spread = train(tmp_path / engine, tokens, spread_launch)
-    assert spread.metrics["loss"] == pytest.approx(plain.metrics["loss"], abs=2e-6)
-    assert sign in (spread.logs / "output.log").read_text()
-    assert (spread.files / "model.safetensors").stat().st_size == (
-        plain.files / "model.safetensors"
-    ).stat().st_size
+    assert whole.metrics["loss"] == pytest.approx(plain.metrics["loss"], abs=2e-6)
+    assert sign in (whole.logs / "output.log").read_text()
+    bits = [
+        hashlib.sha256((job.files / "model.safetensors").read_bytes()).hexdigest()
+        for job in (whole, marked)
+    ]
+    assert bits[0] == bits[1]
 
 
 @pytest.mark.slow
 def test_a_host_file_gives_the_loss_of_one_process(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokens: Tokens
 ) -> None:
-    monkeypatch.setenv("BESSEMER_HOME", str(tmp_path))
     hostfile = install_ssh(tmp_path, monkeypatch)
-    write_small_tokens(tmp_path / "tokens" / "files")
-    tokens = Tokens(tmp_path / "tokens")
     plain = train(tmp_path / "plain", tokens, LaunchConfig(threads=1))
     launch = LaunchConfig(
         threads=1,
@@ -88,12 +117,10 @@ def test_a_host_file_gives_the_loss_of_one_process(
 
 @pytest.mark.soak
 def test_a_training_that_diverges_says_so_and_names_its_samples(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tokens: Tokens
 ) -> None:
-    monkeypatch.setenv("BESSEMER_HOME", str(tmp_path))
-    write_small_tokens(tmp_path / "tokens" / "files")
     with pytest.raises(JobFailed, match="loss or gradients were not finite") as caught:
-        train(tmp_path, Tokens(tmp_path / "tokens"), LaunchConfig(threads=1), rate=1e30)
+        train(tmp_path, tokens, LaunchConfig(threads=1), rate=1e30)
     assert caught.value.ended.code == ExitCode.DIVERGED
     assert any("its samples were" in line for line in caught.value.ended.tail)
 
@@ -102,7 +129,6 @@ def test_a_training_that_diverges_says_so_and_names_its_samples(
 def test_a_host_that_cannot_be_reached_ends_the_job(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("BESSEMER_HOME", str(tmp_path))
     hostfile = install_ssh(tmp_path, monkeypatch)
     (tmp_path / "bin" / "ssh").write_text("#!/bin/sh\necho Permission denied >&2\nexit 255\n")
     job = make_job(tmp_path)

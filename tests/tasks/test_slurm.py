@@ -4,9 +4,7 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,6 @@ import pytest
 from conf.contract import ExitCode
 from conf.launch import LaunchConfig
 from tasks.launch import JobFailed, JobStopped, preflight
-from tests.tasks import slurm_stand_in
 from tests.tasks.launching import WORKER, count, make_job, processes_of, run, starts, wait_for
 
 TWO_NODES = {
@@ -26,23 +23,7 @@ TWO_NODES = {
     "environment": {"GLOO_SOCKET_IFNAME": "lo"},
 }
 ONE_NODE = {"launcher": "slurm"}
-
-
-@pytest.fixture(autouse=True)
-def queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The stand-in's books, its commands on the PATH."""
-    slurm_stand_in.install(tmp_path / "bin")
-    folder = tmp_path / "slurm"
-    folder.mkdir()
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setenv("SLURM_STAND_IN", str(folder))
-    monkeypatch.setenv("BESSEMER_HOME", str(tmp_path))
-    controller = subprocess.Popen(
-        [sys.executable, "-S", slurm_stand_in.__file__, "control"], start_new_session=True
-    )
-    yield folder
-    os.killpg(controller.pid, signal.SIGKILL)
-    controller.wait()
+pytestmark = pytest.mark.usefixtures("queue")
 
 
 def submitted(queue: Path) -> list[str]:
