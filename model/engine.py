@@ -10,6 +10,7 @@ import contextlib
 import copy
 import math
 import shutil
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -209,6 +210,8 @@ class TorchEngine:
         if ranks.world > 1:
             # Buffers are the tables of rotations, the same everywhere. Sending them before every step is
             # a one-way exchange that, over gloo, does not always end when a rank has died.
+            # The newer name of this option, which torch wants to see, is not in torch 2.9.
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is", FutureWarning)
             self._objective = DistributedDataParallel(
                 objective, broadcast_buffers=False, gradient_as_bucket_view=True
             )
