@@ -11,8 +11,8 @@ Layout of a store's folder (its home)::
     trash/                                              taken away, being removed
 
 A store on S3 (`s3://bucket/prefix`) keeps `artifacts/<fingerprint>/<attempt>/...`, the record that
-names the attempt, and `leases/<fingerprint>.json`; its cache folder is a home of the same layout in
-which everything is read and built. The connection is configured as for any S3 client
+names the attempt, `leases/<fingerprint>.json`, `sources/` and `noted/`; its cache folder is a home of the
+same layout in which everything is read and built. The connection is configured as for any S3 client
 (`AWS_ENDPOINT_URL`, `AWS_ACCESS_KEY_ID`, ...).
 
 Moving the folder or the bucket changes no fingerprint and no digest: nothing in a record is a path.
@@ -139,20 +139,16 @@ class Store:
         self.set_aside: dict[str, str] = {}
         """Fingerprint -> why, of what this store object has found damaged and moved to quarantine."""
 
-    @property
-    def sources(self) -> Path:
-        """Folder of the ledgers of sources."""
-        return self.root / "sources"
-
     def path_of(self, fingerprint: str) -> Path:
         """Where an artifact lies when it exists."""
         return self.root / "artifacts" / _checked(fingerprint)
 
     def ledger(self, name: str) -> SourceLedger:
         """The ledger of a source; on S3 one for all machines."""
+        path = self.root / "sources" / name
         if self._remote:
-            return SourceLedger(self.sources / name, self._remote.bucket, f"sources/{name}")
-        return SourceLedger(self.sources / name)
+            return SourceLedger(path, self._remote.bucket, f"sources/{name}")
+        return SourceLedger(path)
 
     def find_all(self, fingerprints: Sequence[str]) -> list[Path | None]:
         """`find` for many, in order."""
@@ -191,21 +187,20 @@ class Store:
         if lease is None:
             return None
         remote_lease = None
-        if self._remote:
-            remote_lease = self._remote.acquire(fingerprint, self._lease_path(fingerprint))
-            if remote_lease is None:
-                lease.release()
-                return None
-        attempts = self._attempts(fingerprint)
-        if attempts and (record := _complete_record(attempts[-1])):
-            self._publish(attempts[-1], record, replace=False)
-            attempts = self._attempts(fingerprint)
-        number = int(attempts[-1].name) if attempts else 1
-        path = self.root / "attempts" / fingerprint / str(number)
-        for name in ("files", "logs", "state"):
-            (path / name).mkdir(parents=True, exist_ok=True)
-        is_resumed = bool(attempts) and local.has_files(path)
-        return Claim(fingerprint, path, lease, remote_lease, is_resumed=is_resumed)
+        try:
+            if self._remote:
+                remote_lease = self._remote.acquire(fingerprint, self._lease_path(fingerprint))
+                if remote_lease is None:
+                    lease.release()
+                    return None
+            path = self._attempt(fingerprint)
+        except BaseException:
+            # Or this very process would wait for itself when it tries again.
+            lease.release()
+            if remote_lease:
+                remote_lease.release()
+            raise
+        return Claim(fingerprint, path, lease, remote_lease, is_resumed=local.has_files(path))
 
     def commit(self, claim: Claim, record: Record, *, replace: bool = False) -> Path:
         """Make the attempt's `files` and `logs` the artifact, in one atomic step; the path of it.
@@ -458,6 +453,17 @@ class Store:
             return
         self.quarantine(fingerprint, reason)
 
+    def _attempt(self, fingerprint: str) -> Path:
+        """The newest unfinished attempt, or a fresh one; one that only lacks its commit gets it first."""
+        attempts = self._attempts(fingerprint)
+        if attempts and (record := local.read_record(attempts[-1])):
+            self._publish(attempts[-1], record, replace=False)
+            attempts = self._attempts(fingerprint)
+        path = self.root / "attempts" / fingerprint / (attempts[-1].name if attempts else "1")
+        for name in ("files", "logs", "state"):
+            (path / name).mkdir(parents=True, exist_ok=True)
+        return path
+
     def _attempts(self, fingerprint: str) -> list[Path]:
         """Attempts of a fingerprint, oldest first."""
         place = self.root / "attempts" / _checked(fingerprint)
@@ -481,11 +487,6 @@ def _checked(fingerprint: str) -> str:
 
 def _children(folder: Path) -> list[Path]:
     return list(folder.iterdir()) if folder.is_dir() else []
-
-
-def _complete_record(attempt: Path) -> Record | None:
-    """The record of an attempt that was ready to be published when its process died."""
-    return local.read_record(attempt)
 
 
 def _state(path: Path, entry: FileEntry) -> tuple[str, int, int, str]:

@@ -71,6 +71,17 @@ def test_one_claim_at_a_time(store: Store) -> None:
     claimed(store, address).release()
 
 
+def test_a_claim_that_fails_holds_nothing(store: Store) -> None:
+    address = fingerprint({"name": "claimed"})
+    in_the_way = store.root / "attempts" / address
+    in_the_way.parent.mkdir(parents=True)
+    in_the_way.touch()
+    with pytest.raises(OSError, match=address):
+        store.claim(address)
+    in_the_way.unlink()
+    claimed(store, address).release()
+
+
 def test_a_commit_needs_its_own_held_claim(store: Store) -> None:
     record = record_of({"name": "mine"})
     claim = claimed(store, record.fingerprint)
