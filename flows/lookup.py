@@ -11,7 +11,7 @@ from conf.settings import SourceSpec
 from flows.graph import REFERENCE, Graph, Node
 from storage.artifact import Artifact
 from storage.identity import canonical_json, fingerprint
-from storage.source import HashCache, Source, resolve
+from storage.source import HashCache, Source, SourceLedger, resolve
 from storage.store import Store
 from tasks.stage import Inputs, identity_of
 
@@ -114,8 +114,8 @@ class Lookup:
         )
 
 
-def ledger_of(store: Store, node: str, setting: str, specs: tuple[SourceSpec, ...]) -> Path:
-    """File that records the landings of one source.
+def ledger_of(store: Store, node: str, setting: str, specs: tuple[SourceSpec, ...]) -> SourceLedger:
+    """What records the landings of one source.
 
     Named by what the recipe says of the source, so that recipes which read the same files through
     a node of the same name share it, and another data folder begins a history of its own.
@@ -123,4 +123,4 @@ def ledger_of(store: Store, node: str, setting: str, specs: tuple[SourceSpec, ..
     said = canonical_json([spec.model_dump(mode="json") for spec in specs])
     digest = hashlib.sha256(said).hexdigest()[:12]
     name = re.sub(r"[^\w.-]", "_", f"{node}.{setting}")
-    return store.sources / f"{name}.{digest}.json"
+    return store.ledger(f"{name}.{digest}.json")

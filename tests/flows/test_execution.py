@@ -53,6 +53,25 @@ def test_the_second_run_builds_nothing_and_ends_with_the_same_bytes(place: Place
     assert digests[0] == digests[1]
 
 
+def test_a_key_that_is_not_there_is_told_at_once_unless_nothing_is_to_be_asked(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keyed = "fine.key_variable=NO_SUCH_KEY"
+    with pytest.raises(RecipeError) as caught:
+        start(place, keyed)
+    assert str(caught.value) == (
+        "stages.fine.key_variable: the environment variable NO_SUCH_KEY is not set; export the endpoint's key "
+        "in it, or set key_variable to null for one without"
+    )
+    assert "fine" not in start(place, keyed, until="other").selected
+    monkeypatch.setenv("NO_SUCH_KEY", "k")
+    go(place, keyed)
+    monkeypatch.delenv("NO_SUCH_KEY")
+    assert set(statuses(go(place, keyed)).values()) == {"hit"}
+    with pytest.raises(RecipeError, match="NO_SUCH_KEY"):
+        start(place, keyed, force=("fine",))
+
+
 def test_a_node_whose_turn_nobody_takes_holds_up_no_other(place: Place) -> None:
     execution = start(place)
     execution.start()
@@ -218,6 +237,24 @@ def test_a_new_file_is_a_new_landing_and_only_its_part_is_built(place: Place) ->
     # `all.txt` sorts before the others, but arrived later.
     mined = Path(str(execution.record.stages["mine"].path)) / "files" / "ore.txt"
     assert mined.read_text("utf-8").splitlines()[-1] == "new 矿"
+
+
+def test_machines_that_share_a_store_on_s3_find_the_work_of_one_another(
+    place: Place, s3_server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BESSEMER_STORE", f"{s3_server}/{place.folder.name}")
+    go(place)
+    (place.folder / "raw" / "a_new.txt").write_text("new\n", "utf-8")
+    here = go(place)
+    place.ran()
+    # Another machine sees all three files at once; two of them came before the third.
+    monkeypatch.setenv("BESSEMER_HOME", str(place.folder / "elsewhere"))
+    there = go(place)
+    sources = here.record.stages["mine"].sources
+    assert there.record.stages["mine"].sources == sources
+    assert [len(landing) for landing in sources["sources"]] == [2, 1]
+    assert set(statuses(there).values()) == {"hit"}
+    assert place.ran() == []
 
 
 def test_planning_records_no_landing_and_writes_no_run(place: Place) -> None:
