@@ -190,9 +190,11 @@ class PpoConfig(Settings):
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
         self.lora.refuse_engine(self.launch)
-        if self.truth_functions and not self.truth_every_iterations:
+        is_judged = self.judge is not None and self.judge.is_truth
+        truth = "truth_functions" if self.truth_functions else "judge" if is_judged else ""
+        if truth and not self.truth_every_iterations:
             raise ValueError(
-                "truth_functions is never looked at with truth_every_iterations=0; set that to 5, say"
+                f"the truth of {truth} is never looked at with truth_every_iterations=0; set that to 5, say"
             )
         if self.kl_in == "loss" and self.kl_estimator == "k1":
             raise ValueError(

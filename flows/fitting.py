@@ -1,13 +1,15 @@
-"""What nodes of a recipe have to agree on: tokens, shapes, and the questions that sft leaves to pairs."""
+"""What nodes of a recipe have to agree on: tokens, shapes, what one leaves or keeps for another."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from conf.dpo import DpoConfig
+from conf.evaluate import EvaluateConfig
 from conf.launch import LaunchConfig
 from conf.mistakes import Mistake
 from conf.pairs import PairsConfig
 from conf.ppo import PpoConfig
+from conf.pretrain import PretrainConfig
 from conf.reward import RewardConfig
 from conf.sft import SftConfig
 from conf.shape import ShapeConfig
@@ -26,6 +28,7 @@ def disagreements(order: Mapping[str, "Node"]) -> Iterator[Mistake]:
     yield from _shape_mistakes(order)
     yield from _vocabulary_mistakes(order)
     yield from _withheld_mistakes(order)
+    yield from _curve_mistakes(order)
 
 
 def _tokenizer_mistakes(order: Mapping[str, "Node"]) -> Iterator[Mistake]:
@@ -143,6 +146,24 @@ def _withheld_mistakes(order: Mapping[str, "Node"]) -> Iterator[Mistake]:
                 )
                 mend = f"give {tuned.name} withheld_share: {settings.withheld_share:g}, or prompts: all"
                 yield Mistake(f"stages.{node.name}.withheld_share", found, mend)
+
+
+def _curve_mistakes(order: Mapping[str, "Node"]) -> Iterator[Mistake]:
+    """Curves over weights that nothing keeps."""
+    for node in order.values():
+        made = order.get(str(node.inputs.get("policy")))
+        if not isinstance(node.settings, EvaluateConfig) or not node.settings.has_curve:
+            continue
+        # What is pinned or of an earlier run may have them.
+        if made is None or made.pin is not None or getattr(made.settings, "kept_looks", 0):
+            continue
+        found = (
+            f"measures weights that pretraining kept on its way, and {made.name} keeps none of them"
+        )
+        mend = f"give {made.name} kept_looks: 1"
+        if not isinstance(made.settings, PretrainConfig):
+            mend = "name the policy of a pretrain node with kept_looks: 1"
+        yield Mistake(f"stages.{node.name}.has_curve", found, f"{mend}, or has_curve: false")
 
 
 def _tuned_above(order: Mapping[str, "Node"], node: "Node") -> Iterator["Node"]:

@@ -14,7 +14,9 @@ from conf.launch import DEEPSPEED_ENGINES, LaunchConfig
 from conf.mistakes import Mistake, RecipeError, suggest
 from conf.settings import Settings, SourceSpec
 from flows.fitting import disagreements
+from flows.own_files import own_file_mistakes
 from storage.artifact import Artifact
+from storage.fetched import SCHEME
 from tasks import stage as registry
 from tasks.stage import InputSpec, StageSpec
 
@@ -150,6 +152,7 @@ def _build(recipe: str, composed: Mapping[str, Any], base: Path) -> tuple[Graph,
     for node in nodes.values():
         mistakes += _input_mistakes(node, nodes, written)
         mistakes += _source_mistakes(node, written, base)
+        mistakes += own_file_mistakes(node, base)
     order = _in_order(nodes, mistakes)
     if not any("cycle" in mistake.found for mistake in mistakes):
         mistakes += disagreements(order)
@@ -365,7 +368,9 @@ def _source_mistakes(node: Node, written: Mapping[str, Any], base: Path) -> Iter
                 if spec.node not in written:
                     found = f"there is no node {spec.node!r}"
                     yield Mistake(f"{place}.node", found, suggest(spec.node, written))
-            elif not spec.is_optional and not _matches(spec.path, base):
+            elif spec.is_optional or spec.path.startswith(SCHEME):
+                continue  # what is on S3 is listed when it is looked up
+            elif not _matches(spec.path, base):
                 mend = "correct the path, or set is_optional: true"
                 found = f"no file matches {spec.path!r} (from {base})"
                 yield Mistake(f"{place}.path", found, mend)

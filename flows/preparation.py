@@ -1,12 +1,14 @@
 """From what was asked to a run that may start: names become fingerprints, nothing is left to choose."""
 
 import copy
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 from conf.mistakes import Mistake, RecipeError
+from conf.settings import Settings
 from flows.execution import Execution, workers_of
 from flows.graph import REFERENCE, Graph, build_graph, check_selection, load_graph
 from flows.lookup import Lookup
@@ -86,6 +88,7 @@ def prepare(
     )
     if must_hit:
         _check_hits(execution, base)
+    _check_keys(execution, base)
     return execution
 
 
@@ -140,6 +143,33 @@ def _check_hits(execution: Execution, base: Path) -> None:
             )
     if mistakes:
         raise RecipeError(mistakes)
+
+
+def _check_keys(execution: Execution, base: Path) -> None:
+    """Raises RecipeError for every node that is to be built and asks an endpoint whose key is not there."""
+    nodes = execution.graph.nodes
+    unset = {
+        name: found
+        for name in execution.selected
+        if nodes[name].pin is None and (found := [*_unset_keys(nodes[name].settings, name)])
+    }
+    if not unset:
+        return
+    lookup = Lookup(execution.graph, execution.lookup.store, base, execution.lookup.hashes, False)
+    built = {name for name in execution.selected if not find(lookup, name)} | execution.forced
+    if mistakes := [mistake for name in unset if name in built for mistake in unset[name]]:
+        raise RecipeError(mistakes)
+
+
+def _unset_keys(settings: Settings, place: str) -> Iterator[Mistake]:
+    for name in type(settings).model_fields:
+        value = getattr(settings, name)
+        if isinstance(value, Settings):
+            yield from _unset_keys(value, f"{place}.{name}")
+        elif name == "key_variable" and value and not os.environ.get(value):
+            found = f"the environment variable {value} is not set"
+            mend = "export the endpoint's key in it, or set key_variable to null for one without"
+            yield Mistake(f"stages.{place}.{name}", found, mend)
 
 
 def find(lookup: Lookup, name: str) -> bool:

@@ -5,7 +5,6 @@ and gives each a number, or None where it has none.
 """
 
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,8 @@ from typing import Any
 from conf.contract import JobFile
 from conf.ppo import PpoConfig
 from model.judge import Judge
-from storage.jsonl import content_id
 from storage.own_code import own_scores
+from storage.people_scores import answer_key, people_scores
 from storage.world import Facts
 
 Answer = Mapping[str, Any]
@@ -63,22 +62,15 @@ class People:
     """Scores that people gave to answers, word for word; answers that nobody has seen are written down."""
 
     def __init__(self, paths: Sequence[Path], unscored: Path) -> None:
-        """Raises ValueError for a line that is no score, and where there is none."""
-        self._scores: dict[str, float] = {}
-        for path in paths:
-            for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
-                if line.strip():
-                    key, score = _scored(line, f"{path}:{number}")
-                    self._scores[key] = score
-        if not self._scores:
-            raise ValueError(f"{', '.join(map(str, paths))} hold no score; name a file with some")
+        """Raises ValueError as `people_scores` does."""
+        self._scores = people_scores(paths)
         self._unscored = unscored
         # A replay after a kill meets the same answers.
         lines = unscored.read_text("utf-8").splitlines() if unscored.exists() else []
-        self._told = {_key(row["messages"], row["answer"]) for row in map(json.loads, lines)}
+        self._told = {answer_key(row["messages"], row["answer"]) for row in map(json.loads, lines)}
 
     def __call__(self, answers: Sequence[Answer]) -> list[float | None]:
-        keys = [_key(answer["messages"], answer["text"]) for answer in answers]
+        keys = [answer_key(answer["messages"], answer["text"]) for answer in answers]
         with self._unscored.open("a", encoding="utf-8") as stream:
             for key, answer in zip(keys, answers, strict=True):
                 if key not in self._scores and key not in self._told:
@@ -100,24 +92,3 @@ def world_truth(files: Path) -> Opinion:
         return facts.judge(question, answer["text"], ended=answer["is_ended"]).reward
 
     return lambda answers: [truth(answer) for answer in answers]
-
-
-def _scored(line: str, place: str) -> tuple[str, float]:
-    """Key and score of a line of a people's file. Raises ValueError with the place."""
-    try:
-        row = json.loads(line)
-        messages = row.get("messages") or [{"role": "user", "content": row["prompt"]}]
-        score = float(row["score"])
-        key = _key(messages, row["answer"])
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{place} is no score ({type(error).__name__}: {error}); a line is a JSON object with messages (or "
-            "prompt), answer and score, a number"
-        ) from error
-    if not math.isfinite(score):
-        raise ValueError(f"{place}: the score {score} is not finite; give a number")
-    return key, score
-
-
-def _key(messages: Sequence[Mapping[str, str]], answer: str) -> str:
-    return content_id([[(m["role"], m["content"].strip()) for m in messages], answer.strip()])

@@ -364,7 +364,7 @@ def _local_files(
         artifact = artifacts[spec.node]
         base = artifact.files
         known = {str(base / e.name): (e.size, e.xxh3) for e in artifact.record.files}
-    root, paths = _match(spec.path, base)
+    root, paths = files_matching(spec.path, base)
     unknown = [path for path in paths if str(path) not in known]
     known |= {str(p): found for p, found in zip(unknown, hashes.digests(unknown), strict=True)}
     return [
@@ -415,8 +415,8 @@ def _remote_files(pattern: str, hashes: HashCache) -> list[_Found]:
     ]
 
 
-def _match(pattern: str, base: Path) -> tuple[Path, list[Path]]:
-    """The files that a path, folder or glob names, by name, and the folder they are named from."""
+def files_matching(pattern: str, base: Path) -> tuple[Path, list[Path]]:
+    """The folder from which a path, folder or glob names files, and the files, by name."""
     parts = Path(pattern).expanduser().parts
     whole = base.absolute().joinpath(*parts)
     if whole.is_file():

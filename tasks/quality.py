@@ -176,8 +176,7 @@ def own_rule(path: Path) -> Callable[[dict[str, Any]], bool]:
 
     Raises ValueError where the file has none.
     """
-    shape = "`def drops(document) -> bool`, given a dict with text, url, source, domain, language"
-    return own_function(path, "drops", shape)
+    return own_function(path, "drops")
 
 
 def _samples(files: Sequence[SourceFile], setting: str) -> list[str]:

@@ -15,6 +15,7 @@ from flows.plan import contract, plan
 from flows.preparation import Request, prepare
 from flows.runs import RunRecord, find_artifact, open_home
 from storage.lease_s3 import home_id
+from tasks.processes import take_cpu
 from tests.flows.conftest import Place
 
 ALL = ["blend", "coarse", "fine", "mine", "other"]
@@ -53,25 +54,6 @@ def test_the_second_run_builds_nothing_and_ends_with_the_same_bytes(place: Place
     assert digests[0] == digests[1]
 
 
-def test_a_key_that_is_not_there_is_told_at_once_unless_nothing_is_to_be_asked(
-    place: Place, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    keyed = "fine.key_variable=NO_SUCH_KEY"
-    with pytest.raises(RecipeError) as caught:
-        start(place, keyed)
-    assert str(caught.value) == (
-        "stages.fine.key_variable: the environment variable NO_SUCH_KEY is not set; export the endpoint's key "
-        "in it, or set key_variable to null for one without"
-    )
-    assert "fine" not in start(place, keyed, until="other").selected
-    monkeypatch.setenv("NO_SUCH_KEY", "k")
-    go(place, keyed)
-    monkeypatch.delenv("NO_SUCH_KEY")
-    assert set(statuses(go(place, keyed)).values()) == {"hit"}
-    with pytest.raises(RecipeError, match="NO_SUCH_KEY"):
-        start(place, keyed, force=("fine",))
-
-
 def test_a_node_whose_turn_nobody_takes_holds_up_no_other(place: Place) -> None:
     execution = start(place)
     execution.start()
@@ -96,6 +78,21 @@ def test_a_node_whose_turn_nobody_takes_holds_up_no_other(place: Place) -> None:
     assert place.ran() == ["mine", "other"]
     go(place)
     assert place.ran() == ["blend", "coarse", "fine"]
+
+
+def test_runs_from_the_page_and_from_a_terminal_wait_for_the_same_processor(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = place.folder / "home"
+    monkeypatch.setenv("BESSEMER_HOME", str(home))  # as the worker of `bessemer up` has it
+    start(place).start()
+    lock = take_cpu()
+    assert lock is not None
+    monkeypatch.delenv("BESSEMER_HOME")
+    (place.folder / ".bessemer").symlink_to(home)
+    start(place).start()
+    assert take_cpu() is None
+    lock.release()
 
 
 def test_a_run_tells_the_store_what_other_homes_must_keep(place: Place) -> None:

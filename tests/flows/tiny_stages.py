@@ -44,6 +44,8 @@ class SmeltConfig(Settings):
     """How long it takes."""
     fails: Annotated[str, RUNTIME] = ""
     """File that, while it exists, makes the stage fail."""
+    key_variable: Annotated[str | None, RUNTIME] = None
+    """As of an endpoint."""
 
 
 class PourConfig(Settings):
