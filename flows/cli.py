@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from gc import freeze, set_threshold
+from gc import freeze
 from inspect import Signature, signature
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,6 +18,7 @@ from conf.mistakes import RecipeError
 from flows.cli_models import chat, serve
 from flows.cli_services import deploy, down, up, watch
 from flows.execution import Execution
+from flows.garbage import put_off
 from flows.preparation import Request, prepare
 from flows.runs import Home, RunRecord, find_artifact, open_home
 from flows.show import Shown, console, effects, error_console, human_bytes, stage_table
@@ -25,8 +26,6 @@ from storage.errors import BessemerError
 
 OK, FAILED, REFUSED, CANCELLED = 0, 1, 2, 130
 KEPT_RUNS = 10
-OBJECTS_PER_SEARCH = 1_000_000
-"""New objects after which Python looks for garbage; its own choice is 700."""
 
 app = typer.Typer(
     help="From raw crawl to an aligned, evaluated small language model, as one declared graph.",
@@ -470,11 +469,9 @@ def _explained() -> Generator[None]:
 
 def main() -> None:
     """Entry point; exit status 0, 1 (a stage failed), 2 (refused, nothing started), 130 (cancelled)."""
-    # Starting makes a million objects that live to the end: to look through them for garbage, again
-    # and again and once more before the process ends, is a quarter of what a run without work costs.
-    set_threshold(OBJECTS_PER_SEARCH)
+    put_off()
     try:
         with _explained():
             app()
     finally:
-        freeze()
+        freeze()  # or Python looks through everything once more before it ends

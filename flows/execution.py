@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from flows.garbage import take_up
 from flows.graph import Graph
 from flows.lookup import Address, Lookup
 from flows.runs import Home, RunRecord, StageRecord, StageStatus
@@ -78,6 +79,8 @@ class Execution:
 
     def start(self) -> None:
         """Note that the run goes on, in this process."""
+        # By it the jobs that are started know what they share: a host's CPU trains one at a time.
+        os.environ["BESSEMER_HOME"] = str(self.home.path)
         self.record.pid = os.getpid()
         self.record.pid_started = start_of(self.record.pid)
         self.record.started = datetime.now(UTC).isoformat(timespec="seconds")
@@ -276,6 +279,7 @@ class Execution:
         from flows.room import check_room
 
         check_room(self.lookup, self.graph.nodes[name], self._addresses[name], job.path)
+        take_up()
         self._tell(lambda listener: listener.on_job(name, job))
 
     def _mend(self, name: str) -> None:

@@ -21,6 +21,7 @@ from starlette.types import Receive, Scope, Send
 
 from conf.serving import Serving
 from flows.answering import Answers, Engine, Full, Piece
+from flows.garbage import take_up
 from flows.openai_api import (
     AnyRequest,
     ChatMessage,
@@ -392,6 +393,7 @@ async def serve(
             lifespan="off",
             server_header=False,
         )
+        take_up()
         shown = f"[{limits.host}]" if ":" in limits.host else limits.host
         say(f"http://{shown}:{listening.getsockname()[1]}")
         await uvicorn.Server(config).serve(sockets=[listening])

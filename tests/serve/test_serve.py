@@ -125,7 +125,8 @@ def test_memory_stays_flat_under_load(server: Running) -> None:
         parent = psutil.Process(server.pid)
         return sum(one.memory_info().rss for one in (parent, *parent.children(recursive=True)))
 
-    with httpx.Client(base_url=server.url, timeout=60) as client:
+    each_its_own = httpx.Limits(max_keepalive_connections=0)
+    with httpx.Client(base_url=server.url, timeout=60, limits=each_its_own) as client:
 
         def ask(number: int) -> int:
             prompt = "猫吃什么？" * (1 + number % 40)
