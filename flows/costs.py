@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, cast
 
 from conf.dpo import DpoConfig
-from conf.launch import LaunchConfig
 from conf.ppo import PpoConfig
 from conf.pretrain import PretrainConfig, PretrainPlan
 from conf.reward import RewardConfig
@@ -23,7 +22,7 @@ from flows.memory import EVALUATION_TOKENS, Memory, Pass, training_memory
 from storage.record import Record
 from tasks.command import ROOT
 from tasks.memory import host_memory
-from tasks.processes import cores, cuda_devices
+from tasks.processes import cores, uses_cuda
 
 TOKENS_PER_PARAMETER = 20
 """Of a model that is trained best for its compute (Hoffmann et al. 2022, table 3)."""
@@ -259,7 +258,7 @@ def _memory(settings: Trained, shape: ShapeConfig, vocabulary: int) -> Memory:
             step_rows, sides = settings.batch_rows, 2
     own = max(1, step_rows * launch.model_processes // launch.ranks)
     rows = min(launch.micro_batch or own, own)
-    is_cuda = _runs_on_cuda(launch)
+    is_cuda = uses_cuda(launch.device)
     is_pretraining = isinstance(settings, PretrainConfig)
     has_held = isinstance(settings, PretrainConfig) and settings.held_tokens > 0
     work = Pass(
@@ -304,13 +303,9 @@ def _learning_share(settings: Trained, shape: ShapeConfig, vocabulary: int) -> f
     return shape.layers * rank * ends / shape.parameters(vocabulary)
 
 
-def _runs_on_cuda(launch: LaunchConfig) -> bool:
-    return launch.device == "cuda" or (launch.device == "auto" and bool(cuda_devices()))
-
-
 def _rate(settings: Trained, earlier: list[Record], stated_flops: float) -> Rate:
     launch = settings.launch
-    is_cuda = _runs_on_cuda(launch)
+    is_cuda = uses_cuda(launch.device)
     on_cpu = "cpu" if settings.precision == "fp32" else "cpu, 16 bits"
     share = USUAL_SHARE_OF_PEAK["cuda" if is_cuda else on_cpu]
     stated = stated_flops or launch.peak_tflops * 1e12
@@ -373,7 +368,7 @@ def _warnings(lookup: Lookup, node: Node, settings: Trained, costs: Costs) -> li
         found.append(embedding_warning(costs.embedding_share))
     if isinstance(settings, PretrainConfig) and (plan := _pretrain_plan(lookup, node, settings)):
         found += plan.warnings()
-    ranks, is_cuda = settings.launch.processes, _runs_on_cuda(settings.launch)
+    ranks, is_cuda = settings.launch.processes, uses_cuda(settings.launch.device)
     needed = costs.memory.total * (1 if is_cuda else ranks) if costs.memory else 0.0
     there = device_memory() if is_cuda else host_memory()
     if there and needed > there:

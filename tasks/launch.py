@@ -36,7 +36,7 @@ from tasks.command import ROOT
 from tasks.explain import tail_of
 from tasks.follower import CANCEL, FOLLOWERS, Follower, newest_attempt
 from tasks.hosts import read_hosts
-from tasks.processes import cores, cuda_devices
+from tasks.processes import cores, cuda_devices, uses_cuda
 from tasks.rank import RANKS
 
 if TYPE_CHECKING:
@@ -120,15 +120,16 @@ def preflight(launch: LaunchConfig, module: str, inputs: Mapping[str, Artifact])
             )
         # What the nodes have is for Slurm to say.
         return _check_inputs(inputs)
-    if launch.device == "cuda" and len(cuda_devices()) < launch.processes:
+    is_cuda = uses_cuda(launch.device)
+    if is_cuda and len(cuda_devices()) < launch.processes:
         raise ValueError(
-            f"launch.device=cuda with launch.processes={launch.processes}, but this host offers "
+            f"launch.device={launch.device} with launch.processes={launch.processes}, but this host offers "
             f"{len(cuda_devices())} CUDA devices; set launch.device=cpu or fewer processes"
         )
     if launch.hostfile:
         read_hosts(launch)
     if launch.adamw == "deepspeed":
-        _check_compilers(launch)
+        _check_compilers(launch, is_cuda=is_cuda)
     if launch.threads and launch.processes * launch.threads > cores():
         raise ValueError(
             f"{launch.processes} processes x {launch.threads} threads are more than the "
@@ -137,9 +138,8 @@ def preflight(launch: LaunchConfig, module: str, inputs: Mapping[str, Artifact])
     _check_inputs(inputs)
 
 
-def _check_compilers(launch: LaunchConfig) -> None:
+def _check_compilers(launch: LaunchConfig, *, is_cuda: bool) -> None:
     """DeepSpeed's AdamW is made where it runs, at its first start."""
-    is_cuda = launch.device == "cuda" or (launch.device == "auto" and bool(cuda_devices()))
     wanted = {os.environ.get("CXX", "c++"): "a C++ compiler"}
     if is_cuda and launch.offload == "none":
         home = os.environ.get("CUDA_HOME", "/usr/local/cuda")

@@ -142,6 +142,11 @@ def cuda_devices() -> list[str]:
     return [] if not present or "-1" in named else named
 
 
+def uses_cuda(device: str) -> bool:
+    """Whether a job with this `launch.device` computes on CUDA; with `auto` it does where there is any."""
+    return device == "cuda" or (device == "auto" and bool(cuda_devices()))
+
+
 def out_of_memory_kills() -> int:
     """How often the kernel has killed for memory since the host started; 0 where it does not say."""
     try:

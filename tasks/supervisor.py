@@ -32,7 +32,6 @@ from tasks.follower import CANCEL, FOLLOWERS
 from tasks.hosts import over_ssh, read_hosts
 from tasks.processes import (
     adopt_orphans,
-    cuda_devices,
     descendants,
     die_with_parent,
     is_alive,
@@ -41,6 +40,7 @@ from tasks.processes import (
     send,
     take_cpu,
     take_cuda,
+    uses_cuda,
 )
 from tasks.rank import note_path
 
@@ -129,10 +129,7 @@ class Supervisor:
         launch = self.job.launch
         if self._is_submitted:
             return Placement.elsewhere(launch)
-        device = launch.device
-        if device == "auto":
-            device = "cuda" if cuda_devices() else "cpu"
-        if device == "cuda":
+        if uses_cuda(launch.device):
             taken = take_cuda(launch.processes)
             return None if taken is None else Placement.on_cuda(launch, taken)
         lock = take_cpu()

@@ -265,6 +265,16 @@ def test_an_impossible_launch_is_refused_before_it_starts(launch: LaunchConfig, 
         preflight(launch, WORKER, {})
 
 
+def test_more_processes_than_devices_are_refused_where_the_device_is_found_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for module in ("tasks.launch", "tasks.processes"):
+        monkeypatch.setattr(f"{module}.cuda_devices", lambda: ["0"])
+    preflight(LaunchConfig(), WORKER, {})
+    with pytest.raises(ValueError, match=r"device=auto .* offers 1 CUDA devices; set .*device=cpu"):
+        preflight(LaunchConfig(processes=2, engine="ddp"), WORKER, {})
+
+
 def test_a_kernel_that_cannot_be_made_here_is_refused_before_it_starts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
