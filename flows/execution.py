@@ -79,7 +79,7 @@ class Execution:
 
     def start(self) -> None:
         """Note that the run goes on, in this process."""
-        # By it the jobs that are started know what they share: a host's CPU trains one at a time.
+        # By it jobs know whose processor they wait for, whether the page or a terminal has started the run.
         os.environ["BESSEMER_HOME"] = str(self.home.path)
         self.record.pid = os.getpid()
         self.record.pid_started = start_of(self.record.pid)

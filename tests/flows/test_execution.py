@@ -84,6 +84,7 @@ def test_runs_from_the_page_and_from_a_terminal_wait_for_the_same_processor(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     home = place.folder / "home"
+    monkeypatch.setattr("tempfile.tempdir", str(place.folder))
     monkeypatch.setenv("BESSEMER_HOME", str(home))  # as the worker of `bessemer up` has it
     start(place).start()
     lock = take_cpu()
