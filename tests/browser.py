@@ -39,3 +39,9 @@ def opened(browser: Browser, url: str, *, width: int = 1200, height: int = 900) 
     yield page
     assert wrong == []
     context.close()
+
+
+def shoot(page: Page, name: str) -> None:
+    """A picture of a page, to be looked at, in the folder that SCREENSHOTS names, if any."""
+    if folder := os.environ.get("SCREENSHOTS"):
+        page.screenshot(path=f"{folder}/{name}.png")

@@ -1,14 +1,13 @@
 """The chat page in a real browser: typing Chinese, streaming, comparing, rating."""
 
 import json
-import os
 from collections.abc import Iterator
 
 import httpx
 import pytest
 from playwright.sync_api import Browser, ConsoleMessage, Page, expect
 
-from tests.browser import chromium
+from tests.browser import chromium, shoot
 from tests.serve.conftest import Running
 
 LONG = "4000"
@@ -155,7 +154,6 @@ def test_it_is_readable_at_the_width_of_a_phone(page: Page, scheme: str) -> None
     assert boxes[0]["y"] + boxes[0]["height"] <= boxes[1]["y"]  # one below the other
     ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (int(ground[4:].split(",")[0]) < 128) == (scheme == "dark")
-    if folder := os.environ.get("SCREENSHOTS"):
-        page.screenshot(path=f"{folder}/chat-{scheme}-400.png")
-        page.set_viewport_size({"width": 1200, "height": 800})
-        page.screenshot(path=f"{folder}/chat-{scheme}-1200.png")
+    shoot(page, f"chat-{scheme}-400")
+    page.set_viewport_size({"width": 1200, "height": 800})
+    shoot(page, f"chat-{scheme}-1200")
