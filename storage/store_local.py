@@ -11,6 +11,7 @@ import stat
 import uuid
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -156,12 +157,13 @@ def move_aside(folder: Path, trash: Path) -> None:
 
 
 def bytes_under(folder: Path) -> int:
-    """Sum of the sizes of all files under a folder."""
-    return sum(
-        (Path(place) / name).lstat().st_size
-        for place, _, names in os.walk(folder)
-        for name in names
-    )
+    """Sum of the sizes of all files under a folder; what goes meanwhile, as old checkpoints do, is not there."""
+    total = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):
+                total += (Path(place) / name).lstat().st_size
+    return total
 
 
 def empty_folder(folder: Path) -> None:

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import get_context
 from multiprocessing.synchronize import Event
@@ -158,3 +159,19 @@ def test_many_threads_may_ask_at_once(store: Store) -> None:
     addresses = [make(store, f"thread {n}") for n in range(4)]
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(store.verify_input, addresses * 4)) == [None] * 16
+
+
+def test_the_size_of_a_folder_is_told_while_its_files_come_and_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "weights").write_bytes(bytes(100))
+    checkpoint = tmp_path / "checkpoint"
+    checkpoint.touch()
+
+    def walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+        names = sorted(path.name for path in folder.iterdir())
+        checkpoint.unlink()  # as a training does that keeps the newest alone
+        yield str(folder), [], names
+
+    monkeypatch.setattr(store_local.os, "walk", walk)
+    assert store_local.bytes_under(tmp_path) == 100
