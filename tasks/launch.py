@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from tasks.stage import Job
 
 POLL_SECONDS = 0.1
+COPIES = "sources"
+"""In `state/`: copies of source files that are on S3."""
 LOCK = "supervisor.lock"
 """In `state/`: locked as long as guardian or supervisor live."""
 
@@ -167,7 +169,7 @@ def _job_file(
         settings=settings.model_dump(mode="json"),
         inputs={name: str(artifact.files.absolute()) for name, artifact in inputs.items()},
         sources={
-            name: [_local_place(file) for file in source.files]
+            name: [_local_place(file, job.state / COPIES / name) for file in source.files]
             for name, source in job.sources.items()
         },
         files=job.files.absolute(),
@@ -177,13 +179,17 @@ def _job_file(
     )
 
 
-def _local_place(file: SourceFile) -> str:
-    if file.remote is not None:
-        raise ValueError(
-            f"{file.remote.url} is a source of a training job, which reads files of this machine "
-            "only; copy it to a folder and name that"
-        )
-    return str(file.path.absolute())
+def _local_place(file: SourceFile, copies: Path) -> str:
+    """Where a worker finds a file; one on S3 in a copy that lasts as long as the attempt."""
+    if file.remote is None:
+        return str(file.path.absolute())
+    copy = copies / str(file.spec_index) / file.name
+    if not copy.exists():
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        with file.fetched() as path:
+            partial = Path(shutil.copyfile(path, f"{copy}.partial"))
+        partial.replace(copy)
+    return str(copy.absolute())
 
 
 def _earlier_result(job: "Job", wanted: JobFile) -> dict[str, Any] | None:

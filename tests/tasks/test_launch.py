@@ -11,8 +11,11 @@ from typing import Any
 
 import pytest
 
-from conf.contract import EXIT, ExitCode, ExitFile
+from conf.contract import EXIT, JOB, ExitCode, ExitFile, JobFile
 from conf.launch import LaunchConfig
+from conf.settings import SourceSpec
+from storage.bucket import Bucket
+from storage.source import HashCache, resolve
 from tasks.follower import CANCEL
 from tasks.launch import JobFailed, JobStopped, preflight
 from tasks.processes import cores, descendants, interrupt, take_cpu
@@ -35,6 +38,23 @@ def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def ended(job: Any) -> ExitFile:
     return ExitFile.model_validate_json((job.state / EXIT).read_text())
+
+
+def test_a_worker_finds_files_of_s3_on_its_machine(s3_server: str, tmp_path: Path) -> None:
+    Bucket(f"{s3_server}/{tmp_path.name}").put("own/score.py", b"def score(answer): ...\n")
+    (tmp_path / "near.py").write_text("", "utf-8")
+    patterns = (f"{s3_server}/{tmp_path.name}/own/*.py", "near.py")
+    specs = tuple(SourceSpec(path=path) for path in patterns)
+    hashes = HashCache(tmp_path / "hashes.sqlite")
+    job = make_job(tmp_path)
+    found = resolve(specs, artifacts={}, base=tmp_path, ledger=None, hashes=hashes)
+    job.sources = {"functions": found}
+    run(job, steps=1)
+    told = JobFile.model_validate_json((job.state / JOB).read_text("utf-8"))
+    far, near = map(Path, told.sources["functions"])
+    assert far.read_bytes() == b"def score(answer): ...\n"
+    assert far.is_relative_to(job.state)
+    assert near == tmp_path / "near.py"
 
 
 def test_a_job_returns_its_result_and_shows_progress_and_output(
