@@ -35,7 +35,8 @@ STAND_INS = {
 HEALTH = {"s3": ["CMD", "bash", "-c", "echo > /dev/tcp/127.0.0.1/7070"]}
 INITDB = """
 printf %s "$POSTGRES_PASSWORD" > /tmp/password
-initdb --pgdata=/var/lib/postgresql/data --username=postgres --auth=scram-sha-256 --pwfile=/tmp/password
+initdb --pgdata=/var/lib/postgresql/data --username=postgres --pwfile=/tmp/password \\
+  --auth-local=trust --auth-host=scram-sha-256
 """
 
 
@@ -103,23 +104,32 @@ class Host:
         os.close(network)
 
     def command(self, name: str, command: Sequence[str] = ()) -> list[str]:
-        """The process that runs a command, or the service's own, as its container would."""
+        """The process that runs the service's own command, or another: beside its own where that runs."""
+        if command and name in self.running:
+            target = ("--target", str(self.running[name].pid))
+            return ["nsenter", *target, "--mount", "--net", "--root", *self._as_user(name, command)]
         spec = self.services[name]
         own = shlex.split(STAND_INS[name]) if name in STAND_INS else spec.get("command", [])
-        user, _, group = (spec.get("user") or USER).partition(":")
-        home = "/home/bessemer" if user in USER else "/tmp"
-        settings = {"PATH": PATH, "HOME": home, "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1"}
-        settings |= spec.get("environment") or {}
+        user = (spec.get("user") or USER).partition(":")[0]
         script = "\n".join(["set -e", *self._mounts(name, user), 'exec "$@"'])
         return [
             *("nsenter", f"--net=/proc/{self.holder.pid}/ns/net"),
             *("unshare", "--mount", "--propagation", "private", "sh", "-c", script, "sh"),
-            *("chroot", str(self.folder / "root"), "setpriv", "--reuid", user, "--regid"),
-            *(group or user, "--clear-groups", "--no-new-privs", "--bounding-set", "-all"),
-            *("--inh-caps", "-all", "env", "-i", "-C", _working_folder(spec)),
-            *(f"{key}={value}" for key, value in settings.items()),
-            *(command or own),
+            *("chroot", str(self.folder / "root"), *self._as_user(name, command or own)),
         ]
+
+    def _as_user(self, name: str, command: Sequence[str]) -> Iterator[str]:
+        """A command with the rights and the environment of a service."""
+        spec = self.services[name]
+        user, _, group = (spec.get("user") or USER).partition(":")
+        home = "/home/bessemer" if user in USER else "/tmp"
+        settings = {"PATH": PATH, "HOME": home, "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1"}
+        settings |= spec.get("environment") or {}
+        yield from ("setpriv", "--reuid", user, "--regid", group or user, "--clear-groups")
+        yield from ("--no-new-privs", "--bounding-set", "-all", "--inh-caps", "-all")
+        yield from ("env", "-i", "-C", _working_folder(spec))
+        yield from (f"{key}={value}" for key, value in settings.items())
+        yield from command
 
     def _mounts(self, name: str, user: str) -> Iterator[str]:
         root = self.folder / "root"
