@@ -117,6 +117,7 @@ class Execution:
                 home_id(self.home.path),
                 self.record.run_id,
                 found | set(self.record.frozen.values()),
+                going=self.home.going_runs(),
             )
         except Exception as error:  # noqa: BLE001 - a read-only store, an outage: no reason for a run to fail
             _log.warning("the store could not be told of this run: %s", error)

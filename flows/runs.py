@@ -184,9 +184,13 @@ class Home:
 
     def newest_records(self) -> list[RunRecord]:
         """The newest runs, the newest first, and the older ones that have not ended."""
-        ids = self._run_ids()
-        going = [name for name in ids[NEWEST_RUNS:] if (self.run_folder(name) / GOING).exists()]
-        return [*self._read([*ids[:NEWEST_RUNS], *going])]
+        ids, going = self._run_ids(), self.going_runs()
+        older = [name for name in ids[NEWEST_RUNS:] if name in going]
+        return [*self._read([*ids[:NEWEST_RUNS], *older])]
+
+    def going_runs(self) -> set[str]:
+        """Ids of the runs that have not told their end; some of them may have died."""
+        return {path.parent.name for path in self.runs.glob(f"*/{GOING}")}
 
     def _run_ids(self) -> list[str]:
         found = [path.parent.name for path in self.runs.glob(f"*/{RUN_FILE}")]

@@ -22,7 +22,7 @@ import json
 import logging
 import threading
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -300,11 +300,16 @@ class Store:
 
         return collect(self, keep, dry_run=dry_run)
 
-    def note_run(self, home: str, run_id: str, fingerprints: Iterable[str]) -> None:
-        """Have gc by others who share the store keep what a run of a home has made or found."""
+    def note_run(
+        self, home: str, run_id: str, fingerprints: Iterable[str], *, going: Container[str] = ()
+    ) -> None:
+        """Have gc by others who share the store keep what a run of a home has made or found; notes of older
+        runs go, but for those of runs that are still `going`."""
         self._write_note(f"{run_id}.{home}.json", json.dumps(sorted(fingerprints)).encode())
         ours = sorted(name for name in self._notes() if name.endswith(f".{home}.json"))
         for name in ours[:-NOTED_RUNS]:
+            if name.partition(".")[0] in going:
+                continue
             if self._remote:
                 self._remote.bucket.delete([f"{NOTES}/{name}"])
             else:

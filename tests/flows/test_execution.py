@@ -103,6 +103,21 @@ def test_a_run_tells_the_store_what_other_homes_must_keep(place: Place) -> None:
     assert execution.lookup.store.noted_by_others(home_id(open_home().path)) == set()
 
 
+def test_a_long_run_is_told_to_the_store_however_many_others_end_meanwhile(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("storage.store.NOTED_RUNS", 1)
+    long = start(place, "mine.sources=[{path: raw/one.txt}]")
+    long.start()
+    long.run("mine")
+    made = long.record.stages["mine"].fingerprint
+    go(place)
+    assert made in long.lookup.store.noted_by_others("another home")
+    long.finish(0.0)
+    go(place)
+    assert made not in long.lookup.store.noted_by_others("another home")
+
+
 def test_a_setting_rebuilds_what_it_changes_and_stops_where_bytes_are_equal(place: Place) -> None:
     go(place)
     place.ran()

@@ -9,7 +9,7 @@ import pytest
 from storage.errors import DamagedArtifact
 from storage.identity import fingerprint
 from storage.lease_s3 import LOOK_SECONDS
-from storage.store import NOTED_RUNS, PARTS_BUILT, Store
+from storage.store import PARTS_BUILT, Store
 from tests.storage.making import claimed, damage, elsewhere, make, record_of
 
 
@@ -111,17 +111,32 @@ def test_an_empty_attempt_leaves_nothing(store: Store) -> None:
     assert not path.parent.exists()
 
 
+@pytest.fixture
+def two_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("storage.store.NOTED_RUNS", 2)
+
+
+@pytest.mark.usefixtures("two_noted")
 def test_gc_keeps_what_the_newest_runs_of_other_homes_have_noted(store: Store) -> None:
     mine, theirs, old = (make(store, name) for name in ("mine", "theirs", "old"))
     store.note_run("here", "20260101-1", [mine])
     store.note_run("there", "20260101-1", [old])
-    for number in range(NOTED_RUNS):
-        store.note_run("there", f"20260102-{number:02}", [theirs])
+    for run_id in ("20260102-1", "20260102-2"):
+        store.note_run("there", run_id, [theirs])
     assert store.noted_by_others("here") == {theirs}
     assert store.noted_by_others("there") == {mine}
     removed = store.gc(store.noted_by_others("here"), dry_run=False)
     assert {r.fingerprint for r in removed if r.what == "artifact"} == {mine, old}
     assert store.find(theirs)
+
+
+@pytest.mark.usefixtures("two_noted")
+def test_a_run_that_goes_on_behind_many_others_keeps_its_note(store: Store) -> None:
+    for run_id in ("20260101-1", "20260102-1", "20260102-2"):
+        store.note_run("there", run_id, [f"of {run_id}"], going={"20260101-1"})
+    assert "of 20260101-1" in store.noted_by_others("here")
+    store.note_run("there", "20260102-3", [])
+    assert store.noted_by_others("here") == {"of 20260102-2"}
 
 
 def test_the_first_commit_wins(store: Store, tmp_path: Path) -> None:
