@@ -21,6 +21,7 @@ from starlette.types import Receive, Scope, Send
 
 from conf.serving import Serving
 from flows.answering import Answers, Engine, Full, Piece
+from flows.connections import Impatient, drop_unread
 from flows.garbage import take_up
 from flows.openai_api import (
     AnyRequest,
@@ -363,6 +364,7 @@ def bound(host: str, port: int) -> socket.socket:
         raise ValueError(
             f"{host} port {port}: {error.strerror}; choose another by --port, 0 for any free one"
         ) from error
+    drop_unread(listening)
     listening.listen(1024)
     return listening
 
@@ -388,6 +390,8 @@ async def serve(
             await engine.load()
         config = uvicorn.Config(
             Server(engines, limits, preferences).application,
+            http=Impatient,
+            ws="none",
             log_level="warning",
             timeout_graceful_shutdown=3,
             lifespan="off",
