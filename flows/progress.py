@@ -10,8 +10,8 @@ from typing import Any
 from conf.contract import METRICS
 from flows.forecast import human_time
 
-TAIL_BYTES = 4096
-"""Of the metrics that are read; a line is some hundred bytes."""
+TAIL_BYTES = 1 << 16
+"""Of the metrics that are read; a line has some hundred bytes, and a hundred more for each domain."""
 FIGURES = {
     "loss": "{:.3f} loss",
     "reward": "{:.3f} reward",
@@ -48,11 +48,13 @@ class Progress:
 
 
 def last_row(path: Path) -> dict[str, Any]:
-    """The newest whole line of a metrics.jsonl; empty where there is none."""
+    """The newest whole line of a metrics.jsonl; empty where there is none, or a longer one than is read."""
     try:
         with path.open("rb") as stream:
-            stream.seek(-min(TAIL_BYTES, stream.seek(0, os.SEEK_END)), os.SEEK_END)
+            start = max(0, stream.seek(0, os.SEEK_END) - TAIL_BYTES)
+            stream.seek(start)
             lines = stream.read().split(b"\n")[:-1]
     except FileNotFoundError:
         return {}
-    return json.loads(lines[-1]) if lines else {}
+    whole = lines[1:] if start else lines
+    return json.loads(whole[-1]) if whole else {}

@@ -1,8 +1,9 @@
 """What the page of a task says of its progress."""
 
+import json
 from pathlib import Path
 
-from flows.progress import Progress, last_row
+from flows.progress import TAIL_BYTES, Progress, last_row
 
 
 def test_time_left_is_told_by_the_pace_since_the_first_report(tmp_path: Path) -> None:
@@ -26,3 +27,12 @@ def test_the_last_whole_line_is_read_however_long_the_file_is(tmp_path: Path) ->
     assert last_row(path) == {}
     path.write_text("".join(f'{{"step": {step}}}\n' for step in range(5000)))
     assert last_row(path) == {"step": 4999}
+
+
+def test_a_row_with_figures_of_many_domains_is_read_whole(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    looked = {f"held_bits_per_byte/domain_{n}": 1.0 + n for n in range(100)}
+    path.write_text(f'{{"step": 1}}\n{json.dumps(looked)}\n')
+    assert last_row(path) == looked
+    path.write_text(json.dumps({"step": 2, "text": "x" * TAIL_BYTES}) + "\n")
+    assert last_row(path) == {}
