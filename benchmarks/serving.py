@@ -31,6 +31,7 @@ from conf.tokenizer import TokenizerConfig
 from model.convert import write_hf
 from model.transformer import Transformer
 from storage.tokenizer import SPECIAL_TOKENS, Tokenizer
+from tasks.command import free_port
 from tasks.tokenizer import tokenizer
 
 CLIENTS = (1, 8, 32)
@@ -91,7 +92,7 @@ def prompts_of(work: Work) -> list[str]:
 @contextmanager
 def our_server(export: Path, *options: str) -> Generator[tuple[str, str, int]]:
     """Address of `bessemer serve`, what it calls the model, and its process, while it runs."""
-    port = _free_port()
+    port = free_port()
     entry = "from flows.cli import main; main()"
     ours = [sys.executable, "-c", entry, "serve", f"m={export}", "--port", str(port)]
     with _server([*ours, *options], port, export.parent) as process:
@@ -102,7 +103,7 @@ def _each(export: Path) -> Iterator[tuple[str, str]]:
     """Address of each server, and what it calls the model, while it runs."""
     with our_server(export) as (url, name, _):
         yield url, name
-    port = _free_port()
+    port = free_port()
     packages = [f"{name}=={metadata.version(name)}" for name in ("torch", "fastapi")]
     python = environment(
         "serving", [*packages, f"transformers[serving]=={metadata.version('transformers')}"]
@@ -188,9 +189,3 @@ async def _asked(url: str, name: str, prompt: str) -> AsyncIterator[float]:
         if line.startswith(b"data: {") and re.search(rb'"content": ?"[^"]', line):
             yield time.monotonic()
     writer.close()
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
