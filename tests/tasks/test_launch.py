@@ -336,6 +336,6 @@ def test_the_processes_around_a_job_load_nothing_heavy(module: str) -> None:
 
 
 def test_the_process_tree_is_seen_whole() -> None:
-    begin = time.monotonic()
+    begin = time.process_time()
     assert os.getpid() in descendants(os.getppid())
-    assert time.monotonic() - begin < 1
+    assert time.process_time() - begin < 1
