@@ -59,7 +59,7 @@ class RewardConfig(Settings):
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the head, the order of the pairs, and the answers."""
     evaluate_every_steps: Annotated[int, Field(ge=0)] = 50
-    """Updates between two looks at the held-out pairs; 0 for the end alone."""
+    """Updates between two looks at the held-out pairs; 0 for those before and behind all updates alone."""
     checkpoint_every_steps: Annotated[int, Field(ge=0), RUNTIME] = 0
     """Updates between two checkpoints, besides those by time; 0 for by time alone."""
     launch: Annotated[LaunchConfig, RUNTIME] = LaunchConfig()

@@ -51,7 +51,7 @@ class SftConfig(Settings):
     held_rows: Annotated[int, Field(ge=0), RUNTIME] = 512
     """Held-out conversations, spread evenly, on which the loss is followed; 0 for all."""
     evaluate_every_steps: Annotated[int, Field(ge=0), RUNTIME] = 100
-    """Updates between two looks at the held-out loss; 0 for none."""
+    """Updates between two looks at the held-out loss; 0 for those before and behind all updates alone."""
     checkpoint_every_steps: Annotated[int, Field(ge=0), RUNTIME] = 0
     """Updates between two checkpoints, besides those by time; 0 for by time alone."""
     launch: Annotated[LaunchConfig, RUNTIME] = LaunchConfig()

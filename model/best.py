@@ -24,7 +24,8 @@ class Best:
 
     def offer(self, model: Transformer, step: int, score: float) -> None:
         """Keep the model's weights if no earlier step had as high a score."""
-        if not self.ranks.is_first or score <= self._score():
+        # So written that what is no number is none.
+        if not (self.ranks.is_first and score > self._score()):
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         draft = self.path.with_suffix(".draft")

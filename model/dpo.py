@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from conf.contract import ExitCode, JobFile
+from conf.contract import JobFile
 from conf.dpo import DpoConfig
 from model.batches import Batch
 from model.best import Best
@@ -27,7 +27,7 @@ from model.dialogues import (
 from model.engine import Engine, build_engine
 from model.engine import Loss as StepLoss
 from model.journal import Journal
-from model.loop import Ended, train
+from model.loop import GateClosed, train
 from model.lora import add_lora, merge_lora
 from model.ranks import Ranks
 from model.soundness import soundness
@@ -58,12 +58,6 @@ PER_TOKEN = ("ipo", "simpo", "orpo")
 """Losses of means over the tokens of an answer; the others are of sums."""
 LEAST_UNLIKELY = 1e-12
 """Probabilities nearer to one than this have the odds of this."""
-
-
-class GateClosed(Ended):
-    """The policy fell apart, and on_gate=fail forbids that."""
-
-    code = ExitCode.GATE
 
 
 def main() -> None:
@@ -100,7 +94,8 @@ def work(job: JobFile, ranks: Ranks, journal: Journal) -> dict[str, Any]:
     )
     tuned = engine.whole()
     kept_step = look.keep_best(tuned) if settings.on_gate == "keep_best" else state.step
-    accuracy = final_accuracy(course.held_rewards(tuned), state.evaluation, look)
+    rewards = course.held_rewards(tuned)
+    accuracy = final_accuracy(rewards, state.evaluation, look)
     merge_lora(tuned)
     if ranks.is_first:
         save_model(job.files, tuned, role="policy", tokenizer=source / TOKENIZER)
@@ -109,7 +104,9 @@ def work(job: JobFile, ranks: Ranks, journal: Journal) -> dict[str, Any]:
         "kept_step": kept_step,
         "train": fitted,
         "accuracy": accuracy,
+        # Of the weights that are kept, where those are not the last ones.
         **state.evaluation,
+        **held_figures(rewards, held),
     }
 
 

@@ -156,7 +156,9 @@ def uniform_noise(seed: int, rows: Sequence[int], steps: int) -> Tensor:
         key = _mix64(np.asarray(rows, dtype=np.uint64) + _mix64(np.array([seed], dtype=np.uint64)))
         place = np.arange(1, steps + 1, dtype=np.uint64) * np.uint64(GOLDEN)
         bits = _mix64(key[:, None] + place[None, :]) >> np.uint64(40)
-    return torch.from_numpy((bits.astype(np.float64) + 0.5) / 2.0**24).float()
+    # The largest would be rounded up to 1, at which the last token is drawn, however unlikely.
+    places = np.minimum((bits.astype(np.float64) + 0.5) / 2.0**24, 1 - 2.0**-24)
+    return torch.from_numpy(places).float()
 
 
 def _mix64(x: np.ndarray) -> np.ndarray:

@@ -30,6 +30,12 @@ class Stopped(Ended):
     code = ExitCode.REQUEUE
 
 
+class GateClosed(Ended):
+    """What was learnt is not what on_gate=fail asks for."""
+
+    code = ExitCode.GATE
+
+
 class Diverged(Ended):
     """Too many steps in a row had a loss or gradients that were not finite, or far out of the usual."""
 

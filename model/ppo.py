@@ -334,6 +334,7 @@ class Trainer:
         settings = self.settings
         per_epoch = settings.rollout_rows // settings.minibatch_rows
         updates = settings.iterations * settings.epochs * per_epoch
+        skipped = self.state.skipped
         rate = rate_at(settings, number, updates, settings.learning_rate)
         loss = policy_step_loss(settings, kl_coef)
         figures, norm = self._step(self.policy, loss, batches, rate, settings.stop_kl or math.inf)
@@ -345,6 +346,8 @@ class Trainer:
             loss = value_step_loss(settings, self.models.scale)
             value, value_norm = self._step(self.value, loss, batches, rate)
             found |= {"value_loss": value["loss"], "value_gradient_norm": value_norm}
+        if self.state.skipped == skipped:
+            self.state.bad_in_row = 0
         return found
 
     def _step(
@@ -363,7 +366,6 @@ class Trainer:
         is_finite = all(math.isfinite(value) for value in figures.values())
         norm = engine.step(rate) if is_finite else math.nan
         if is_finite and math.isfinite(norm):
-            self.state.bad_in_row = 0
             return figures, norm
         engine.discard()
         self.state.skipped += 1

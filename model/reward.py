@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from conf.contract import ExitCode, JobFile
+from conf.contract import JobFile
 from conf.reward import RewardConfig
 from model.batches import Batch
 from model.best import Best
@@ -20,7 +20,7 @@ from model.dialogues import Pair, Renderer
 from model.engine import Loss, build_engine
 from model.generate import generate
 from model.journal import Journal
-from model.loop import Ended, train
+from model.loop import GateClosed, train
 from model.packing import Packing, Sequenced, common_length, pack
 from model.ranks import Ranks
 from model.reward_figures import accuracy_figures, calibration, length_correlation
@@ -47,12 +47,6 @@ Compared = Literal["last_token", "from_divergence"]
 
 EVALUATED_ROWS = 32
 """Held-out pairs in one forward pass, and answers for the scale."""
-
-
-class GateClosed(Ended):
-    """The accuracy on held-out pairs stayed below what on_gate=fail asks for."""
-
-    code = ExitCode.GATE
 
 
 def main() -> None:

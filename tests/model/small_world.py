@@ -113,6 +113,7 @@ def make_job(
     settings: Settings,
     inputs: dict[str, Path],
     launch: LaunchConfig | None = None,
+    sources: dict[str, Path] | None = None,
 ) -> JobFile:
     """A job in a fresh attempt folder."""
     job = JobFile(
@@ -120,7 +121,7 @@ def make_job(
         node=stage,
         settings=settings.model_dump(mode="json"),
         inputs={name: str(path) for name, path in inputs.items()},
-        sources={},
+        sources={name: [str(path)] for name, path in (sources or {}).items()},
         files=folder / "files",
         logs=folder / "logs",
         state=folder / "state",
@@ -130,6 +131,13 @@ def make_job(
         path.mkdir(parents=True, exist_ok=True)
     (job.state / "job.json").write_text(job.model_dump_json(), "utf-8")
     return job
+
+
+def function_file(path: Path, score: str) -> Path:
+    """A user's file whose function `score(answer)` gives what the expression says."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"def score(answer):\n    return {score}\n", "utf-8")
+    return path
 
 
 def without_held_pairs(world: Path, folder: Path) -> Path:

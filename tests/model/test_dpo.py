@@ -11,8 +11,9 @@ import torch
 from conf.dpo import DpoConfig
 from conf.launch import LaunchConfig
 from model.dialogues import Pair
-from model.dpo import Course, GateClosed, Loss, Scorer, dpo_batch, dpo_loss, step_loss, work
+from model.dpo import Course, Loss, Scorer, dpo_batch, dpo_loss, step_loss, work
 from model.engine import build_engine
+from model.loop import GateClosed
 from model.optimizer import UpdateRule
 from model.ranks import Ranks
 from model.soundness import repeated_share
@@ -276,6 +277,9 @@ def test_a_policy_that_falls_apart_ends_the_training_and_an_earlier_one_is_kept(
     best = max(looks[:-1], key=lambda line: line["held_accuracy"])
     assert figures["kept_step"] == best["step"]
     assert figures["accuracy"]["value"] == best["held_accuracy"]
+    # What the result says is of the weights that were kept, not of those that fell apart.
+    told = ("held_accuracy", "held_margin", "held_chosen_reward", "held_rejected_reward")
+    assert {name: figures[name] for name in told} == {name: best[name] for name in told}
 
 
 def test_answers_are_looked_at_on_the_way(world: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from conf.shape import ShapeConfig
-from model.generate import generate, uniform_noise
+from model.generate import draw, generate, uniform_noise
 from model.transformer import Transformer, token_logprobs
 
 PAD, EOS = 0, 3
@@ -160,6 +160,13 @@ def test_noise_is_uniform_and_a_function_of_seed_row_and_step() -> None:
         )
         < 60
     )
+
+
+def test_the_largest_noise_draws_no_token_that_has_no_share() -> None:
+    # Its 24 bits are all 1: half a step more would be rounded up to 1.
+    noise = uniform_noise(5, [511_201], 6)[0, 5:]
+    assert noise.item() == 1 - 2**-24
+    assert draw(torch.tensor([[0.5, 0.5, 0.0]]), noise).tolist() == [1]
 
 
 def test_what_does_not_fit_is_refused(model: Transformer) -> None:

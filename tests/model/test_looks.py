@@ -5,15 +5,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from conf.contract import SAMPLES, JobFile
 from conf.launch import LaunchConfig
 from conf.pretrain import PretrainConfig
 from conf.shape import ShapeConfig
+from model.best import Best
 from model.generate import generate
 from model.journal import Journal
 from model.pretrain import work
 from model.ranks import Ranks
+from model.transformer import Transformer
 from model.weights import load_model
 from storage.checkpoint import kept_looks
 from storage.tokens import TokenFiles
@@ -139,3 +142,12 @@ def test_weights_of_looks_are_kept_in_the_policy(tmp_path: Path, tokens: Path) -
     last = tmp_path / "short" / "files" / "model.safetensors"
     assert kept[8].read_bytes() == last.read_bytes()
     assert kept[0].read_bytes() != last.read_bytes()
+
+
+def test_a_score_that_is_no_number_is_no_best(tmp_path: Path) -> None:
+    best = Best(tmp_path / "best.safetensors", Ranks())
+    for step, score in enumerate((float("nan"), -3.0, float("nan"), -2.0, -2.5, float("nan"))):
+        best.offer(Transformer(SETTINGS.shape, 40, seed=step), step, score)
+    assert best.restore(kept := Transformer(SETTINGS.shape, 40)) == 3
+    wanted = Transformer(SETTINGS.shape, 40, seed=3)
+    assert torch.equal(kept.embedding.weight, wanted.embedding.weight)

@@ -17,6 +17,7 @@ from storage.jsonl import SplitWriter
 from tasks.world_answers import best_answer, conversation
 from tasks.world_language import make_facts
 from tests.model.small_world import (
+    function_file,
     kill_at,
     make_job,
     metrics,
@@ -64,14 +65,7 @@ def job_of(
     folder: Path, made: Path, settings: PpoConfig, sources: dict[str, Path], **inputs: Path
 ) -> JobFile:
     files = {"policy": made / "policy", "conversations": made / "conversations", **inputs}
-    told = {name: [str(path)] for name, path in sources.items()}
-    return make_job(folder, "ppo", settings, files).model_copy(update={"sources": told})
-
-
-def function_file(path: Path, score: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"def score(answer):\n    return {score}\n", "utf-8")
-    return path
+    return make_job(folder, "ppo", settings, files, sources=sources)
 
 
 def weights(job: JobFile) -> bytes:
@@ -157,9 +151,7 @@ def resumed_job(folder: Path, world: Path, settings: PpoConfig) -> JobFile:
         "functions": function_file(folder / "reward.py", SCORE),
         "truth_functions": function_file(folder / "truth.py", "float(len(answer['text']) % 5)"),
     }
-    job = job_of(folder, world, settings, code)
-    (job.state / "job.json").write_text(job.model_dump_json(), "utf-8")
-    return job
+    return job_of(folder, world, settings, code)
 
 
 def ended_alike(job: JobFile, whole: JobFile) -> None:

@@ -11,8 +11,8 @@ import torch
 from conf.contract import ExitCode
 from conf.reward import RewardConfig
 from model.dialogues import Pair
+from model.loop import GateClosed
 from model.reward import (
-    GateClosed,
     last_token_scores,
     reward_batch,
     reward_loss,
