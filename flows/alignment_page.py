@@ -14,9 +14,9 @@ CURVES = {
     "dpo": (("accuracy", "share of pairs"), ("chosen_reward", "nats"), ("rejected_reward", "nats")),
     "ppo": (
         ("kl", "nats"),
-        ("clip_fraction", "share"),
-        ("ended_share", "share"),
-        ("answer_tokens", "tokens"),
+        ("clip_fraction", ""),
+        ("ended_share", ""),
+        ("answer_tokens", ""),
     ),
 }
 """Metrics of a stage that are drawn beside those of every training, and their units."""

@@ -93,9 +93,11 @@ def _canvas(
     height: float, title: str, *, left: float, bottom: float = BOTTOM
 ) -> tuple["Figure", "Axes"]:
     """Axes with margins in inches: letting matplotlib measure every label takes twice as long."""
+    import matplotlib as mpl
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
+    mpl.rcParams["text.parse_math"] = False  # a name with two dollar signs is no formula
     figure = Figure(figsize=(WIDTH, height))
     area = (left / WIDTH, bottom / height, 1 - (left + 0.16) / WIDTH, 1 - (bottom + TOP) / height)
     axes = figure.add_axes(area)

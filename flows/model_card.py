@@ -21,8 +21,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 model = AutoModelForCausalLM.from_pretrained("FOLDER")
 messages = [{"role": "user", "content": "你好！"}]
-ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")
-print(tokenizer.decode(model.generate(ids, max_new_tokens=64)[0]))
+asked = tokenizer.apply_chat_template(
+    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+)
+print(tokenizer.decode(model.generate(**asked, max_new_tokens=64)[0]))
 ```"""
 GGUF_USE = "`llama-cli -m FOLDER/*.gguf`"
 

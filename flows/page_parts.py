@@ -167,7 +167,7 @@ def stage_tables(stage: StageRecord) -> Iterator[Table]:
         if rows:
             columns = list(dict.fromkeys(key for row in rows for key in row))
             yield Table(
-                f"{stage.node}: {title}",
-                columns,
+                f"{stage.node}: {title.replace('_', ' ')}",
+                [column.replace("_", " ") for column in columns],
                 [[blank(row.get(column)) for column in columns] for row in rows],
             )

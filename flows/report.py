@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from conf.contract import METRICS
 from flows import alignment_page, charts, drawing
@@ -33,6 +34,9 @@ CURVES = (
     ("tokens_per_second", "", False),
 )
 TITLES = {"lr": "learning rate", "kl": "KL to the reference"}
+LEARNT = (
+    " Train is the model on training documents: where it is far lower, they are learnt by heart."
+)
 RATING_PAGE = "rate.html"
 SHOWN_PROMPTS, MOST_PROMPTS = 12, 60
 CORPUS_STAGES = ("extract", "filter", "dedup", "decontaminate")
@@ -253,8 +257,7 @@ def _language_model(scores: Mapping[str, Mapping[str, Figure]]) -> Section:
     section = Section(
         "bits",
         "Held-out documents",
-        "Bits per byte on the same documents: the model, n-gram models of the same training tokens, xz -9. "
-        "`train` is the model on training documents: where it is far lower, they are learnt by heart.",
+        "Bits per byte on the same documents: the models, n-gram models of the same training tokens, xz -9.",
     )
     domains: dict[str, list[charts.Interval]] = {}
     for node, figures in scores.items():
@@ -264,10 +267,16 @@ def _language_model(scores: Mapping[str, Mapping[str, Figure]]) -> Section:
                 who = f"{node} train" if who == "train/" else who.strip("/") or node
                 row = (who, figure.value, figure.low, figure.high, None)
                 domains.setdefault(domain, []).append(row)
+    if any(name.startswith("train/") for figures in scores.values() for name in figures):
+        section.text += LEARNT
     if len(domains) == 2:
         domains.pop("all", None)  # the one domain is all
     section.charts = [
-        charts.intervals(rows, title=_title(domain), across="bits per byte")
+        charts.intervals(
+            sorted(rows, key=lambda row: row[0].removesuffix(" train") not in scores),
+            title=_title(domain),
+            across="bits per byte",
+        )
         for domain, rows in domains.items()
     ]
     return section
@@ -285,7 +294,7 @@ def _exams(scores: Mapping[str, Mapping[str, Figure]]) -> Section:
             if name in figures
         ]
         section.charts.append(
-            charts.intervals(rows, title=name.removesuffix("/accuracy"), across="accuracy")
+            charts.intervals(rows, title=_title(name.removesuffix("/accuracy")), across="accuracy")
         )
     return section
 
@@ -327,7 +336,7 @@ def _judged(
         if (rating := paths[node] / "files" / RATING_PAGE).is_file():
             told = run.stages[node].metrics
             said = f"{node}: rate {told['pairs']} blind pairs ({told['ratings']} ratings so far)"
-            section.links.append((said, os.path.relpath(rating, run_dir)))
+            section.links.append((said, quote(os.path.relpath(rating, run_dir))))
         kinds: dict[str, list[charts.Interval]] = {}
         for name, figure in figures.items():
             kind, _, who = name.partition("/")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from flows import charts
 from flows.alignment_page import rewards
 from flows.drawing import Mark, graph
 from flows.headlines import headlines
@@ -21,6 +22,7 @@ from storage.store import Store, open_store
 FIGURES = {
     "bits_per_byte/all": Figure(value=0.375, n=35, low=0.31, high=0.44, unit="bits/byte"),
     "xz/bits_per_byte/web": Figure(value=2.0, n=35, low=2.0, high=2.0),
+    "bits_per_byte/web": Figure(value=0.375, n=35, low=0.31, high=0.44),
     "world/right": Figure(value=0.75, n=152, low=0.68, high=0.81),
     "exam_option/accuracy": Figure(value=0.5, n=20, low=0.3, high=0.7, chance=0.25),
     "exam_option/accuracy/animals": Figure(value=0.5, n=20, low=0.3, high=0.7, chance=0.25),
@@ -279,6 +281,26 @@ def test_checkpoints_are_points_of_reward_against_kl(
     page = page_of(run, tmp_path / "run")
     assert "true reward against KL" in page
     assert "reward model against KL" not in page
+
+
+def test_names_with_dollar_signs_are_no_formulas() -> None:
+    name = "x$\\frac$"
+    for chart in (
+        charts.bars([name], [1], title=name, across=name),
+        charts.intervals([(name, 1, 0, 2, None)], title=name, across=name),
+        charts.lines({name: ([1], [1]), "y": ([1], [1])}, title=name, across=name, up=name),
+    ):
+        assert chart.count(f">{name}<") >= 3
+
+
+def test_models_stand_before_what_they_are_compared_with(
+    run: tuple[RunRecord, Store], tmp_path: Path
+) -> None:
+    page = page_of(run, tmp_path / "run")
+    held = page[page.index('id="bits"') : page.index('id="exams"')]
+    assert "learnt by heart" not in held  # no figure of training documents is there
+    assert held.index(">asked<") < held.index(">xz<")
+    assert "exam option" in page[page.index('id="exams"') :]
 
 
 def test_rewards_are_drawn_with_the_truth_over_steps_and_over_kl() -> None:

@@ -1,5 +1,7 @@
 """The Hugging Face folder: transformers computes the same logits and encodes the same dialogue."""
 
+import contextlib
+import io
 import json
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import torch
 from conf.export import ExportConfig
 from conf.launch import LaunchConfig
 from conf.shape import RopeScalingConfig, ShapeConfig
+from flows.model_card import USE
 from model.convert import checked, compare, write_hf
 from model.gguf import read_gguf, write_gguf
 from model.huggingface import from_hf, read_hf, to_hf
@@ -90,6 +93,16 @@ def test_transformers_renders_a_dialogue_to_the_same_ids(
     assert ids == tokenizer.render(dialogue, for_generation=True).ids
     assert theirs.eos_token_id == tokenizer.im_end
     assert theirs.pad_token_id == tokenizer.pad
+
+
+def test_the_code_of_the_model_card_answers(tmp_path: Path, tokenizer: ChatTokenizer) -> None:
+    pytest.importorskip("transformers")
+    write_hf(tmp_path / "hf", model(context=128), tmp_path / "tokenizer")
+    code = USE.replace("FOLDER", str(tmp_path / "hf")).removeprefix("```python").removesuffix("```")
+    told = io.StringIO()
+    with contextlib.redirect_stdout(told):
+        exec(code, {})
+    assert told.getvalue().startswith("<|im_start|>user\n你好！<|im_end|>\n<|im_start|>assistant\n")
 
 
 def test_names_go_there_and_back() -> None:
