@@ -29,6 +29,7 @@ def disagreements(order: Mapping[str, "Node"]) -> Iterator[Mistake]:
     yield from _vocabulary_mistakes(order)
     yield from _withheld_mistakes(order)
     yield from _curve_mistakes(order)
+    yield from _batch_mistakes(order)
 
 
 def _tokenizer_mistakes(order: Mapping[str, "Node"]) -> Iterator[Mistake]:
@@ -146,6 +147,25 @@ def _withheld_mistakes(order: Mapping[str, "Node"]) -> Iterator[Mistake]:
                 )
                 mend = f"give {tuned.name} withheld_share: {settings.withheld_share:g}, or prompts: all"
                 yield Mistake(f"stages.{node.name}.withheld_share", found, mend)
+
+
+def _batch_mistakes(order: Mapping[str, "Node"]) -> Iterator[Mistake]:
+    """Rows of an update that processes cannot share."""
+    for node in order.values():
+        match node.settings:
+            case SftConfig() | RewardConfig() | DpoConfig() as settings:
+                name, rows = "batch_rows", settings.batch_rows
+            case PpoConfig() as settings:
+                name, rows = "minibatch_rows", settings.minibatch_rows
+            case _:
+                continue
+        groups = settings.launch.ranks // settings.launch.model_processes
+        if rows < groups or (name == "batch_rows" and rows % groups):
+            found = f"{rows} rows of an update cannot be shared by {groups} processes"
+            mend = (
+                f"give {node.name} {name}: {-(-rows // groups) * groups}, or other launch.processes"
+            )
+            yield Mistake(f"stages.{node.name}.{name}", found, mend)
 
 
 def _curve_mistakes(order: Mapping[str, "Node"]) -> Iterator[Mistake]:

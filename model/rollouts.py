@@ -118,8 +118,10 @@ class Answering:
 
     def at(self, prompts: Sequence[Prompt], seed: int) -> tuple[Rollout, dict[str, float]]:
         """Answers with what they earn, and the mean of every source of the reward."""
-        rollout = self.rollout(prompts, seed)
-        means = {"reward/model": float(rollout.scores.mean())} if self.opinions else {}
+        models = self.models()
+        rollout = self.rollout(models, prompts, seed)
+        is_one_of_several = self.opinions and models.reward is not None
+        means = {"reward/model": float(rollout.scores.mean())} if is_one_of_several else {}
         extra = torch.zeros(len(prompts))
         for name, values in self.said(self.opinions, prompts, rollout).items():
             known = [value for value in values if value is not None]
@@ -136,7 +138,8 @@ class Answering:
         """Take the opinions' scales from answers to these prompts."""
         if not self.opinions:
             return
-        found = self.said(self.opinions, prompts, self.rollout(prompts, seed))
+        rollout = self.rollout(self.models(), prompts, seed)
+        found = self.said(self.opinions, prompts, rollout)
         for name, values in found.items():
             known = torch.tensor([value for value in values if value is not None])
             if len(known) > 1:
@@ -168,12 +171,12 @@ class Answering:
             for prompt, ids, is_ended in zip(prompts, rollout.answer_ids, ended, strict=True)
         ]
 
-    def rollout(self, prompts: Sequence[Prompt], seed: int) -> Rollout:
+    def rollout(self, models: Models, prompts: Sequence[Prompt], seed: int) -> Rollout:
         """Answers with what the models make of them, each rank its share; all ranks get the whole.
 
         The noise of a row depends on the seed and its number alone.
         """
-        models, ranks = self.models(), self.ranks
+        ranks = self.ranks
         own = list(range(len(prompts)))[ranks.rank :: ranks.world]
         bare = self._answered(models.policy, [prompts[row].ids for row in own], own, seed)
         size = self.micro_batch or max(1, len(own))

@@ -317,6 +317,18 @@ REAL: list[tuple[str, dict[str, Any], dict[str, Any], str, str]] = [
         "the truth of judge is never looked at with truth_every_iterations=0; set that to 5",
     ),
     (
+        "an update that processes cannot share",
+        {
+            "sft": {
+                "from": {"policy": "pretrain", "conversations": "chats"},
+                "launch": {"engine": "ddp", "processes": 3},
+            }
+        },
+        {},
+        "stages.sft.batch_rows",
+        "32 rows of an update cannot be shared by 3 processes; give sft batch_rows: 33, or other",
+    ),
+    (
         "people's scores that were not filled in",
         {
             "ppo": {

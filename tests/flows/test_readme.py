@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 import typer.main
 
+from conf.fanout import FanoutConfig
+from conf.launch import LaunchConfig
 from flows.cli import app
 from flows.graph import check_selection, load_graph
+from tasks.stage import stages
 
 ROOT = Path(__file__).parents[2]
 READMES = ("README.md", "README.zh.md")
@@ -58,6 +61,17 @@ def test_the_recipe_is_sound(name: str, folder: Path) -> None:
     (folder / "mine.yaml").write_text(recipe, "utf-8")
     graph = load_graph(str(folder / "mine.yaml"), [f"data={folder / 'DIR'}"], base=folder)
     assert graph.nodes["dpo_soft"].spec.name == "dpo"
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_every_setting_that_is_named_is_one(name: str) -> None:
+    owners = {stage: spec.settings for stage, spec in stages().items()}
+    owners |= {"launch": LaunchConfig, "fanout": FanoutConfig}
+    spans = re.findall(r"`([^`\n]+)`", (ROOT / name).read_text("utf-8"))
+    named = [found for span in spans for found in re.findall(r"\b(\w+)\.(\w+)\b", span)]
+    settings = [(owner, setting) for owner, setting in named if owner in owners]
+    assert len(settings) > 40
+    assert [pair for pair in settings if pair[1] not in owners[pair[0]].model_fields] == []
 
 
 @pytest.mark.parametrize("name", READMES)

@@ -103,6 +103,7 @@ def test_a_function_a_judge_and_people_who_score_alike_teach_alike(
     for name, job in (("functions", by_function), ("judge", by_judge), ("people", by_people)):
         [line] = metrics(job)
         assert line[f"scored_share/{name}"] == 1.0
+        assert "reward/model" not in line  # there is none
         assert line["reward"] == pytest.approx(0.0, abs=1e-5)  # by their own scale
         means.append(line[f"reward/{name}"])
         assert weights(job) == weights(by_function)

@@ -1,5 +1,6 @@
 """The alignment stages through store and launcher: each commits its kind, and a second time hits."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from conf.chats import ChatsConfig
 from conf.dpo import DpoConfig
 from conf.launch import LaunchConfig
 from conf.pairs import PairsConfig
-from conf.ppo import PpoConfig
+from conf.ppo import PpoConfig, RewardWeights
 from conf.reward import RewardConfig
 from conf.settings import Settings, SourceSpec
 from conf.sft import SftConfig
@@ -21,7 +22,7 @@ from storage.record import Record
 from storage.source import HashCache, resolve
 from storage.store import Store
 from tasks.stage import Outcome, execute, stages
-from tests.model.small_world import write_world
+from tests.model.small_world import function_file, write_world
 
 LAUNCH = LaunchConfig(threads=1, device="cpu")
 
@@ -106,7 +107,14 @@ def test_the_whole_chain_commits_and_hits(bench: Bench) -> None:
     assert [o.record.metrics["is_reference_reused"] for o in (dpo, other)] == [False, True]
     assert dpo.record.parts == other.record.parts
     assert dpo.record.digest != other.record.digest
+    world = bench.folder / "world"
+    function_file(world / "own.py", "float(len(answer['text']))")
+    row = {"prompt": "猫吃什么？", "answer": "鱼。", "score": 1}
+    (world / "scores.jsonl").write_text(json.dumps(row), "utf-8")
     ppo_settings = PpoConfig(
+        functions=(SourceSpec(path="own.py"),),
+        people=(SourceSpec(path="scores.jsonl"),),
+        weights=RewardWeights(functions=0.5),
         iterations=2,
         rollout_rows=8,
         minibatch_rows=4,
@@ -138,6 +146,12 @@ def test_the_whole_chain_commits_and_hits(bench: Bench) -> None:
     assert reward.record.metrics["accuracy"]["held"]["n"] == 5
     assert dpo.record.metrics["accuracy"]["n"] == 5
     assert ppo.record.metrics["answers"] == 16
+    # What rewarded: the model, the function of every answer, and people, who had seen none of them.
+    told = ppo.record.metrics["held_after"]
+    assert told["reward/model"] != 0
+    assert told["reward/functions"] > 0
+    assert (told["scored_share/functions"], told["scored_share/people"]) == (1.0, 0.0)
+    assert len((ppo.artifact.path / "logs" / "unscored.jsonl").read_text("utf-8").splitlines()) > 0
     assert own.record.metrics["answered"]["train"]["prompts"] == 38
     assert isinstance(pairs.artifact, Preferences)
     assert sum(1 for _ in pairs.artifact.rows("train")) == pairs.record.metrics["train"]
