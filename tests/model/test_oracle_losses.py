@@ -196,6 +196,14 @@ def test_dpo_rewards_are_those_that_are_logged(
         assert figures[ours].item() == pytest.approx(metrics[f"rewards/{theirs}"], rel=1e-4)
 
 
+def policy_and_logprobs(folder: Path) -> tuple[Transformer, Tensor, Tensor]:
+    """The policy, its log-probabilities of each label (6, L), and the reference's of each answer (6,)."""
+    model = oracle_model(folder, "policy")
+    _, per_token = dpo_figures(folder, model)
+    arrays = oracle_arrays(folder / "batches.npz", "dpo")
+    return model, per_token, torch.cat([arrays["ref_chosen_logps"], arrays["ref_rejected_logps"]])
+
+
 def log_ratios(policy: Tensor, reference: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     chosen, rejected = (policy - reference).chunk(2)
     return chosen, rejected, chosen - rejected
@@ -226,22 +234,16 @@ OTHERS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 def test_losses_that_are_no_setting_come_out_of_the_same_log_probabilities(
     name: str, shared_oracle: Path, expected: dict[str, Any]
 ) -> None:
-    model = oracle_model(shared_oracle, "policy")
-    _, per_token = dpo_figures(shared_oracle, model)
-    arrays = oracle_arrays(shared_oracle / "batches.npz", "dpo")
-    reference = torch.cat([arrays["ref_chosen_logps"], arrays["ref_rejected_logps"]])
+    model, per_token, reference = policy_and_logprobs(shared_oracle)
     loss = OTHERS[name](*log_ratios(per_token.sum(-1), reference)).mean()
     expect(loss, model, expected[f"dpo_{name}"])
 
 
 def test_the_sorted_gains_of_a_batch(shared_oracle: Path, expected: dict[str, Any]) -> None:
     """Melnyk et al. 2024 (AOT), on pairs."""
-    model = oracle_model(shared_oracle, "policy")
-    _, per_token = dpo_figures(shared_oracle, model)
-    arrays = oracle_arrays(shared_oracle / "batches.npz", "dpo")
-    chosen, rejected = per_token.sum(-1).chunk(2)
-    known = arrays["ref_chosen_logps"] - arrays["ref_rejected_logps"]
-    gain = (chosen - rejected).sort().values - known.sort().values
+    model, per_token, reference = policy_and_logprobs(shared_oracle)
+    (chosen, rejected), known = per_token.sum(-1).chunk(2), reference.chunk(2)
+    gain = (chosen - rejected).sort().values - (known[0] - known[1]).sort().values
     expect(-F.logsigmoid(BETA * gain).mean(), model, expected["dpo_aot"])
 
 
@@ -249,8 +251,7 @@ def test_tokens_beyond_the_shorter_answer_count_half(
     shared_oracle: Path, expected: dict[str, Any]
 ) -> None:
     """Liu et al. 2024 (LD-DPO), alpha 1/2."""
-    model = oracle_model(shared_oracle, "policy")
-    _, per_token = dpo_figures(shared_oracle, model)
+    model, per_token, _ = policy_and_logprobs(shared_oracle)
     tensors = pair_tensors(pairs(shared_oracle, "dpo"))
     with torch.no_grad():
         reference = labelled_logprobs(oracle_model(shared_oracle, "ref"), tensors)
@@ -265,10 +266,8 @@ def test_pairs_weigh_what_the_policy_would_say(
     shared_oracle: Path, expected: dict[str, Any]
 ) -> None:
     """Zhou et al. 2024 (WPO), equation 3 with its alignment of the weights."""
-    model = oracle_model(shared_oracle, "policy")
-    _, per_token = dpo_figures(shared_oracle, model)
+    model, per_token, reference = policy_and_logprobs(shared_oracle)
     tensors = pair_tensors(pairs(shared_oracle, "dpo"))
-    arrays = oracle_arrays(shared_oracle / "batches.npz", "dpo")
     is_label = tensors["labels"] >= 0
     with torch.no_grad():
         states = model.hidden(tensors["ids"], packing=Packing.of(tensors))[0]
@@ -276,23 +275,21 @@ def test_pairs_weigh_what_the_policy_would_say(
         own = torch.zeros(is_label.shape).masked_scatter(is_label, own)
         chosen, rejected = ((per_token - own).sum(1) / is_label.sum(1)).chunk(2)
         weights = (chosen + rejected).exp().clamp(max=1)
-    reference = torch.cat([arrays["ref_chosen_logps"], arrays["ref_rejected_logps"]])
     _, _, gain = log_ratios(per_token.sum(-1), reference)
     expect((-F.logsigmoid(BETA * gain) * weights).mean(), model, expected["dpo_sigmoid_wpo"])
 
 
-@pytest.mark.parametrize("name", ["sigmoid_norm", "sft"])
-def test_losses_of_means_come_out_of_the_same_log_probabilities(
-    name: str, shared_oracle: Path, expected: dict[str, Any]
-) -> None:
-    model = oracle_model(shared_oracle, "policy")
-    figures, per_token = dpo_figures(shared_oracle, model)
-    arrays = oracle_arrays(shared_oracle / "batches.npz", "dpo")
-    reference = torch.cat([arrays["ref_chosen_logps"], arrays["ref_rejected_logps"]])
-    lengths = arrays["completion_mask"].sum(1)
+def test_gains_per_token(shared_oracle: Path, expected: dict[str, Any]) -> None:
+    model, per_token, reference = policy_and_logprobs(shared_oracle)
+    lengths = (pair_tensors(pairs(shared_oracle, "dpo"))["labels"] >= 0).sum(1)
     _, _, gain = log_ratios(per_token.sum(-1) / lengths, reference / lengths)
-    loss = figures["chosen_loss"] if name == "sft" else -F.logsigmoid(BETA * gain).mean()
-    expect(loss, model, expected[f"dpo_{name}"])
+    expect(-F.logsigmoid(BETA * gain).mean(), model, expected["dpo_sigmoid_norm"])
+
+
+def test_the_likelihood_term_alone(shared_oracle: Path, expected: dict[str, Any]) -> None:
+    model = oracle_model(shared_oracle, "policy")
+    figures, _ = dpo_figures(shared_oracle, model)
+    expect(figures["chosen_loss"], model, expected["dpo_sft"])
 
 
 @pytest.mark.parametrize("name", ["simpo", "orpo"])
