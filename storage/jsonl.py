@@ -13,7 +13,7 @@ SPLITS: tuple[Split, Split] = ("train", "held")
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a file that SplitWriter wrote, in order."""
+    """The rows of a file of JSON lines of our own, in order."""
     with path.open(encoding="utf-8") as stream:
         for line in stream:
             yield json.loads(line)

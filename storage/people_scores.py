@@ -17,7 +17,8 @@ def people_scores(paths: Iterable[Path]) -> dict[str, float]:
     files = [*paths]
     scores: dict[str, float] = {}
     for path in files:
-        for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
+        # Not splitlines, which also ends lines at U+2028 and the like, as texts may have them.
+        for number, line in enumerate(path.read_text("utf-8").split("\n"), start=1):
             if line.strip():
                 key, score = _scored(line, f"{path}:{number}")
                 scores[key] = score

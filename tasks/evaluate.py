@@ -214,8 +214,8 @@ def _held_questions(conversations: Conversations, count: int) -> Iterator[tuple[
 
 
 def _write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    path.write_text(text, "utf-8")
+    # In ASCII: a text may hold U+2028 and the like, at which lines are also taken to end.
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), "utf-8")
 
 
 def _read_parts(state: Path, name: str) -> list[dict[str, Any]]:

@@ -1,12 +1,11 @@
 """Pretraining as a stage; how it computes is in model/pretrain.py."""
 
-import json
-
 from conf.contract import SAMPLES
 from conf.pretrain import PretrainConfig
 from conf.shape import LARGEST_EMBEDDING_SHARE, embedding_warning
 from storage.artifact import Artifact
 from storage.checkpoint import Policy, ReadWindows
+from storage.jsonl import read_jsonl
 from storage.tokens import Tokens
 from tasks.launch import run_worker
 from tasks.stage import Job, stage
@@ -45,8 +44,7 @@ def pretrain(
     job.metrics.update(run_worker(job, "model.pretrain", settings, inputs))
     samples = job.logs / SAMPLES
     if samples.is_file():
-        lines = samples.read_text("utf-8").splitlines()
-        job.tables["samples"] = [json.loads(line) for line in lines]
+        job.tables["samples"] = [*read_jsonl(samples)]
     return Policy(job.path)
 
 

@@ -9,6 +9,7 @@ import pytest
 from conf.ppo import PpoConfig, RewardJudgeConfig
 from model.judge import Judge, JudgeFailed, number_in
 from model.opinions import People, functions, truth_opinion
+from storage.people_scores import answer_key, people_scores
 from tests.model.small_world import make_job
 from tests.tasks.endpoint_stand_in import Reply, completion, endpoint
 
@@ -59,6 +60,10 @@ def test_people_score_word_for_word_and_are_asked_for_the_rest(tmp_path: Path) -
     assert len(unscored.read_text("utf-8").splitlines()) == 1
     with pytest.raises(ValueError, match=r"unscored.jsonl:1 is no score"):
         People([unscored], tmp_path / "none")
+    # A sign that ends a line, but no line of JSON.
+    row = {**json.loads(line), "answer": "Go\u2028away.", "score": 1}
+    scores.write_text(json.dumps(row, ensure_ascii=False) + "\r\n", "utf-8")
+    assert people_scores([scores]) == {answer_key(OTHER["messages"], "Go\u2028away."): 1.0}
     scores.write_text("")
     with pytest.raises(ValueError, match="hold no score"):
         People([scores], unscored)

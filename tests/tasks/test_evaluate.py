@@ -22,7 +22,7 @@ from tasks.stage import Job
 from tests.model.small_tokens import documents, write_small_tokens
 
 OWN = [
-    {"prompt": "狐狸喜欢吃什么？", "options": ["米饭", "一双鞋", "天"], "answer": 0},
+    {"prompt": "狐狸喜欢\u2028吃什么？", "options": ["米饭", "一双鞋", "天"], "answer": 0},
     {"prompt": "The fox likes what?", "references": ["rice", "it likes rice"]},
 ]
 
@@ -84,7 +84,7 @@ def test_own_tasks_curve_and_watch(
         train_documents=3,
         has_curve=True,
         max_new_tokens=4,
-        prompts=("冬天",),
+        prompts=("冬天\u2028\x85雪",),
         held_questions=2,
         launch=LaunchConfig(
             threads=1, processes=processes, engine="plain" if processes == 1 else "ddp"
@@ -110,6 +110,9 @@ def test_own_tasks_curve_and_watch(
     # Of five conversations with four different questions two are asked, the first and the third.
     asked = ["held/c3", "held/c2"]
     assert [row["id"] for row in scores.answers()] == ["prompt/0", "task/mine/2", *asked]
+    assert (
+        scores.answers()[0]["prompt"] == settings.prompts[0]
+    )  # signs that end a line as it stands
     assert figures["held/answer_tokens"].n == 2
     assert figures["held/kl"].value == pytest.approx(0.0, abs=1e-5)  # it is its own reference
     assert len(scores.trials()) == 1 * 2 + figures["bits_per_byte/all"].n
