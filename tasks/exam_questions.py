@@ -54,6 +54,8 @@ def _csv_questions(file: SourceFile) -> Iterator[ExamText]:
 
 def _row_questions(file: SourceFile, fields: tuple[str, ...]) -> Iterator[ExamText]:
     for row in read_rows(file):
+        if not isinstance(row, BadRow) and not isinstance(row[1], dict):
+            row = BadRow(file.name, row[0], "is no object")
         if isinstance(row, BadRow):
             raise ValueError(
                 f"{row}; decontamination would miss its question: mend or remove the line"

@@ -112,8 +112,9 @@ def test_no_exams_no_documents_and_poison(tmp_path: Path) -> None:
     assert texts(run(tmp_path, poison).artifact) == [text.strip() for text in poison]
 
 
-def test_a_bad_exam_row_is_an_error_that_names_the_place(tmp_path: Path) -> None:
-    (tmp_path / "e.jsonl").write_text('{"question": "x"}\n{broken\n', "utf-8")
+@pytest.mark.parametrize("row", ["{broken", '["x", "A"]'])
+def test_a_bad_exam_row_is_an_error_that_names_the_place(tmp_path: Path, row: str) -> None:
+    (tmp_path / "e.jsonl").write_text(f'{{"question": "x"}}\n{row}\n', "utf-8")
     with pytest.raises(ValueError, match=r"e\.jsonl:2"):
         run(tmp_path, SOUND, exams=(spec("e.jsonl"),))
 
