@@ -1,4 +1,4 @@
-"""The PPO worker: advantages by hand, what it learns, padding, and resume bit for bit."""
+"""The PPO worker: what a rollout holds, what is learnt, what is kept, and what ends it."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,6 @@ from conf.ppo import PpoConfig, RewardWeights
 from conf.reward import RewardConfig
 from conf.sft import SftConfig
 from model import ppo, reward, sft
-from model.advantages import generalised_advantages, policy_loss, token_rewards, value_loss, whiten
 from model.loop import Diverged
 from model.ppo import adapted_kl_coef, assert_first_ratio, noise_seed
 from model.ranks import Ranks
@@ -78,43 +77,6 @@ def inputs(world: Path) -> dict[str, Path]:
 
 def changed(**changes: Any) -> PpoConfig:
     return SETTINGS.model_copy(update=changes)
-
-
-def test_advantages_by_hand() -> None:
-    # Two tokens, gamma 1, lambda 0.5, rewards 0 and 2, values 1 and 0.5:
-    # token 1: 2 - 0.5 = 1.5;  token 0: (0 + 0.5 - 1) + 0.5 * 1.5 = 0.25
-    advantages, returns = generalised_advantages(
-        torch.tensor([[0.0, 2.0]]), torch.tensor([[1.0, 0.5]]), gamma=1.0, lam=0.5
-    )
-    assert advantages.tolist() == [[0.25, 1.5]]
-    assert returns.tolist() == [[1.25, 2.0]]
-
-
-def test_the_score_is_paid_at_the_last_token_and_divergence_where_it_arises() -> None:
-    kl = torch.tensor([[1.0, 2.0, 0.0], [4.0, 0.0, 0.0]])
-    rewards = token_rewards(kl, torch.tensor([3.0, -1.0]), torch.tensor([1, 0]), kl_coef=0.5)
-    assert rewards.tolist() == [[-0.5, 2.0, 0.0], [-3.0, 0.0, 0.0]]
-
-
-def test_whitening_leaves_padding_out() -> None:
-    values, mask = torch.tensor([[1.0, 3.0, 99.0]]), torch.tensor([[1.0, 1.0, 0.0]])
-    # mean 2, unbiased variance 2
-    white = whiten(values, mask)
-    assert white.tolist()[0] == pytest.approx([-(0.5**0.5), 0.5**0.5, 0.0])
-
-
-def test_policy_loss_by_hand() -> None:
-    # ratios 1.5 and 0.5 at clip 0.2. Gain 1: min(1.5, 1.2) = 1.2; gain -1: max(0.5, 0.8) = 0.8.
-    ratio = torch.tensor([[1.5, 0.5]]).log()
-    loss, is_clipped = policy_loss(ratio, torch.zeros(1, 2), torch.tensor([[1.0, -1.0]]), clip=0.2)
-    assert loss.tolist()[0] == pytest.approx([-1.2, 0.8])
-    assert is_clipped.tolist() == [[1.0, 1.0]]
-
-
-def test_value_loss_by_hand() -> None:
-    # From 0 to 1 with clip 0.2 and return 2: the clipped prediction 0.2 errs more, 0.5 * 1.8^2.
-    loss = value_loss(torch.tensor([1.0]), torch.zeros(1), torch.tensor([2.0]), clip=0.2)
-    assert loss.item() == pytest.approx(0.5 * 1.8**2)
 
 
 def test_the_coefficient_moves_towards_the_target_as_the_peers_do(shared_oracle: Path) -> None:
