@@ -187,6 +187,11 @@ class Engine:
         """Answers that are being computed or wait."""
         return len(self._boxes)
 
+    @property
+    def most_answers(self) -> int:
+        """Answers that may be computed or wait at a time."""
+        return self.serving.rows + self.waiting
+
     def answer(
         self,
         asked: Sequence[dict[str, Any]],
@@ -200,10 +205,10 @@ class Engine:
         """
         if self.failure:
             raise ServiceError(self.failure)
-        if len(self._boxes) + len(asked) > self.serving.rows + self.waiting:
+        if len(self._boxes) + len(asked) > self.most_answers:
             raise Full(
                 f"{len(self._boxes)} answers of {self.served.name} are asked for already, at most "
-                f"{self.serving.rows + self.waiting} may be; try again in a moment"
+                f"{self.most_answers} may be; try again in a moment"
             )
         asks = [Ask(key=next(self._keys), **fields) for fields in asked]
         answers = Answers(self, asks, stops, seconds)

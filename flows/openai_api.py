@@ -244,9 +244,16 @@ def fields_of_asks(
 ) -> list[dict[str, Any]]:
     """For every answer that is wanted what Ask says of it.
 
-    Raises Refused when a prompt and its answer do not fit the model's context.
+    Raises Refused when a prompt and its answer do not fit the model's context, and for more answers than
+    the server ever takes.
     """
-    context = engine.ready.context
+    context, count = engine.ready.context, len(prompts) * request.choices
+    if count > engine.most_answers:
+        raise Refused(
+            f"{count} answers are asked for in one request; this server takes {engine.most_answers} at a "
+            "time: ask for fewer",
+            param="n",
+        )
     temperature = 1.0 if request.temperature is None else request.temperature
     seed = secrets.randbelow(SEEDS) if request.seed is None else request.seed % SEEDS
     asks: list[dict[str, Any]] = []

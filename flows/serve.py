@@ -127,7 +127,8 @@ class Server:
         if not needs_token or not self.limits.token:
             return
         shown = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if not hmac.compare_digest(shown.encode(), self.limits.token.encode()):
+        # Headers come as Latin-1, whatever their bytes are.
+        if not hmac.compare_digest(shown.encode("latin-1"), self.limits.token.encode()):
             raise Refused(
                 "the token is missing or wrong; send it as Authorization: Bearer TOKEN",
                 status=401,

@@ -20,11 +20,12 @@ PAGE = Path(__file__).parent / "page" / "rate.html"
 PLACE = "[/* pairs */]"
 """Where the page has its pairs."""
 COLUMNS = ("id", "question", "left", "right", "verdict", "rater")
+FORMULA = ("=", "+", "-", "@", "\t", "\r")
 VERDICTS = ("left", "right", "tie")
 
 
 @stage(
-    version=2,
+    version=3,
     headlines={
         "wins/*": "preferred by people, *",
         "wins_at_equal_length/*": "preferred by people at equal length, *",
@@ -121,7 +122,11 @@ def _write_table(path: Path, pairs: Sequence[_Pair]) -> None:
     stream = io.StringIO(newline="")
     table = csv.writer(stream, lineterminator="\r\n")
     table.writerow(COLUMNS)
-    table.writerows((pair.id, pair.item.question, *pair.texts, "", "") for pair in pairs)
+    for pair in pairs:
+        texts = (pair.item.question, *pair.texts)
+        # A spreadsheet takes these signs for the beginning of a formula, and computes it.
+        shown = (f"'{text}" if text.startswith(FORMULA) else text for text in texts)
+        table.writerow((pair.id, *shown, "", ""))
     # Spreadsheets take a file without this mark for one in an older encoding.
     path.write_bytes(b"\xef\xbb\xbf" + stream.getvalue().encode("utf-8"))
 

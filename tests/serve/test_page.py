@@ -117,6 +117,11 @@ def test_two_checkpoints_are_compared_and_the_choice_becomes_a_pair(
         say(page, "Why?")
     assert asked.value.post_data_json["messages"][2]["content"] == pair["chosen"]
     expect(page.locator(".answer .row:visible")).to_have_count(3)
+    page.locator(".answer .up").nth(0).click()  # on second thoughts
+    expect(page.locator(".state").nth(0)).to_contain_text("saved as chosen")
+    expect(page.locator(".answer [aria-pressed=true]")).to_have_count(1)
+    (line,) = server.preferences.read_text("utf-8").splitlines()
+    assert json.loads(line)["chosen"] == texts[0]
 
 
 def test_an_answer_that_is_disliked_gets_another_beside_it(page: Page, server: Running) -> None:

@@ -221,15 +221,21 @@ def test_when_too_many_wait_the_next_is_told_to_come_again(server: Running) -> N
         assert client.post(CHAT, json=SHORT).status_code == 200
 
 
+def test_more_answers_than_are_ever_taken_are_not_asked_to_come_again(server: Running) -> None:
+    refused = httpx.post(server.url + CHAT, json={**SHORT, "n": ROWS + WAITING + 1})
+    assert refused.status_code == 400
+    assert "9 answers are asked for in one request; this server takes 8" in refused.text
+
+
 def test_a_token_is_asked_for_and_time_outs_and_a_dead_model_are_told(
     tmp_path: Path, policies: dict[str, Path]
 ) -> None:
     options = ("--request-seconds", "2", "--token-env", "CHAT_TOKEN", "--precision", "bf16")
-    with serving(tmp_path, {"one": policies["one"]}, *options, CHAT_TOKEN="secret") as server:
+    with serving(tmp_path, {"one": policies["one"]}, *options, CHAT_TOKEN="密钥") as server:
         assert httpx.post(server.url + CHAT, json=SHORT).status_code == 401
         assert httpx.get(f"{server.url}/v1/models").json()["error"]["code"] == "invalid_api_key"
         assert httpx.get(f"{server.url}/health").json()["status"] == "ok"
-        shown = {"Authorization": "Bearer secret"}
+        shown = {b"Authorization": "Bearer 密钥".encode()}
         assert httpx.post(server.url + CHAT, json=SHORT, headers=shown).status_code == 200
         everything = {**LONG, "n": 16}
         late = httpx.post(server.url + CHAT, json=everything, headers=shown, timeout=30)

@@ -82,6 +82,15 @@ def test_the_table_is_blind_and_comes_back(tmp_path: Path, answers: dict[str, Sc
     assert digest_of(again.files) == digest_of(job.files)
 
 
+def test_no_cell_of_the_table_is_a_formula(tmp_path: Path) -> None:
+    told = {"x": {"=1+1": "- one\n- two"}, "y": {"=1+1": '=HYPERLINK("http://a")'}}
+    answers = {name: scores_at(tmp_path / name, given) for name, given in told.items()}
+    job, _ = made_by(tmp_path, "made", answers)
+    (row,) = table_of(job)
+    shown = {row["question"], row["left"], row["right"]}
+    assert shown == {"'=1+1", "'- one\n- two", '\'=HYPERLINK("http://a")'}
+
+
 def test_names_and_their_order_do_not_decide_the_sides(
     tmp_path: Path, answers: dict[str, Scores]
 ) -> None:
@@ -165,6 +174,7 @@ def test_the_page_is_rated_by_keyboard_and_its_file_comes_back(
         page.locator("[data-verdict=tie]").click()
         with page.expect_download() as download:
             page.locator("#save").click()
+        assert page.evaluate("[shown('=1'), shown('1=')]") == ["'=1", "1="]
         assert download.value.suggested_filename == "ratings-王芳_1.csv"
         download.value.save_as(tmp_path / "saved.csv")
     job, made = made_by(tmp_path, "rated", answers, ratings=(SourceSpec(path="saved.csv"),))
