@@ -8,7 +8,7 @@ import pytest
 
 from conf.ppo import PpoConfig, RewardJudgeConfig
 from model.judge import Judge, JudgeFailed, number_in
-from model.opinions import People, functions, truth_opinion
+from model.opinions import People, functions, reward_opinions, truth_opinion
 from storage.people_scores import answer_key, people_scores
 from tests.model.small_world import make_job
 from tests.tasks.endpoint_stand_in import Reply, completion, endpoint
@@ -116,6 +116,13 @@ def test_one_truth_is_looked_at(tmp_path: Path) -> None:
     both = job.model_copy(update={"inputs": {"world": "w"}, "sources": {"truth_functions": ["f"]}})
     with pytest.raises(ValueError, match=r"\['truth_functions', 'world'\]"):
         truth_opinion(both, looking)
+    with endpoint(verdict) as (address, _):
+        judge = RewardJudgeConfig(model="m", base_url=address, is_truth=True)
+        judged = looking.model_copy(update={"judge": judge})
+        truth = truth_opinion(job, judged)
+        assert truth is not None
+        assert truth([ANSWER, OTHER]) == [8.0, None]
+    assert reward_opinions(job, judged) == {}
 
 
 @pytest.mark.parametrize(
