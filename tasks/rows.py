@@ -30,6 +30,8 @@ PARQUET_BATCH_ROWS = 256
 """Few: some bytes of a column may unfold into a row of a megabyte."""
 NAME = re.compile(r"[A-Za-z_]\w*")
 MESSAGE_KEYS = (("role", "content"), ("from", "value"))
+_HAS_HALVES = re.compile(r"\\u[dD][89a-fA-F]")
+_HALVES = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -291,6 +293,8 @@ class ArrayItems:
         """The item at hand; None when it is broken or not whole yet."""
         try:
             item, end = json.JSONDecoder().raw_decode(self._text)
+            if _HAS_HALVES.search(self._text, 0, end):
+                item = _without_halves(item)
         except (json.JSONDecodeError, RecursionError):
             return None
         if end == len(self._text) and not self._is_last:
@@ -341,7 +345,10 @@ def _is_conversation(value: list[Any]) -> bool:
 def _parse(content: bytes) -> Any:
     """The JSON value; text says why there is none (a row is never bare text)."""
     try:
-        value = json.loads(content.decode("utf-8-sig"))
+        text = content.decode("utf-8-sig")
+        value = json.loads(text)
+        if _HAS_HALVES.search(text):
+            value = _without_halves(value)
     except UnicodeDecodeError as error:
         return f"is not UTF-8 at byte {error.start}"
     except json.JSONDecodeError as error:
@@ -349,6 +356,20 @@ def _parse(content: bytes) -> Any:
     except RecursionError:
         return "is JSON nested too deeply"
     return "is bare text, not an object" if isinstance(value, str) else value
+
+
+def _without_halves(value: Any) -> Any:
+    """The value with U+FFFD for every half of a surrogate pair, as programs leave them that cut a text by
+    UTF-16: no file of ours can hold one."""
+    match value:
+        case str():
+            return _HALVES.sub("\ufffd", value)
+        case list():
+            return [_without_halves(item) for item in cast("list[Any]", value)]
+        case dict():
+            return {k: _without_halves(v) for k, v in cast("dict[str, Any]", value).items()}
+        case _:
+            return value
 
 
 def _parquet_rows(file: SourceFile) -> Iterator[tuple[int, Any] | BadRow]:

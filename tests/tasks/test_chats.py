@@ -12,7 +12,7 @@ import zstandard
 from conf.chats import ChatsConfig
 from conf.settings import SourceSpec
 from storage.conversations import Conversations, first_user_turn
-from storage.jsonl import split_by_hash
+from storage.jsonl import SPLITS, split_by_hash
 from storage.source import HashCache, resolve
 from storage.store import Store
 from tasks.chat_formats import RowRefused, parse_chat
@@ -171,6 +171,20 @@ def test_bad_rows_are_counted_with_file_and_line(tmp_path: Path) -> None:
     ]
     with pytest.raises(ValueError, match=r"mixed\.jsonl:3: is not JSON"):
         run(tmp_path, ChatsConfig(sources=(spec,), on_bad_row="fail"), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_half_a_character_costs_itself_alone(tmp_path: Path, name: str) -> None:
+    # As a program writes it that cuts a text by UTF-16: the second half of an emoji is gone.
+    row = '{"instruction": "Hi \\ud83d", "output": "\\ud83d\\ude00!"}'
+    deep = "[" * 900 + '"\\ud83d"' + "]" * 900
+    (tmp_path / name).write_text(
+        f"{row}\n{deep}\n" if name == "a.jsonl" else f"[{row}, {deep}, {{broken]"
+    )
+    chats, job = run(tmp_path, ChatsConfig(sources=(SourceSpec(path=name),)), tmp_path)
+    [told] = [row for split in SPLITS for row in chats.rows(split)]
+    assert [message["content"] for message in told["messages"]] == ["Hi \ufffd", "😀!"]
+    assert job.metrics["refused"] > 0  # and too deep a row is only refused
 
 
 def test_one_file_of_every_packing_gives_the_same_rows(tmp_path: Path) -> None:
