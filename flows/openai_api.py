@@ -273,7 +273,7 @@ def fields_of_asks(
                 "max_new_tokens": wanted,
                 "stops": frozenset([engine.tokenizer.eos, engine.tokenizer.im_end]),
                 "temperature": temperature,
-                "top_k": max(request.top_k or 0, 0),
+                "top_k": min(max(request.top_k or 0, 0), engine.tokenizer.vocabulary),
                 "top_p": request.top_p or 1.0,
                 "seed": seed,
                 "row": len(asks) + number,

@@ -227,6 +227,15 @@ def test_more_answers_than_are_ever_taken_are_not_asked_to_come_again(server: Ru
     assert "9 answers are asked for in one request; this server takes 8" in refused.text
 
 
+def test_a_top_k_that_no_float_holds_is_all_tokens(server: Running) -> None:
+    drawn = {**SHORT, "temperature": 1, "seed": 5}
+    answers = [
+        httpx.post(server.url + CHAT, json={**drawn, "top_k": top_k}, timeout=30).json()["choices"]
+        for top_k in (10**400, 0)
+    ]
+    assert answers[0] == answers[1]
+
+
 def test_a_token_is_asked_for_and_time_outs_and_a_dead_model_are_told(
     tmp_path: Path, policies: dict[str, Path]
 ) -> None:
