@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 from conf.endpoint import EndpointConfig
 from storage.errors import BessemerError
 from storage.jsonl import content_id
+from tasks.normalise import without_halves
 
 if TYPE_CHECKING:
     import httpx
@@ -142,7 +143,7 @@ class Endpoint:
     def _keep(self, answer: Answer) -> None:
         line = json.dumps(asdict(answer), ensure_ascii=False) + "\n"
         with self._lock, self._path.open("ab") as stream:
-            stream.write(line.encode("utf-8", "replace"))
+            stream.write(line.encode("utf-8"))
             stream.flush()
             os.fsync(stream.fileno())
 
@@ -220,4 +221,4 @@ def _read(response: "httpx.Response") -> tuple[str, bool, int]:
         is_whole = choice.get("finish_reason") != "length"
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
         return "", False, 0
-    return (text.strip() if isinstance(text, str) else ""), is_whole, tokens
+    return (without_halves(text.strip()) if isinstance(text, str) else ""), is_whole, tokens

@@ -34,10 +34,7 @@ def normalise(text: str, settings: NormaliseConfig) -> str:
 
     Lone surrogates become U+FFFD whatever the settings: they cannot be written as UTF-8.
     """
-    # A search for what is not there is cheap, an expression that tries every character is not.
-    if not text.isascii():
-        text = _SURROGATES.sub("\ufffd", text)
-    text = _with_plain_line_ends(text)
+    text = _with_plain_line_ends(without_halves(text))
     if settings.unicode_form != "none" and not text.isascii():
         text = unicodedata.normalize(settings.unicode_form, text)
     if settings.width == "half":
@@ -53,6 +50,13 @@ def normalise(text: str, settings: NormaliseConfig) -> str:
         run = settings.max_punctuation_run
         text = _RUNS.sub(lambda match: match.group(0)[:run], text)
     return text.strip()
+
+
+def without_halves(text: str) -> str:
+    """The text with U+FFFD for every half of a surrogate pair, as programs leave them that cut a text by
+    UTF-16: no file of ours can hold one."""
+    # A search for what is not there is cheap, an expression that tries every character is not.
+    return text if text.isascii() else _SURROGATES.sub("\ufffd", text)
 
 
 def _with_plain_line_ends(text: str) -> str:

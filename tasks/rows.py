@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
 from storage.source import SourceFile
+from tasks.normalise import without_halves
 
 MAX_ROW_BYTES = 1 << 28
 """A line, or an item of an array, that is longer is a bad row and is not held in memory."""
@@ -31,7 +32,6 @@ PARQUET_BATCH_ROWS = 256
 NAME = re.compile(r"[A-Za-z_]\w*")
 MESSAGE_KEYS = (("role", "content"), ("from", "value"))
 _HAS_HALVES = re.compile(r"\\u[dD][89a-fA-F]")
-_HALVES = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -359,11 +359,9 @@ def _parse(content: bytes) -> Any:
 
 
 def _without_halves(value: Any) -> Any:
-    """The value with U+FFFD for every half of a surrogate pair, as programs leave them that cut a text by
-    UTF-16: no file of ours can hold one."""
     match value:
         case str():
-            return _HALVES.sub("\ufffd", value)
+            return without_halves(value)
         case list():
             return [_without_halves(item) for item in cast("list[Any]", value)]
         case dict():

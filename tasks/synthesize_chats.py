@@ -11,6 +11,7 @@ from storage.corpus import Corpus
 from storage.jsonl import SplitWriter, content_id, split_by_hash
 from storage.topics import Topics
 from tasks.language import language_of, script_shares
+from tasks.normalise import without_halves
 from tasks.stage import Job, stage
 from tasks.synthesis import Ask, answers, repeated
 
@@ -72,7 +73,9 @@ def pairs_of(text: str) -> Iterator[tuple[str, str]]:
     for row in rows:
         if isinstance(row, dict):
             values = [cast("dict[str, Any]", row).get(name) for name in ("question", "answer")]
-            question, reply = (value.strip() if isinstance(value, str) else "" for value in values)
+            question, reply = (
+                without_halves(value.strip()) if isinstance(value, str) else "" for value in values
+            )
             if question and reply:
                 yield question, reply
 

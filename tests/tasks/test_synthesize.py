@@ -246,13 +246,14 @@ def test_questions_become_conversations(tmp_path: Path, corpus: Corpus, subjects
             return completion("对不起，我不能回答。")
         rows: list[Any] = [
             {
-                "question": f"What is a boat, part {len(prompt)} {prompt[-9:]}?",
+                "question": f"What is a boat, part {len(prompt)} {prompt[-9:]}? \ud83d",
                 "answer": essay("en", prompt),
             },
             {"question": "Why?", "answer": "No."},
             "nothing",
         ]
-        return completion("Here:\n```json\n" + json.dumps(rows) + "\n```")
+        # Halves of an emoji: of what the model says, and in the JSON that it writes.
+        return completion("Here \ude00:\n```json\n" + json.dumps(rows) + "\n```")
 
     with endpoint(script) as (url, _):
         job = job_at(tmp_path, "chats")
@@ -263,6 +264,7 @@ def test_questions_become_conversations(tmp_path: Path, corpus: Corpus, subjects
     assert len(rows) == job.metrics["train"] + job.metrics["held"] == 3
     assert {row["language"] for row in rows} == {"en"}
     assert [message["role"] for message in rows[0]["messages"]] == ["user", "assistant"]
+    assert rows[0]["messages"][0]["content"].endswith("? \ufffd")
     assert job.metrics["refused"] == {"no_pairs": 3, "too_short": 3}
     assert list(pairs_of('[{"question": 1, "answer": "a"}] and ]')) == []
 
