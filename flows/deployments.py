@@ -4,6 +4,7 @@
 what the flow of that name makes, and what it needs. `flows/worker.py` registers and serves them.
 """
 
+import logging
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -12,6 +13,7 @@ from uuid import UUID
 from prefect import flow
 from prefect.artifacts import create_table_artifact
 from prefect.client.schemas.objects import State
+from prefect.exceptions import CancelledRun, FailedRun
 from prefect.runtime import flow_run as this_run
 from prefect.states import Cancelled, Completed, Failed
 from pydantic import Field
@@ -99,6 +101,7 @@ def bessemer(
         is_extension,
         None if part == EVERYTHING else part,
     )
+    logging.getLogger("prefect.flow_runs").addFilter(_is_news)
     home = open_home()
     if this_run.id:
         heed_cancel(UUID(this_run.id))
@@ -110,6 +113,14 @@ def bessemer(
         return Failed(message=str(error))
     run_pipeline(execution, is_inside=True)
     return _ended(execution)
+
+
+def _is_news(line: logging.LogRecord) -> bool:
+    """Whether a line of the page tells more than how the run ended, which the line before it does.
+
+    Prefect tells it once more, as an "unexpected exception" with its own calls.
+    """
+    return not (line.exc_info and isinstance(line.exc_info[1], (CancelledRun, FailedRun)))
 
 
 def _trial(request: Request, home: Home) -> State[Any]:

@@ -286,6 +286,9 @@ def test_a_failed_run_retried_from_the_page_takes_what_was_built(bessemer: Comma
     newest = next(bessemer.home.records())
     statuses = {name: stage.status for name, stage in newest.stages.items()}
     assert statuses == {"extract": "hit", "decontaminate": "built"}
+    told = bessemer.ask("logs/filter", {"logs": {"flow_run_id": {"any_": [failing]}}})
+    assert "failed: decontaminate" in str(told)
+    assert "Traceback" not in str(told)  # of Prefect's own calls, after what has failed
 
 
 @pytest.mark.soak
