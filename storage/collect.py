@@ -34,8 +34,7 @@ def collect(store: "Store", keep: Iterable[str], *, dry_run: bool) -> "list[Remo
 
 
 def _attempted(root: Path) -> set[str]:
-    place = root / "attempts"
-    return {path.name for path in place.iterdir()} if place.is_dir() else set()
+    return {path.name for path in local.visible(root / "attempts")}
 
 
 def _parts_built(root: Path, fingerprints: Iterable[str]) -> Iterator[str]:
@@ -63,8 +62,7 @@ Found = tuple[str, str, str, Path]
 
 
 def _dead_artifacts(store: "Store", marked: set[str]) -> Iterator[Found]:
-    place = store.root / "artifacts"
-    for folder in sorted(place.iterdir()) if place.is_dir() else []:
+    for folder in sorted(local.visible(store.root / "artifacts")):
         if folder.name not in marked:
             record = store.record(folder.name)
             yield (
@@ -82,8 +80,7 @@ def _dead_attempts(root: Path, busy: set[str]) -> Iterator[Found]:
 
 def _set_aside(root: Path) -> Iterator[Found]:
     for what in ("quarantine", "trash"):
-        place = root / what
-        for folder in sorted(place.iterdir()) if place.is_dir() else []:
+        for folder in sorted(local.visible(root / what)):
             yield what, folder.name.partition(".")[0], "", folder
 
 

@@ -472,13 +472,13 @@ class Store:
     def _attempts(self, fingerprint: str) -> list[Path]:
         """Attempts of a fingerprint, oldest first."""
         place = self.root / "attempts" / _checked(fingerprint)
-        found = [path for path in _children(place) if path.name.isdigit()]
+        found = [path for path in local.visible(place) if path.name.isdigit()]
         return sorted(found, key=lambda path: int(path.name))
 
     def _fingerprints(self) -> list[str]:
         if self._remote:
             return self._remote.fingerprints()
-        return [path.name for path in _children(self.root / "artifacts")]
+        return [path.name for path in local.visible(self.root / "artifacts")]
 
     def _lease_path(self, fingerprint: str) -> Path:
         return self.root / "leases" / f"{_checked(fingerprint)}.lock"
@@ -488,10 +488,6 @@ def _checked(fingerprint: str) -> str:
     if not fingerprint or not all(c.isalnum() or c in "-_" for c in fingerprint):
         raise ValueError(f"{fingerprint!r} is no fingerprint; it is 64 hexadecimal digits")
     return fingerprint
-
-
-def _children(folder: Path) -> list[Path]:
-    return list(folder.iterdir()) if folder.is_dir() else []
 
 
 def _state(path: Path, entry: FileEntry) -> tuple[str, int, int, str]:

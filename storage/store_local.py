@@ -31,6 +31,13 @@ def list_files(files: Path) -> list[str]:
     return sorted(name for name, _ in _walk(files))
 
 
+def visible(folder: Path) -> list[Path]:
+    """What lies in a folder, which need not be there, but for hidden files: file managers leave some."""
+    if not folder.is_dir():
+        return []
+    return [path for path in folder.iterdir() if not path.name.startswith(".")]
+
+
 def has_files(folder: Path) -> bool:
     """Whether anything but folders lies under a folder."""
     return any(names for _, _, names in os.walk(folder))

@@ -139,6 +139,15 @@ def test_a_run_that_goes_on_behind_many_others_keeps_its_note(store: Store) -> N
     assert store.noted_by_others("here") == {"of 20260102-2"}
 
 
+def test_what_a_file_manager_leaves_in_the_store_is_nothing_of_it(store: Store) -> None:
+    address = make(store, "one")
+    for name in ("artifacts", "attempts", "quarantine", "trash"):
+        (store.root / name).mkdir(exist_ok=True)
+        (store.root / name / ".DS_Store").touch()
+    assert [record.fingerprint for record in store.records()] == [address]
+    assert store.gc([address], dry_run=False) == []
+
+
 def test_the_first_commit_wins(store: Store, tmp_path: Path) -> None:
     address = make(store, "twice", "first")
     assert make(store, "twice", "second") == address
