@@ -59,7 +59,8 @@ class Journal:
         if not self._is_writer:
             return
         path = self._logs / SAMPLES
-        lines = path.read_text("utf-8").splitlines() if path.is_file() else []
+        # Not splitlines, which also ends lines at signs that a model may write.
+        lines = path.read_text("utf-8").split("\n")[:-1] if path.is_file() else []
         kept = [line for line in lines if json.loads(line)["step"] < step]
         added = [{"step": step, "prompt": prompt, "text": text} for prompt, text in texts.items()]
         draft = path.with_suffix(".draft")

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 from conf.ppo import RewardJudgeConfig
 from storage.errors import BessemerError
-from storage.jsonl import content_id
+from storage.jsonl import content_id, take_up
 
 BUSY = (408, 409, 425, 429, 500, 502, 503, 504, 529)
 """What a later try may mend."""
@@ -46,7 +46,7 @@ class Judge:
         is_local = host in ("127.0.0.1", "localhost", "::1")
         proxies = urllib.request.ProxyHandler({} if is_local else None)
         self._opener = urllib.request.build_opener(proxies)
-        self._said = _read(said)
+        self._said = {row["key"]: str(row["reply"]) for row in take_up(said)}
 
     def __call__(self, answers: Sequence[Mapping[str, Any]]) -> list[float | None]:
         """A number for each answer, with its `messages` and `text`; None where the judge gave none.
@@ -110,14 +110,3 @@ def number_in(reply: str) -> float | None:
     """The first number of a reply; None without one."""
     found = NUMBER.search(reply)
     return float(found[0]) if found else None
-
-
-def _read(path: Path) -> dict[str, str]:
-    """What was said before; a line that a killed process left unfinished is cut off."""
-    if not path.exists():
-        return {}
-    whole = path.read_bytes()
-    whole = whole[: whole.rfind(b"\n") + 1]
-    os.truncate(path, len(whole))
-    rows = [json.loads(line) for line in whole.splitlines()]
-    return {row["key"]: row["reply"] for row in rows}

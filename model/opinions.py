@@ -12,6 +12,7 @@ from typing import Any
 from conf.contract import JobFile
 from conf.ppo import PpoConfig
 from model.judge import Judge
+from storage.jsonl import take_up
 from storage.own_code import own_scores
 from storage.people_scores import answer_key, people_scores
 from storage.world import Facts
@@ -66,8 +67,7 @@ class People:
         self._scores = people_scores(paths)
         self._unscored = unscored
         # A replay after a kill meets the same answers.
-        lines = unscored.read_text("utf-8").splitlines() if unscored.exists() else []
-        self._told = {answer_key(row["messages"], row["answer"]) for row in map(json.loads, lines)}
+        self._told = {answer_key(row["messages"], row["answer"]) for row in take_up(unscored)}
 
     def __call__(self, answers: Sequence[Answer]) -> list[float | None]:
         keys = [answer_key(answer["messages"], answer["text"]) for answer in answers]

@@ -151,3 +151,12 @@ def test_a_score_that_is_no_number_is_no_best(tmp_path: Path) -> None:
     assert best.restore(kept := Transformer(SETTINGS.shape, 40)) == 3
     wanted = Transformer(SETTINGS.shape, 40, seed=3)
     assert torch.equal(kept.embedding.weight, wanted.embedding.weight)
+
+
+def test_what_the_model_writes_may_hold_any_line_break(tmp_path: Path) -> None:
+    journal, text = Journal(tmp_path), "one\u2028two\x85three\nfour"
+    for step in (1, 2, 2):
+        journal.samples(step, {"say": text})
+    lines = (tmp_path / SAMPLES).read_text("utf-8").split("\n")[:-1]
+    told = [json.loads(line) for line in lines]
+    assert [(sample["step"], sample["text"]) for sample in told] == [(1, text), (2, text)]

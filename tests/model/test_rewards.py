@@ -55,15 +55,17 @@ def test_people_score_word_for_word_and_are_asked_for_the_rest(tmp_path: Path) -
     assert people([ANSWER, OTHER, OTHER]) == [3.0, None, None]
     [line] = unscored.read_text("utf-8").splitlines()
     assert json.loads(line) == {"messages": OTHER["messages"], "answer": "Go away.", "score": None}
-    # What they then score is a file of scores; a job that goes on tells nothing twice.
+    # What they then score is a file of scores; a job that goes on after a kill tells nothing twice.
+    whole = unscored.read_bytes()
+    unscored.write_bytes(whole + '{"messages": [{"role": "用'.encode()[:-1])
     assert People([scores], unscored)([OTHER]) == [None]
-    assert len(unscored.read_text("utf-8").splitlines()) == 1
+    assert unscored.read_bytes() == whole
     with pytest.raises(ValueError, match=r"unscored.jsonl:1 is no score"):
         People([unscored], tmp_path / "none")
     # A sign that ends a line, but no line of JSON.
-    row = {**json.loads(line), "answer": "Go\u2028away.", "score": 1}
+    row: dict[str, Any] = {**json.loads(line), "answer": "Go\u2028away.", "score": 1}
     scores.write_text(json.dumps(row, ensure_ascii=False) + "\r\n", "utf-8")
-    assert people_scores([scores]) == {answer_key(OTHER["messages"], "Go\u2028away."): 1.0}
+    assert people_scores([scores]) == {answer_key(row["messages"], "Go\u2028away."): 1.0}
     scores.write_text("")
     with pytest.raises(ValueError, match="hold no score"):
         People([scores], unscored)
