@@ -88,7 +88,9 @@ def write_comparison(sides: Sequence[Compared], target: Path) -> Path:
     sections.append(_all_figures(sides, found))
     title = " against ".join(dict.fromkeys(side.run.recipe for side in sides))
     subtitle = "; ".join(f"{side.label}, started {side.run.started}" for side in sides)
-    target.write_text(page(f"{title}: {len(sides)} runs compared", subtitle, sections), "utf-8")
+    target.write_text(
+        page(f"{title}: {len(sides)} runs compared", subtitle, sections), "utf-8", "replace"
+    )
     return target
 
 

@@ -192,7 +192,7 @@ class Execution:
         try:
             artifact, status = self._find_or_build(name, self._reporter(name, report_progress))
         except BaseException as error:
-            reason = CANCELLED if self.is_cancelled else f"{type(error).__name__}: {error}"
+            reason = CANCELLED if self.is_cancelled else _reason(error)
             seconds = round(time.monotonic() - started, 3)
             self._set(name, status="failed", error=reason, seconds=seconds)
             raise
@@ -346,6 +346,11 @@ class Execution:
 
 def _identities(address: Address) -> dict[str, Any]:
     return {setting: source.identity() for setting, source in address.sources.items()}
+
+
+def _reason(error: BaseException) -> str:
+    """As a record can hold it: names of files, and JSON, have what UTF-8 cannot."""
+    return f"{type(error).__name__}: {error}".encode("utf-8", "replace").decode("utf-8")
 
 
 def workers_of(environment: Mapping[str, str] = os.environ) -> int:

@@ -70,7 +70,8 @@ def write_report(run_dir: Path, store: Store) -> Path:
         _costs(run),
     ]
     target = run_dir / "report.html"
-    target.write_text(page(f"{run.recipe}: {_verdict(run)}", _subtitle(run), sections), "utf-8")
+    text = page(f"{run.recipe}: {_verdict(run)}", _subtitle(run), sections)
+    target.write_text(text, "utf-8", "replace")  # JSON can have halves of characters, UTF-8 cannot
     return target
 
 

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 
 from conf.mistakes import RecipeError
-from flows.execution import Execution
+from flows.execution import Execution, Listener
 from flows.plan import contract, plan
 from flows.preparation import Request, prepare
 from flows.runs import RunRecord, find_artifact, open_home
 from storage.lease_s3 import home_id
 from tasks.processes import take_cpu
+from tasks.stage import Job
 from tests.flows.conftest import Place
 
 ALL = ["blend", "coarse", "fine", "mine", "other"]
@@ -52,6 +53,19 @@ def test_the_second_run_builds_nothing_and_ends_with_the_same_bytes(place: Place
         for execution in (first, second)
     ]
     assert digests[0] == digests[1]
+
+
+def test_a_reason_with_a_name_that_is_no_utf8_is_recorded(place: Place) -> None:
+    def refuse(name: str, job: Job) -> None:
+        raise ValueError("钢-\udcff.txt")
+
+    execution = start(place)
+    execution.listeners.append(Listener(on_job=refuse))
+    execution.start()
+    with pytest.raises(ValueError, match="钢"):
+        execution.run("mine")
+    execution.finish(0.0)
+    assert RunRecord.read(execution.folder).stages["mine"].error == "ValueError: 钢-?.txt"
 
 
 def test_a_node_whose_turn_nobody_takes_holds_up_no_other(place: Place) -> None:

@@ -283,6 +283,14 @@ def test_checkpoints_are_points_of_reward_against_kl(
     assert "reward model against KL" not in page
 
 
+def test_halves_of_characters_do_not_cost_the_report(
+    run: tuple[RunRecord, Store], tmp_path: Path
+) -> None:
+    tables = Path(str(run[0].stages["words"].path)) / "logs" / "tables.json"
+    tables.write_text(json.dumps({"examples": [{"text": "猫\ud83d"}]}))
+    assert '<td class="short">猫?</td>' in page_of(run, tmp_path / "run")
+
+
 def test_names_with_dollar_signs_are_no_formulas() -> None:
     name = "x$\\frac$"
     for chart in (
