@@ -148,7 +148,9 @@ def try_rename(source: Path, target: Path) -> bool:
             return False
         raise error
     flush_folder(target.parent)
-    flush_folder(source.parent)
+    # Empty now, it may be gone: whoever else wrote there tidies up.
+    with suppress(FileNotFoundError):
+        flush_folder(source.parent)
     return True
 
 

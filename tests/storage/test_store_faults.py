@@ -161,6 +161,22 @@ def test_many_threads_may_ask_at_once(store: Store) -> None:
         assert list(pool.map(store.verify_input, addresses * 4)) == [None] * 16
 
 
+def test_a_rename_stands_whoever_removes_the_empty_folder_behind_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target = tmp_path / "attempts" / "1", tmp_path / "artifacts" / "x"
+    source.mkdir(parents=True)
+    flush = store_local.flush_folder
+
+    def tidied_up(folder: Path) -> None:
+        store_local.remove_if_empty(source.parent)  # as a writer does that came second
+        flush(folder)
+
+    monkeypatch.setattr(store_local, "flush_folder", tidied_up)
+    assert store_local.try_rename(source, target)
+    assert target.is_dir()
+
+
 def test_the_size_of_a_folder_is_told_while_its_files_come_and_go(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
