@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
+from conf.chats import ChatsConfig
 from conf.dpo import DpoConfig
 from conf.evaluate import EvaluateConfig
 from conf.launch import LaunchConfig
@@ -30,6 +31,7 @@ def disagreements(order: Mapping[str, "Node"]) -> Iterator[Mistake]:
     yield from _withheld_mistakes(order)
     yield from _curve_mistakes(order)
     yield from _batch_mistakes(order)
+    yield from _held_mistakes(order)
 
 
 def _tokenizer_mistakes(order: Mapping[str, "Node"]) -> Iterator[Mistake]:
@@ -166,6 +168,29 @@ def _batch_mistakes(order: Mapping[str, "Node"]) -> Iterator[Mistake]:
                 f"give {node.name} {name}: {-(-rows // groups) * groups}, or other launch.processes"
             )
             yield Mistake(f"stages.{node.name}.{name}", found, mend)
+
+
+def _held_mistakes(order: Mapping[str, "Node"]) -> Iterator[Mistake]:
+    """Looks at held-out conversations or pairs of which none are held out."""
+    for node in order.values():
+        match node.settings:
+            case PpoConfig(truth_every_iterations=every) if every:
+                link, name = "conversations", "truth_every_iterations"
+            case RewardConfig(on_gate=gate) | DpoConfig(on_gate=gate) if gate != "off":
+                link, name = "preferences", "on_gate"
+            case _:
+                continue
+        made = order.get(str(node.inputs.get(link)))
+        if made is None or made.pin is not None or made.inputs:
+            continue
+        if isinstance(made.settings, ChatsConfig | PairsConfig) and _holds_none(made.settings):
+            found = f"looks at what {made.name} holds out, which is nothing"
+            mend = f"give {made.name} held_share: 0.05, or take {name} out"
+            yield Mistake(f"stages.{node.name}.{name}", found, mend)
+
+
+def _holds_none(settings: ChatsConfig | PairsConfig) -> bool:
+    return not settings.held_share and all(spec.split != "held" for spec in settings.sources)
 
 
 def _curve_mistakes(order: Mapping[str, "Node"]) -> Iterator[Mistake]:

@@ -39,7 +39,7 @@ def _scored(line: str, place: str) -> tuple[str, float]:
         messages = row.get("messages") or [{"role": "user", "content": row["prompt"]}]
         score = float(row["score"])
         key = answer_key(messages, row["answer"])
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"{place} is no score ({type(error).__name__}: {error}); a line is a JSON object with messages (or "
             "prompt), answer and score, a number"

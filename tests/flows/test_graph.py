@@ -191,10 +191,6 @@ POLICY: dict[str, Any] = {
 def real_graph(folder: Path, stages: dict[str, Any], **top: Any) -> Graph:
     (folder / "raw").mkdir()
     (folder / "raw" / "a.jsonl").write_text("{}", "utf-8")
-    (folder / "raw" / "own.py").write_text("def rate(answer):\n    return score(1)\n", "utf-8")
-    (folder / "raw" / "text").write_text("keep it", "utf-8")
-    rows = '{"prompt": "Who?", "answer": "Me.", "score": 1}\n{"prompt": "谁？", "answer": "我。"}\n'
-    (folder / "raw" / "unscored.jsonl").write_text(rows, "utf-8")
     return build_graph("real", {"stages": {**POLICY, **stages}, **top}, base=folder)
 
 
@@ -308,7 +304,7 @@ REAL: list[tuple[str, dict[str, Any], dict[str, Any], str, str]] = [
         {
             "ppo": {
                 "from": {"policy": "pretrain", "conversations": "chats"},
-                "functions": [{"path": "raw/own.py"}],
+                "functions": [{"path": "raw/a.jsonl"}],
                 "judge": {"model": "m", "is_truth": True},
             }
         },
@@ -329,47 +325,14 @@ REAL: list[tuple[str, dict[str, Any], dict[str, Any], str, str]] = [
         "32 rows of an update cannot be shared by 3 processes; give sft batch_rows: 33, or other",
     ),
     (
-        "people's scores that were not filled in",
+        "a gate that looks at pairs of which none are held out",
         {
-            "ppo": {
-                "from": {"policy": "pretrain", "conversations": "chats"},
-                "people": [{"path": "raw/own.py"}, {"path": "raw/unscored.jsonl"}],
-            }
+            "pairs": {**DATA, "held_share": 0},
+            "dpo": {"from": {"policy": "pretrain", "preferences": "pairs"}, "on_gate": "keep_best"},
         },
         {},
-        "stages.ppo.people[1]",
-        "raw/unscored.jsonl:2 is no score (KeyError: 'score'); a line is a JSON object with messages",
-    ),
-    (
-        "a reward function of another name",
-        {
-            "ppo": {
-                "from": {"policy": "pretrain", "conversations": "chats"},
-                "functions": [{"path": "raw/*.py"}],
-            }
-        },
-        {},
-        "stages.ppo.functions[0]",
-        "raw/own.py has no function `score`; it needs `def score(answer) -> float`",
-    ),
-    (
-        "a rule that is no Python",
-        {"filter": {"from": {"corpus": "extract"}, "own_rules": [{"path": "raw/text"}]}},
-        {},
-        "stages.filter.own_rules[0]",
-        "raw/text is no Python (invalid syntax",
-    ),
-    (
-        "a task of one's own without an answer",
-        {
-            "evaluate": {
-                "from": {"policy": "pretrain"},
-                "own_tasks": [{"path": "raw/unscored.jsonl"}],
-            }
-        },
-        {},
-        "stages.evaluate.own_tasks[0]",
-        "raw/unscored.jsonl, line 1: expected `prompt` with `references`",
+        "stages.dpo.on_gate",
+        "looks at what pairs holds out, which is nothing; give pairs held_share: 0.05",
     ),
     (
         "a curve over weights that pretraining does not keep",
@@ -478,30 +441,6 @@ REAL: list[tuple[str, dict[str, Any], dict[str, Any], str, str]] = [
         "dim=100 is not a multiple of heads=3",
     ),
 ]
-
-
-def test_files_of_ones_own_that_will_do_pass(tmp_path: Path) -> None:
-    (tmp_path / "own").mkdir()
-    (tmp_path / "own" / "scores.jsonl").write_text(
-        '{"prompt": "谁？", "answer": "我。", "score": 2}'
-    )
-    for name, text in {
-        "one": "def score(answer): return 1.0",
-        "two": "from one import rate as score",
-        "three": "if True:\n    score = lambda answer: 0.0",
-        "four": "from one import *",
-    }.items():
-        (tmp_path / "own" / f"{name}.py").write_text(text, "utf-8")
-    stages = {
-        "pretrain": {"from": {"tokens": "tokenize"}, "kept_looks": 1},
-        "ppo": {
-            "from": {"policy": "pretrain", "conversations": "chats"},
-            "functions": [{"path": "own/*.py"}],
-            "people": [{"path": "own/scores.jsonl"}, {"path": "none", "is_optional": True}],
-        },
-        "evaluate": {"from": {"policy": "pretrain"}, "has_curve": True},
-    }
-    assert "ppo" in real_graph(tmp_path, stages).nodes
 
 
 def test_data_on_s3_are_looked_for_when_they_are_read(tmp_path: Path) -> None:
