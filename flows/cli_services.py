@@ -63,6 +63,8 @@ def watch(
     from flows import services
     from flows.watches import Watch, add_watch, remove_watches, watches
 
+    if place is None and is_end:
+        raise ValueError("name the place that is watched no longer: bessemer watch PLACE --end")
     home = open_home()
     if place is not None and not place.startswith(SCHEME):
         place = str(Path(place).expanduser().absolute())

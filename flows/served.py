@@ -90,6 +90,11 @@ def _exported_tokenizer(folder: Path) -> ChatTokenizer:
 
     Raises ValueError for another one.
     """
+    if not (folder / MODEL_FILE).is_file():
+        raise ValueError(
+            f"{folder} has no {MODEL_FILE}; take the model into a recipe by the stage adopt, whose tokenizer "
+            "reads older forms too, and serve that"
+        )
     content = (folder / MODEL_FILE).read_bytes()
     parsed: dict[str, Any] = json.loads(content)
     ids: dict[str, int] = {token["content"]: token["id"] for token in parsed["added_tokens"]}

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from conf.mistakes import RecipeError
+from flows import cli_services
 from flows.arrivals import Arrivals, Folder, Wholeness, open_place
 from flows.runs import NEWEST_RUNS, RunRecord, open_home
 from flows.watch import Watcher, look_once
@@ -179,6 +180,8 @@ def test_what_is_watched_is_checked_noted_and_forgotten(place: Place) -> None:
         add_watch(home, watch.model_copy(update={"overrides": ["sed=3"]}), place.folder)
     with pytest.raises(ValueError, match="no such folder; make it"):
         add_watch(home, watch.model_copy(update={"place": "/nowhere"}), place.folder)
+    with pytest.raises(ValueError, match="name the place"):
+        cli_services.watch(is_end=True)
     assert watches(home) == [extending]
     assert remove_watches(home, raw) == 1
     assert remove_watches(home, raw) == 0

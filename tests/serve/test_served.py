@@ -89,3 +89,6 @@ def test_what_cannot_be_served_is_said(
     (foreign / "tokenizer.json").write_text(json.dumps(parsed), "utf-8")
     with pytest.raises(ValueError, match="by the stage adopt"):
         find_served([str(foreign)], home)
+    (foreign / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match=r"has no tokenizer\.json; .* by the stage adopt"):
+        find_served([str(foreign)], home)
