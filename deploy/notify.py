@@ -1,7 +1,7 @@
-"""Tells an address of every run that fails: python deploy/notify.py URL.
+"""Tells an address of every run that fails: echo URL | python deploy/notify.py
 
-The address gets {"text": ...} by POST, as Slack, Mattermost and their like take it. It is kept, encrypted, in
-a block of Prefect's; said again, the new address replaces the old.
+The address, by standard input since it is often a secret, gets {"text": ...} by POST, as Slack, Mattermost and
+their like take it. It is kept, encrypted, in a block of Prefect's; said again, the new one replaces the old.
 """
 
 import sys
@@ -47,4 +47,4 @@ def main(url: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.stdin.readline().strip())

@@ -208,7 +208,8 @@ def test_a_run_that_fails_is_told(host: Host) -> None:
 
     with host.inside(lambda: HTTPServer(("127.0.0.1", 9099), Hook)) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        notify = ["python", "/opt/bessemer/deploy/notify.py", "http://127.0.0.1:9099/hook"]
+        script = "echo http://127.0.0.1:9099/hook | python /opt/bessemer/deploy/notify.py"
+        notify = ["sh", "-c", script]
         for _ in range(2):  # said again, it replaces what it made
             host.run("worker-cpu", notify)
         run = begin(host, recipe="tiny.yaml", overrides=["tokenizer.vocabulary=1"])
