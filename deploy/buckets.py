@@ -4,14 +4,13 @@ import sys
 from http import HTTPStatus
 
 import boto3
-from botocore.exceptions import ClientError
 
 s3 = boto3.client("s3")
 for bucket in {address.removeprefix("s3://").partition("/")[0] for address in sys.argv[1:]}:
     try:
         # Not from a list of all: an account for these buckets alone may not ask for it.
         s3.head_bucket(Bucket=bucket)
-    except ClientError as error:
+    except s3.exceptions.ClientError as error:
         if error.response["ResponseMetadata"]["HTTPStatusCode"] != HTTPStatus.NOT_FOUND:
             raise
         s3.create_bucket(Bucket=bucket)
