@@ -329,7 +329,7 @@ def cat(
     is_dropped: Annotated[
         bool, typer.Option("--dropped", help="What the stage dropped, with the reason.")
     ] = False,
-    limit: Annotated[int, typer.Option(help="Most lines; 0 for all.")] = 0,
+    limit: Annotated[int, typer.Option(min=0, help="Most lines; 0 for all.")] = 0,
 ) -> None:
     """Print an artifact as JSON lines: documents, tokens decoded, conversations, pairs, scores."""
     from itertools import islice
@@ -379,7 +379,9 @@ def verify(
 @app.command()
 def gc(
     is_trial: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
-    keep_runs: Annotated[int, typer.Option(help="Newest runs whose artifacts stay.")] = KEPT_RUNS,
+    keep_runs: Annotated[
+        int, typer.Option(min=0, help="Newest runs whose artifacts stay.")
+    ] = KEPT_RUNS,
     keep_days: Annotated[
         float, typer.Option(min=0, help="Runs of so many days keep theirs too.")
     ] = 0.0,

@@ -2,6 +2,10 @@
 
 from datetime import UTC, datetime, timedelta
 
+import pytest
+from typer.testing import CliRunner
+
+from flows.cli import app
 from flows.runs import RunRecord, open_home
 from flows.upkeep import forget_runs, kept_runs, roots
 from tests.flows.conftest import Place
@@ -43,3 +47,9 @@ def test_forgotten_runs_leave_no_folder_unless_their_report_is_shown(place: Plac
         ]
     assert [record.run_id for record in home.records()] == [newest.run_id, shown.run_id]
     assert page.is_file()
+
+
+@pytest.mark.parametrize("line", ["gc --keep-runs -1", "cat mine --limit -1"])
+@pytest.mark.usefixtures("place")
+def test_fewer_than_none_is_refused(line: str) -> None:
+    assert CliRunner().invoke(app, line.split()).exit_code == 2
