@@ -396,8 +396,10 @@ def gc(
     from storage.lease_s3 import home_id
 
     home = open_home()
-    store, kept = home.used_store(), kept_runs(home, keep_runs, keep_days)
+    store = home.used_store()
     others = store.noted_by_others(home_id(home.path))
+    # Last: what a run commits from here on is known to the store as work in progress.
+    kept = kept_runs(home, keep_runs, keep_days)
     removed = store.gc(roots(kept) | others, dry_run=is_trial)
     if forgets:
         removed += forget_runs(home, kept, dry_run=is_trial)

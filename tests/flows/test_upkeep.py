@@ -8,8 +8,9 @@ from typer.testing import CliRunner
 from flows.cli import app
 from flows.runs import RunRecord, open_home
 from flows.upkeep import forget_runs, kept_runs, roots
+from storage.store import Store
 from tests.flows.conftest import Place
-from tests.flows.test_execution import go
+from tests.flows.test_execution import go, statuses
 
 
 def aged(record: RunRecord, days: float) -> RunRecord:
@@ -53,3 +54,18 @@ def test_forgotten_runs_leave_no_folder_unless_their_report_is_shown(place: Plac
 @pytest.mark.usefixtures("place")
 def test_fewer_than_none_is_refused(line: str) -> None:
     assert CliRunner().invoke(app, line.split()).exit_code == 2
+
+
+def test_a_run_that_ends_while_gc_asks_other_homes_keeps_what_it_made(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go(place)
+    noted = Store.noted_by_others
+
+    def meanwhile(store: Store, home: str) -> set[str]:
+        go(place, "coarse.heat=0.25")
+        return noted(store, home)
+
+    monkeypatch.setattr(Store, "noted_by_others", meanwhile)
+    assert CliRunner().invoke(app, ["gc"]).exit_code == 0
+    assert set(statuses(go(place, "coarse.heat=0.25")).values()) == {"hit"}
