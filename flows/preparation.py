@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+from conf.launch import LaunchConfig
 from conf.mistakes import Mistake, RecipeError
 from conf.settings import Settings
 from flows.execution import Execution, workers_of
@@ -16,6 +17,7 @@ from flows.runs import Home, RunRecord, find_artifact
 from storage.record import Record
 from storage.source import HashCache, resolve
 from storage.store import Store
+from tasks.launch import check_host
 
 CARRIED_INPUT = "pinned"
 """Optional input of a stage: its own earlier result, whose statistics it goes on using."""
@@ -88,7 +90,7 @@ def prepare(
     )
     if must_hit:
         _check_hits(execution, base)
-    _check_keys(execution, base)
+    _check_surroundings(execution, base, is_run=appends)
     return execution
 
 
@@ -145,20 +147,32 @@ def _check_hits(execution: Execution, base: Path) -> None:
         raise RecipeError(mistakes)
 
 
-def _check_keys(execution: Execution, base: Path) -> None:
-    """Raises RecipeError for every node that is to be built and asks an endpoint whose key is not there."""
+def _check_surroundings(execution: Execution, base: Path, *, is_run: bool) -> None:
+    """Raises RecipeError for every node that is to be built and whose endpoint's key is not there or, in a
+    run, for which this host lacks something: else that is told when its stage begins, hours later."""
     nodes = execution.graph.nodes
-    unset = {
+    lacking = {
         name: found
         for name in execution.selected
-        if nodes[name].pin is None and (found := [*_unset_keys(nodes[name].settings, name)])
+        if nodes[name].pin is None and (found := [*_lacks(nodes[name].settings, name, is_run)])
     }
-    if not unset:
+    if not lacking:
         return
     lookup = Lookup(execution.graph, execution.lookup.store, base, execution.lookup.hashes, False)
     built = {name for name in execution.selected if not find(lookup, name)} | execution.forced
-    if mistakes := [mistake for name in unset if name in built for mistake in unset[name]]:
+    if mistakes := [mistake for name in lacking if name in built for mistake in lacking[name]]:
         raise RecipeError(mistakes)
+
+
+def _lacks(settings: Settings, name: str, is_run: bool) -> Iterator[Mistake]:
+    yield from _unset_keys(settings, name)
+    launch = getattr(settings, "launch", None)
+    if is_run and isinstance(launch, LaunchConfig):
+        try:
+            check_host(launch)
+        except ValueError as error:
+            found, _, mend = str(error).rpartition("; ")
+            yield Mistake(f"stages.{name}.launch", found, mend)
 
 
 def _unset_keys(settings: Settings, place: str) -> Iterator[Mistake]:

@@ -104,6 +104,14 @@ def preflight(launch: LaunchConfig, module: str, inputs: Mapping[str, Artifact])
     """Refuse what cannot work before a process is started. Raises ValueError."""
     if importlib.util.find_spec(module) is None:
         raise ValueError(f"there is no module {module} to run; check the name of the worker")
+    check_host(launch)
+    for name, artifact in inputs.items():
+        if not artifact.files.is_dir():
+            raise ValueError(f"input {name}: {artifact.files} is missing; build it first")
+
+
+def check_host(launch: LaunchConfig) -> None:
+    """Raises ValueError, with the mend, where this host has not what a launch asks for."""
     if launch.engine == "plain" and launch.ranks > 1:
         raise ValueError(
             f"launch.engine=plain with launch.processes={launch.processes} on launch.nodes="
@@ -120,8 +128,7 @@ def preflight(launch: LaunchConfig, module: str, inputs: Mapping[str, Artifact])
                 "launch.launcher=slurm needs sbatch, which is not on the PATH; run on a login node of the "
                 "cluster, or set launch.launcher=torchrun"
             )
-        # What the nodes have is for Slurm to say.
-        return _check_inputs(inputs)
+        return  # what the nodes have is for Slurm to say
     is_cuda = uses_cuda(launch.device)
     if is_cuda and len(cuda_devices()) < launch.processes:
         raise ValueError(
@@ -137,7 +144,6 @@ def preflight(launch: LaunchConfig, module: str, inputs: Mapping[str, Artifact])
             f"{launch.processes} processes x {launch.threads} threads are more than the "
             f"{cores()} cores of this host; set launch.threads=0 to divide them"
         )
-    _check_inputs(inputs)
 
 
 def _check_compilers(launch: LaunchConfig, *, is_cuda: bool) -> None:
@@ -152,12 +158,6 @@ def _check_compilers(launch: LaunchConfig, *, is_cuda: bool) -> None:
                 f"launch.adamw=deepspeed needs {name} to make its kernel, and {program} was not found; "
                 f"install it, or set launch.adamw=torch"
             )
-
-
-def _check_inputs(inputs: Mapping[str, Artifact]) -> None:
-    for name, artifact in inputs.items():
-        if not artifact.files.is_dir():
-            raise ValueError(f"input {name}: {artifact.files} is missing; build it first")
 
 
 def _job_file(

@@ -1,4 +1,4 @@
-"""Keys of endpoints are asked for before anything runs, and only where something will be asked."""
+"""What a run needs of its surroundings is looked for before anything runs, and only where it is needed."""
 
 from pathlib import Path
 
@@ -34,3 +34,19 @@ def test_the_key_of_a_judge_in_the_reward_is_asked_for_before_anything_runs(tmp_
     judged = ["ppo.judge.model=m", "ppo.judge.key_variable=NO_SUCH_KEY"]
     with pytest.raises(RecipeError, match=r"^stages\.ppo\.judge\.key_variable: the environment"):
         prepare(Request("demo", judged), Home(tmp_path), base=tmp_path, appends=False)
+
+
+def test_a_host_without_the_devices_is_told_before_anything_runs_and_may_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tasks.launch.cuda_devices", lambda: ["0"])
+    request = Request(
+        "demo", ["ppo.launch.device=cuda", "ppo.launch.processes=2", "ppo.launch.engine=ddp"]
+    )
+    with pytest.raises(RecipeError) as caught:
+        prepare(request, Home(tmp_path), base=tmp_path)
+    assert str(caught.value) == (
+        "stages.ppo.launch: launch.device=cuda with launch.processes=2, but this host offers 1 CUDA devices; "
+        "set launch.device=cpu or fewer processes"
+    )
+    assert "ppo" in prepare(request, Home(tmp_path), base=tmp_path, appends=False).selected
