@@ -15,6 +15,8 @@ def collect(store: "Store", keep: Iterable[str], *, dry_run: bool) -> "list[Remo
     """Remove what nothing needs; see Store.gc."""
     from storage.store import Removed
 
+    # First: what takes long, and is committed while gc goes on, was claimed before.
+    claimed = store.remote.claimed() if store.remote else set[str]()
     roots = set(keep)
     busy = {fp for fp in _attempted(store.root) if fp in roots or store.is_claimed(fp)}
     marked = _with_parts(store, roots | busy | set(_parts_built(store.root, busy)))
@@ -29,8 +31,11 @@ def collect(store: "Store", keep: Iterable[str], *, dry_run: bool) -> "list[Remo
             removed.append(Removed(what=what, fingerprint=fingerprint, kind=kind, size=size))
     if not dry_run:
         _remove_free_locks(store.root / "leases")
-    removed += store.collect_remote(marked, dry_run=dry_run)
-    return removed
+    # S3 needs more than its cache folder does.
+    far = store.remote.collect(marked, claimed, dry_run=dry_run) if store.remote else ()
+    return removed + [
+        Removed(what, fingerprint, kind, size) for what, fingerprint, kind, size in far
+    ]
 
 
 def _attempted(root: Path) -> set[str]:

@@ -351,14 +351,10 @@ class Store:
         """Whether artifacts live on S3 and `root` only has copies of them."""
         return self._remote is not None
 
-    def collect_remote(self, marked: set[str], *, dry_run: bool) -> list[Removed]:
-        """The part of gc that S3 needs besides the cache folder; nothing for a local store."""
-        if self._remote is None:
-            return []
-        return [
-            Removed(what=what, fingerprint=fingerprint, kind=kind, size=size)
-            for what, fingerprint, kind, size in self._remote.collect(marked, dry_run=dry_run)
-        ]
+    @property
+    def remote(self) -> Remote | None:
+        """The objects of a store on S3, for gc."""
+        return self._remote
 
     def is_claimed(self, fingerprint: str) -> bool:
         """Whether someone alive holds the lease of a fingerprint."""

@@ -82,6 +82,11 @@ class Remote:
         """Whether any machine holds the lease."""
         return lease_s3.is_held(self.bucket, fingerprint)
 
+    def claimed(self) -> set[str]:
+        """Everything of which any machine holds the lease."""
+        names = (name.removesuffix(".json") for name in self.bucket.names("leases/"))
+        return {name for name in names if self.is_claimed(name)}
+
     def fetch(self, fingerprint: str, path: Path) -> bool:
         """Have a sound copy of an artifact at `path`; False when the store has no sound one."""
         for _ in range(FETCH_TRIES):
@@ -154,14 +159,15 @@ class Remote:
         self.bucket.put(f"quarantine/{name}.json", json.dumps(kept, ensure_ascii=False).encode())
         self.bucket.delete([_record_key(fingerprint)])
 
-    def collect(self, marked: set[str], *, dry_run: bool) -> Iterator[Found]:
-        """Remove what is not marked: artifacts, uploads that no record names, quarantine."""
+    def collect(self, marked: set[str], claimed: set[str], *, dry_run: bool) -> Iterator[Found]:
+        """Remove what is not marked: artifacts, uploads that no record names, quarantine.
+
+        `claimed` is what any machine worked on when gc began.
+        """
         # Another machine notes the parts of its running jobs only in its own home.
-        is_anyone_at_work = any(
-            self.is_claimed(name.removesuffix(".json")) for name in self.bucket.names("leases/")
-        )
+        is_anyone_at_work = bool(claimed or self.claimed())
         for fingerprint in self.fingerprints():
-            if self.is_claimed(fingerprint):
+            if fingerprint in claimed or self.is_claimed(fingerprint):
                 continue
             stored = self.record(fingerprint)
             if stored and fingerprint not in marked:

@@ -164,6 +164,27 @@ def test_gc_of_one_machine_leaves_the_work_of_another(s3_server: str, tmp_path: 
     assert {r.fingerprint for r in removed if r.what == "artifact"} == {part, record.fingerprint}
 
 
+def test_what_another_machine_commits_while_gc_goes_on_stays(
+    s3_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"{s3_server}/{tmp_path.name}"
+    here, there = (Store(url, cache=tmp_path / name) for name in ("here", "there"))
+    part = make(there, "part", kind="part")
+    record = record_of({"name": "trained for hours"}, [part])
+    claim = claimed(there, record.fingerprint)
+    assert here._remote is not None
+    fingerprints = here._remote.fingerprints
+
+    def meanwhile() -> list[str]:
+        there.commit(claim, record)
+        claim.release()
+        return fingerprints()
+
+    monkeypatch.setattr(here._remote, "fingerprints", meanwhile)
+    assert here.gc([], dry_run=False) == []
+    assert there.verify(record.fingerprint) == []
+
+
 def test_a_server_that_does_not_answer_is_one_error_whatever_was_asked(
     tmp_path: Path, away: str
 ) -> None:
