@@ -218,11 +218,9 @@ class SourceLedger:
 
     def read(self) -> Book:
         """The landings so far; none before the first look."""
-        if self.bucket:
-            stored = self.bucket.get(self.key)
-            if stored is None:
-                return Book([])
+        if self.bucket and (stored := self.bucket.get(self.key)):
             return Book(json.loads(stored.content)["landings"], stored.etag)
+        # Beside a bucket without one, a file is of a version that kept a ledger on each machine.
         if not self.path.exists():
             return Book([])
         return Book(json.loads(self.path.read_text("utf-8"))["landings"])

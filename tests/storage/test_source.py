@@ -284,6 +284,20 @@ def test_machines_that_share_a_store_share_the_landings(s3_server: str, tmp_path
     assert look_from("here").identity()[:1] == first.identity()
 
 
+def test_a_ledger_of_one_machine_goes_on_in_the_bucket(s3_server: str, tmp_path: Path) -> None:
+    url = f"{s3_server}/{tmp_path.name}"
+    here, there = (Store(url, cache=tmp_path / name).ledger("x.json") for name in ("h", "t"))
+
+    def look(ledger: SourceLedger) -> Source:
+        spec = SourceSpec(path="in/*")
+        return resolve([spec], artifacts={}, base=tmp_path, ledger=ledger, hashes=HashCache())
+
+    write(tmp_path / "in" / "b.txt", "B")
+    look(SourceLedger(here.path))  # as before there were ledgers in buckets
+    write(tmp_path / "in" / "a.txt", "A")
+    assert names(look(here)) == names(look(there)) == [["b.txt"], ["a.txt"]]
+
+
 def test_two_machines_that_append_at_once_agree(s3_server: str, tmp_path: Path) -> None:
     url = f"{s3_server}/{tmp_path.name}"
     here, there = (Store(url, cache=tmp_path / name).ledger("x.json") for name in ("h", "t"))
