@@ -27,7 +27,7 @@ SETTINGS = PretrainConfig(
     tokens=20 * 128,
     batch_tokens=128,
     learning_rate=5e-3,
-    prompts=("冬天",),
+    prompts=("冬天\u2028雪",),  # with a sign that ends a line, but no row
     launch=LAUNCH,
 )
 
@@ -80,8 +80,8 @@ def test_tokens_become_a_policy_once_and_the_policy_an_export(store: Store) -> N
     assert not (policy.path / "state").exists()
     tables = json.loads((policy.path / "logs" / "tables.json").read_text("utf-8"))
     assert [(row["step"], row["prompt"]) for row in tables["samples"]] == [
-        (0, "冬天"),
-        (20, "冬天"),
+        (0, SETTINGS.prompts[0]),
+        (20, SETTINGS.prompts[0]),
     ]
 
     # Where it runs is no identity, so the same artifact serves another launch.
