@@ -13,4 +13,8 @@ for bucket in {address.removeprefix("s3://").partition("/")[0] for address in sy
     except s3.exceptions.ClientError as error:
         if error.response["ResponseMetadata"]["HTTPStatusCode"] != HTTPStatus.NOT_FOUND:
             raise
-        s3.create_bucket(Bucket=bucket)
+        # AWS wants to be told of a region, but for its first one.
+        region = s3.meta.region_name
+        is_told = region not in (None, "us-east-1")
+        where = {"CreateBucketConfiguration": {"LocationConstraint": region}} if is_told else {}
+        s3.create_bucket(Bucket=bucket, **where)

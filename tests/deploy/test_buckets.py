@@ -41,15 +41,17 @@ def s3_without_lists() -> Generator[str]:
         thread.join()
 
 
+@pytest.mark.parametrize("region", ["us-east-1", "eu-central-1"])
 def test_the_buckets_that_are_missing_are_made_without_a_look_at_all(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, region: str
 ) -> None:
     with s3_without_lists() as address:
         for name, value in client_of(address).items():
             monkeypatch.setenv(name, value)
-        s3: Any = boto3.client("s3")
+        s3: Any = boto3.client("s3", region_name="us-east-1")
         s3.create_bucket(Bucket="was-there")
         s3.put_object(Bucket="was-there", Key="kept", Body=b"1")
+        monkeypatch.setenv("AWS_DEFAULT_REGION", region)
         command = [sys.executable, str(ROOT / "deploy" / "buckets.py")]
         subprocess.run([*command, "s3://was-there/store", "s3://new/artifacts"], check=True)
         assert s3.head_object(Bucket="was-there", Key="kept")
