@@ -53,7 +53,9 @@ def test_the_buckets_that_are_missing_are_made_without_a_look_at_all(
         s3.put_object(Bucket="was-there", Key="kept", Body=b"1")
         monkeypatch.setenv("AWS_DEFAULT_REGION", region)
         command = [sys.executable, str(ROOT / "deploy" / "buckets.py")]
-        subprocess.run([*command, "s3://was-there/store", "s3://new/artifacts"], check=True)
+        subprocess.run(
+            [*command, "s3://was-there/store", f"s3://new-{region}/artifacts"], check=True
+        )
         assert s3.head_object(Bucket="was-there", Key="kept")
-        place = s3.get_bucket_location(Bucket="new")["LocationConstraint"]
+        place = s3.get_bucket_location(Bucket=f"new-{region}")["LocationConstraint"]
         assert place == (None if region == "us-east-1" else region)
