@@ -275,6 +275,11 @@ class Tokenizer(Artifact):
         """What it is, without loading it."""
         return read_meta(self.files)
 
+    @functools.cached_property
+    def chat(self) -> ChatTokenizer:
+        """The tokenizer, loaded."""
+        return ChatTokenizer(self.files)
+
 
 def _readable(text: str) -> list[str]:
     """The text, cut where white space goes on for longer than `tokenizers` can read."""

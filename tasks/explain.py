@@ -25,10 +25,9 @@ _TIME_OUT = re.compile(
     r"collective operation timeout|Timed out waiting|Socket Timeout|wait timeout|Watchdog caught"
 )
 _MISSING_MODULE = re.compile(r"No module named '?([\w.]+)|cannot import name '(\w+)'")
-_LAUNCHER_SIGNALS = (
-    re.compile(r"exitcode\s*:\s*(-\d+)"),
-    re.compile(r"exits with return code = (-\d+)"),
-)
+_EXIT_OF_A_RANK = r"exitcode\s*:\s*(-\d+)\D.*pid: {pid}\)"
+"""In torchrun's words, which also tell how the others ended that it stopped because of that one."""
+_DEEPSPEED_EXIT = r"exits with return code = (-\d+)"
 
 
 @dataclass(frozen=True)
@@ -148,7 +147,8 @@ def _reason(
         case ExitCode.REQUEUE:
             return f"{who} stopped itself after a checkpoint; run again to go on"
         case None:
-            return _killed(who, _signal(launcher_code, ranks, output), is_short_of_memory)
+            number = _signal(note, launcher_code, ranks, output)
+            return _killed(who, number, is_short_of_memory)
         case _:
             return _error_reason(who, note)
 
@@ -186,13 +186,13 @@ def _killed(who: str, number: int | None, is_short_of_memory: bool) -> str:
     return f"{who} crashed ({name}); its last lines follow"
 
 
-def _signal(launcher_code: int | None, ranks: int, output: list[str]) -> int | None:
+def _signal(note: RankNote, launcher_code: int | None, ranks: int, output: list[str]) -> int | None:
     if ranks == 1 and launcher_code is not None and launcher_code < 0:
         return -launcher_code
-    for line in output:
-        for pattern in _LAUNCHER_SIGNALS:
-            if found := pattern.search(line):
-                return -int(found.group(1))
+    text = "\n".join(output)
+    for pattern in (_EXIT_OF_A_RANK.format(pid=note.pid), _DEEPSPEED_EXIT):
+        if found := re.search(pattern, text):
+            return -int(found.group(1))
     return None
 
 

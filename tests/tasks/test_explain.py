@@ -41,7 +41,8 @@ def test_the_first_error_is_named_not_its_echo(tmp_path: Path) -> None:
 
 
 def test_a_killed_rank_is_named_not_the_one_that_lost_it(tmp_path: Path) -> None:
-    torchrun = "  exitcode  : -9 (pid: 101)\n"
+    # It stopped the other one because of this.
+    torchrun = "  exitcode  : -15 (pid: 100)  (SIGTERM)\n  exitcode  : -9 (pid: 101)  (SIGKILL)\n"
     ended = ending(tmp_path, note(0, 1, LOST, 1.0), note(1, None), output=torchrun)
     assert ended.reason.startswith("rank 1 of 2 was killed (SIGKILL)")
 
