@@ -32,9 +32,8 @@ def measure(work: Work) -> list[Row]:
     if work.data is None:
         return []
     folder = work.folder / "exams"
-    words = run_stage(
-        tokenizer_stage, TokenizerConfig(vocabulary=8192), {"corpus": work.corpus}, folder
-    )
+    settings = TokenizerConfig(vocabulary=8192)
+    words = run_stage(tokenizer_stage, settings, {"corpus": work.corpus}, work.folder)
     model = Transformer(SHAPE, 8192, seed=0)
     save_model(folder / "policy", model, role="policy", tokenizer=words.files)
     rows: list[Row] = []
