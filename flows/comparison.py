@@ -13,10 +13,10 @@ from flows.page_parts import (
     Section,
     Table,
     flat,
-    page,
     read_metrics,
     series_of,
     shown_answer,
+    write_page,
 )
 from flows.runs import Home, RunRecord
 from storage.scores import Figure, Scores
@@ -88,10 +88,7 @@ def write_comparison(sides: Sequence[Compared], target: Path) -> Path:
     sections.append(_all_figures(sides, found))
     title = " against ".join(dict.fromkeys(side.run.recipe for side in sides))
     subtitle = "; ".join(f"{side.label}, started {side.run.started}" for side in sides)
-    target.write_text(
-        page(f"{title}: {len(sides)} runs compared", subtitle, sections), "utf-8", "replace"
-    )
-    return target
+    return write_page(target, f"{title}: {len(sides)} runs compared", subtitle, sections)
 
 
 def recipe_changes(sides: Sequence[Compared]) -> list[tuple[str, list[Any]]]:

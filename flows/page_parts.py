@@ -57,8 +57,8 @@ class Section:
         return bool(self.wide or self.charts or self.tables or self.details or self.links)
 
 
-def page(title: str, subtitle: str, sections: Sequence[Section]) -> str:
-    """The whole page; empty sections are left out."""
+def write_page(target: Path, title: str, subtitle: str, sections: Sequence[Section]) -> Path:
+    """Write the whole page; empty sections are left out."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -68,9 +68,11 @@ def page(title: str, subtitle: str, sections: Sequence[Section]) -> str:
         trim_blocks=True,
     )
     environment.filters["figure"] = number
-    return environment.get_template("report.html").render(
+    text = environment.get_template("report.html").render(
         title=title, subtitle=subtitle, sections=[section for section in sections if section]
     )
+    target.write_text(text, "utf-8", "replace")  # JSON can have halves of characters, UTF-8 cannot
+    return target
 
 
 class Exact(float):

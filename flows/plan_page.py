@@ -5,7 +5,7 @@ from pathlib import Path
 
 from flows import drawing
 from flows.graph import Graph
-from flows.page_parts import Section, Table, page
+from flows.page_parts import Section, Table, write_page
 from flows.plan import Planned
 
 COLUMNS = ("node", "stage", "status", "why", "seconds")
@@ -28,8 +28,7 @@ def write_plan(graph: Graph, planned: Sequence[Planned], target: Path) -> Path:
         tables=[Table("", COLUMNS, rows)],
     )
     subtitle = f"{len(planned)} stages, {len(planned) - misses} in the store, {misses} to be built"
-    target.write_text(page(f"{graph.recipe}: the plan", subtitle, [section]), "utf-8")
-    return target
+    return write_page(target, f"{graph.recipe}: the plan", subtitle, [section])
 
 
 def _note(item: Planned) -> str:

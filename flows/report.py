@@ -16,11 +16,11 @@ from flows.page_parts import (
     Table,
     blank,
     flat,
-    page,
     read_metrics,
     series_of,
     shown_answer,
     stage_tables,
+    write_page,
 )
 from flows.runs import RunRecord, StageRecord
 from storage.scores import Figure, Scores
@@ -69,10 +69,8 @@ def write_report(run_dir: Path, store: Store) -> Path:
         _scores(scores),
         _costs(run),
     ]
-    target = run_dir / "report.html"
-    text = page(f"{run.recipe}: {_verdict(run)}", _subtitle(run), sections)
-    target.write_text(text, "utf-8", "replace")  # JSON can have halves of characters, UTF-8 cannot
-    return target
+    title = f"{run.recipe}: {_verdict(run)}"
+    return write_page(run_dir / "report.html", title, _subtitle(run), sections)
 
 
 def _kind(run: RunRecord, name: str) -> str | None:

@@ -104,8 +104,8 @@ def work(job: JobFile, ranks: Ranks, journal: Journal) -> dict[str, Any]:
         "kept_step": kept_step,
         "train": fitted,
         "accuracy": accuracy,
-        # Of the weights that are kept, where those are not the last ones.
         **state.evaluation,
+        # Of the weights that are kept, where those are not the last ones.
         **held_figures(rewards, held),
     }
 

@@ -12,7 +12,7 @@ from flows import charts
 from flows.alignment_page import rewards
 from flows.drawing import Mark, graph
 from flows.headlines import headlines
-from flows.page_parts import Section, Table, page, series_of
+from flows.page_parts import Section, Table, series_of, write_page
 from flows.report import write_report
 from flows.runs import RunRecord, StageRecord
 from storage.record import Record
@@ -185,9 +185,9 @@ def test_a_curve_keeps_its_ends_and_one_step_is_one_point() -> None:
     assert series_of("loss", {"sft": rows[:1]}) == {"sft": ([0], [0])}  # drawn as a dot
 
 
-def test_names_break_behind_underscores_and_stay_text() -> None:
+def test_names_break_behind_underscores_and_stay_text(tmp_path: Path) -> None:
     section = Section("a", "A", tables=[Table("", ("held_loss",), [("evaluate_<b>",)])])
-    told = page("t", "s", [section])
+    told = write_page(tmp_path / "page.html", "t", "s", [section]).read_text("utf-8")
     assert "<th>held_<wbr>loss</th>" in told
     assert ">evaluate_<wbr>&lt;b&gt;<" in told
 
