@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 COMMANDS = ("sbatch", "squeue", "scancel", "srun", "scontrol")
@@ -28,15 +29,30 @@ def books(number: str, kind: str) -> Path:
     return Path(os.environ["SLURM_STAND_IN"]) / f"{number}.{kind}"
 
 
+@contextlib.contextmanager
+def locked(what: str) -> Iterator[None]:
+    with books(what, "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def write(path: Path, text: str) -> None:
+    """Whole or not at all, for those who read meanwhile."""
+    draft = path.with_suffix(f"{path.suffix}.draft")
+    draft.write_text(text)
+    draft.replace(path)
+
+
 def sbatch(*arguments: str) -> int:
     path = Path(arguments[-1])
     if "--partition=none" in path.read_text():
         sys.stderr.write("sbatch: error: invalid partition specified: none\n")
         return 1
-    number = str(101 + len(list(Path(os.environ["SLURM_STAND_IN"]).glob("*.script"))))
-    books(number, "status").write_text("PENDING")
-    # The controller takes what has a script.
-    books(number, "script").write_text(path.read_text())
+    with locked("books"):
+        number = str(101 + len(list(Path(os.environ["SLURM_STAND_IN"]).glob("*.script"))))
+        write(books(number, "status"), "PENDING")
+        # The controller takes what has a script.
+        write(books(number, "script"), path.read_text())
     sys.stdout.write(f"{number}\n")
     return 0
 
@@ -62,12 +78,11 @@ def run(number: str, path: str) -> int:
     }
     while books(number, "status").exists():
         time.sleep(QUEUED_SECONDS)
-        with (books("all", "lock")).open("w") as nodes:
-            fcntl.flock(nodes, fcntl.LOCK_EX)
-            if not books(number, "status").exists():
-                return 0
-            books(number, "status").write_text("RUNNING")
-            with Path(options["output"]).open("ab") as output:
+        with locked("nodes"):
+            with locked("books"), Path(options["output"]).open("ab") as output:
+                if not books(number, "status").exists():
+                    return 0
+                write(books(number, "status"), "RUNNING")
                 batch = subprocess.Popen(
                     ["/bin/bash", path],
                     env=variables,
@@ -75,15 +90,18 @@ def run(number: str, path: str) -> int:
                     stderr=output,
                     process_group=0,
                 )
-            books(number, "group").write_text(str(batch.pid))
+                write(books(number, "group"), str(batch.pid))
             batch.wait()
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(batch.pid, signal.SIGKILL)
-        if books(number, "requeue").exists():
-            books(number, "requeue").unlink()
-            books(number, "status").write_text("PENDING")
-        else:
-            books(number, "status").rename(books(number, "ended"))
+        with locked("books"):
+            if not books(number, "status").exists():
+                return 0
+            if books(number, "requeue").exists():
+                books(number, "requeue").unlink()
+                write(books(number, "status"), "PENDING")
+            else:
+                books(number, "status").rename(books(number, "ended"))
     return 0
 
 
@@ -103,7 +121,7 @@ def scancel(*arguments: str) -> int:
         for pid in books(number, "tasks").read_text().split():
             os.kill(int(pid), signal.SIGTERM)
         return 0
-    with contextlib.suppress(FileNotFoundError):
+    with locked("books"), contextlib.suppress(FileNotFoundError, ProcessLookupError):
         books(number, "status").rename(books(number, "ended"))
         os.killpg(int(books(number, "group").read_text()), signal.SIGTERM)
     return 0
@@ -119,7 +137,7 @@ def srun(*command: str) -> int:
         )
         for node in range(int(os.environ["SLURM_NNODES"]))
     ]
-    books(os.environ["SLURM_JOB_ID"], "tasks").write_text(" ".join(str(task.pid) for task in tasks))
+    write(books(os.environ["SLURM_JOB_ID"], "tasks"), " ".join(str(task.pid) for task in tasks))
     return max(task.wait() for task in tasks)
 
 
