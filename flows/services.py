@@ -101,7 +101,8 @@ def ensure_prefect(home: Home) -> str:
     """API address of the server to use: the one the environment names, else the embedded one.
 
     Starts the embedded one where it does not answer; several commands at once start one.
-    Raises ServiceError when it does not answer, or with the end of its output when it does not start.
+    Raises ServiceError when it does not answer, with the end of its output when it does not start, and
+    where something else is to start it and nobody says where it is.
     """
     if named := os.environ.get("PREFECT_API_URL"):
         if not _answers(f"{named.rstrip('/')}/health"):
@@ -110,6 +111,11 @@ def ensure_prefect(home: Home) -> str:
                 "the variable to use the embedded one"
             )
         return named
+    if os.environ.get(EXTERNAL) == "external":
+        raise ServiceError(
+            f"{EXTERNAL}=external says that something else starts the services; set PREFECT_API_URL to "
+            "its server, or unset the variable to use the embedded one"
+        )
     service = _answering(home)
     if service is None:
         with FileLock(_folder(home) / "start.lock"):

@@ -65,13 +65,24 @@ def check(
 
 
 def kept_runs(home: Home, keep_runs: int, keep_days: float = 0.0) -> list[RunRecord]:
-    """The newest runs, those that were started less than so many days ago, and those that go on."""
+    """The newest runs, those that were started less than so many days ago, and those that go on.
+
+    Of each recipe among them the newest complete run too, however many failed since: what `--extend`
+    goes on from.
+    """
     since = (datetime.now(UTC) - timedelta(days=keep_days)).isoformat(timespec="seconds")
-    return [
-        record
-        for place, record in enumerate(home.records())
+    records = list(home.records())
+    kept = {
+        record.run_id
+        for place, record in enumerate(records)
         if place < keep_runs or record.started > since or record.state == "running"
-    ]
+    }
+    recipes = {record.recipe for record in records if record.run_id in kept}
+    for record in records:
+        if record.is_complete and record.recipe in recipes:
+            recipes.remove(record.recipe)
+            kept.add(record.run_id)
+    return [record for record in records if record.run_id in kept]
 
 
 def roots(kept: Iterable[RunRecord]) -> set[str]:

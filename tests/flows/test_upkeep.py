@@ -34,6 +34,18 @@ def test_the_newest_runs_and_those_of_some_days_are_kept(place: Place) -> None:
     assert old.stages["coarse"].fingerprint not in kept
 
 
+def test_the_newest_complete_run_is_kept_behind_those_that_failed(place: Place) -> None:
+    home = open_home()
+    old, whole, *failed = (go(place, f"coarse.heat={0.1 * n}").record for n in range(1, 6))
+    for record in failed:
+        record.status = "failed"
+        record.write(home.run_folder(record.run_id))
+    kept = [record.run_id for record in kept_runs(home, 2)]
+    assert kept == [failed[2].run_id, failed[1].run_id, whole.run_id]
+    assert kept_runs(home, 0) == []
+    assert old.run_id not in kept
+
+
 def test_forgotten_runs_leave_no_folder_unless_their_report_is_shown(place: Place) -> None:
     home = open_home()
     gone, shown, newest = (go(place).record for _ in range(3))

@@ -82,7 +82,7 @@ def test_a_request_that_does_not_come_to_its_end_is_waited_for_no_longer(
             seconds = await asyncio.gather(*(seconds_held(port, sent) for sent in begun.values()))
         return dict(zip(begun, seconds, strict=True))
 
-    assert all(0.9 < seconds < 4 for seconds in asyncio.run(held()).values())
+    assert all(0.9 < seconds < 8 for seconds in asyncio.run(held()).values())
 
 
 def test_whoever_goes_on_asking_keeps_the_connection(
