@@ -1,7 +1,6 @@
 """Weights and checkpoints on disk: safetensors, written whole or not at all."""
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,6 +18,7 @@ from model.transformer import Transformer
 from storage.checkpoint import CONFIG, TOKENIZER, WEIGHTS, ModelCard
 from storage.errors import BessemerError
 from storage.identity import differences
+from storage.store_local import flush_folder, flush_tree
 from storage.tokenizer import copy_tokenizer, read_meta
 
 COMPLETE = "complete.json"
@@ -204,14 +204,13 @@ def _complete(draft: Path, content: dict[str, Any], kept: int) -> None:
         if path.is_file()
     }
     (draft / COMPLETE).write_text(json.dumps({**content, "sizes": sizes}), "utf-8")
-    for path in [*sorted(draft.rglob("*")), draft]:
-        _flush(path)
+    flush_tree(draft)
     folder = draft.parent
     target = folder / f"step_{content['step']:09d}"
     if target.exists():
         shutil.rmtree(target)
     draft.rename(target)
-    _flush(folder)
+    flush_folder(folder)
     for old in sorted(folder.glob("step_*"))[:-kept]:
         shutil.rmtree(old)
 
@@ -244,11 +243,3 @@ def _restore_generators(folder: Path, ranks: Ranks) -> None:
     torch.set_rng_state(state["cpu"])
     if "cuda" in state and ranks.device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda"])
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -457,9 +457,13 @@ class Store:
     def _attempt(self, fingerprint: str) -> Path:
         """The newest unfinished attempt, or a fresh one; one that only lacks its commit gets it first."""
         attempts = self._attempts(fingerprint)
-        if attempts and (record := local.read_record(attempts[-1])):
-            self._publish(attempts[-1], record, replace=False)
-            attempts = self._attempts(fingerprint)
+        try:
+            if attempts and (record := local.read_record(attempts[-1])):
+                self._publish(attempts[-1], record, replace=False)
+                attempts = self._attempts(fingerprint)
+        except ValueError as error:
+            _log.warning("the attempt goes on as one without a record: %s", error)
+            (attempts[-1] / local.RECORD).unlink()
         path = self.root / "attempts" / fingerprint / (attempts[-1].name if attempts else "1")
         for name in ("files", "logs", "state"):
             (path / name).mkdir(parents=True, exist_ok=True)

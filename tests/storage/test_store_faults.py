@@ -119,6 +119,18 @@ def test_a_writer_killed_at_any_step_leaves_nothing_half_done(store: Store, step
     assert [r.what for r in store.gc([address], dry_run=False) if r.what == "artifact"] == []
 
 
+def test_an_attempt_whose_record_is_damaged_goes_on(store: Store) -> None:
+    address = fingerprint({"name": "torn"})
+    with claimed(store, address) as claim:
+        (claim.path / "state" / "checkpoint").write_text("step 3")
+        (claim.path / "record.json").write_bytes(b'{"fingerprint": "\0')
+    with claimed(store, address) as claim:
+        assert claim.is_resumed
+        assert (claim.path / "state" / "checkpoint").read_text() == "step 3"
+    make(store, "torn")
+    assert store.verify(address, full=True) == []
+
+
 def replace_and_die(url: str, cache: Path | None) -> None:
     """Kill this process between taking the old artifact away and putting the new one there."""
     store_local.try_rename = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
