@@ -15,6 +15,7 @@ CURVES = {
     "ppo": (
         ("kl", "nats"),
         ("clip_fraction", ""),
+        ("value_clip_fraction", ""),
         ("ended_share", ""),
         ("answer_tokens", ""),
     ),

@@ -100,10 +100,14 @@ def policy_loss(
     return torch.maximum(plain, clipped), (clipped > plain).float()
 
 
-def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, *, clip: float) -> Tensor:
-    """(B, N) half the squared error, the larger of the free and the clipped prediction's.
+def value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, *, clip: float
+) -> tuple[Tensor, Tensor]:
+    """Loss of each token, half the squared error, the larger of the free and the clipped prediction's, and
+    whether clipping changed it, (B, N) each.
 
     Source: Schulman et al. 2016 and the reference implementation of PPO (baselines, ppo2).
     """
-    clipped = old_values + (values - old_values).clamp(-clip, clip)
-    return 0.5 * torch.maximum((values - returns).square(), (clipped - returns).square())
+    plain = (values - returns).square()
+    clipped = (old_values + (values - old_values).clamp(-clip, clip) - returns).square()
+    return 0.5 * torch.maximum(plain, clipped), (clipped > plain).float()

@@ -81,12 +81,14 @@ def policy_step_loss(settings: PpoConfig, kl_coef: float) -> Loss:
 
 
 def value_step_loss(settings: PpoConfig, scale: RewardScale) -> Loss:
-    """Clipped value loss per answer token of the step."""
+    """Clipped value loss per answer token of the step, and how much was clipped."""
 
     def loss(model: Transformer, batch: Batch, totals: Mapping[str, float]) -> dict[str, Tensor]:
-        values = answer_values(model, batch.tensors, scale)
-        each = value_loss(values, batch["values"], batch["returns"], clip=settings.value_clip)
-        return {"loss": each.sum() / totals["tokens"]}
+        tokens, values = totals["tokens"], answer_values(model, batch.tensors, scale)
+        each, is_clipped = value_loss(
+            values, batch["values"], batch["returns"], clip=settings.value_clip
+        )
+        return {"loss": each.sum() / tokens, "clip_fraction": is_clipped.sum() / tokens}
 
     return loss
 

@@ -345,7 +345,8 @@ class Trainer:
             rate = rate_at(settings, number, updates, settings.value_learning_rate)
             loss = value_step_loss(settings, self.models.scale)
             value, value_norm = self._step(self.value, loss, batches, rate)
-            found |= {"value_loss": value["loss"], "value_gradient_norm": value_norm}
+            found |= {f"value_{name}": figure for name, figure in value.items()}
+            found["value_gradient_norm"] = value_norm
         if self.state.skipped == skipped:
             self.state.bad_in_row = 0
         return found

@@ -57,8 +57,12 @@ def test_policy_loss_by_hand() -> None:
 
 def test_value_loss_by_hand() -> None:
     # From 0 to 1 with clip 0.2 and return 2: the clipped prediction 0.2 errs more, 0.5 * 1.8^2.
-    loss = value_loss(torch.tensor([1.0]), torch.zeros(1), torch.tensor([2.0]), clip=0.2)
-    assert loss.item() == pytest.approx(0.5 * 1.8**2)
+    # Beyond the return the clipped one errs less, and the free one counts: 0.5 * 1^2.
+    loss, is_clipped = value_loss(
+        torch.tensor([1.0, 1.0]), torch.zeros(2), torch.tensor([2.0, 0.0]), clip=0.2
+    )
+    assert loss.tolist() == pytest.approx([0.5 * 1.8**2, 0.5])
+    assert is_clipped.tolist() == [1.0, 0.0]
 
 
 @pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.9, 0.5), (1.0, 1.0), (0.99, 0.0)])
@@ -143,7 +147,7 @@ def test_gradients_are_finite_differences_in_float64() -> None:
         return policy_loss(x, old, advantages, clip=0.2)[0]
 
     def of_value(x: Tensor) -> Tensor:
-        return value_loss(x, old, advantages, clip=0.2)
+        return value_loss(x, old, advantages, clip=0.2)[0]
 
     def of_divergence(x: Tensor) -> Tensor:
         return kl_per_token(x, old, "k2") + kl_per_token(x, old, "k3")

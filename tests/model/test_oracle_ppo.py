@@ -104,12 +104,14 @@ def test_losses_and_gradients(run: str, step: int, shared_oracle: Path) -> None:
     expect_norms(policy, numbers, "policy")
 
     values = critic.score(states(critic, arrays, rows)) * open_mask
-    each = value_loss(
+    each, is_clipped = value_loss(
         values, arrays["values"][rows], arrays["returns"][rows], clip=arguments["cliprange_value"]
     )
     loss = masked_mean(each, open_mask)
     (arguments["vf_coef"] * loss).backward()
     assert loss.item() == pytest.approx(numbers["vf_loss"], rel=1e-5)
+    share = masked_mean(is_clipped, open_mask).item()
+    assert share == pytest.approx(numbers["vf_clipfrac"], rel=1e-5)
     expect_norms(critic, numbers, "value")
 
 
@@ -209,7 +211,7 @@ def test_deepspeed_chat_agrees_with_the_score_one_place_behind(shared_oracle: Pa
         given["new_logprobs"], given["logprobs"], advantages, clip=numbers["cliprange"]
     )
     assert masked_mean(each, mask).item() == pytest.approx(numbers["dschat/actor_loss"], rel=1e-5)
-    each = value_loss(
+    each, _ = value_loss(
         given["new_values"], given["values"], returns, clip=numbers["cliprange_value"]
     )
     assert masked_mean(each, mask).item() == pytest.approx(numbers["dschat/critic_loss"], rel=1e-5)
@@ -227,12 +229,14 @@ def test_verl_agrees_on_both_losses(shared_oracle: Path) -> None:
     )
     assert masked_mean(each, mask).item() == pytest.approx(numbers["verl/policy_loss"], rel=1e-5)
     assert masked_mean(is_clipped, mask).item() == pytest.approx(numbers["verl/clipfrac"], rel=1e-5)
-    each = value_loss(
+    each, is_clipped = value_loss(
         given["new_values"],
         given["values"],
         given["verl/returns"],
         clip=numbers["cliprange_value"],
     )
     assert masked_mean(each, mask).item() == pytest.approx(numbers["verl/value_loss"], rel=1e-5)
+    share = masked_mean(is_clipped, mask).item()
+    assert share == pytest.approx(numbers["verl/vf_clipfrac"], rel=1e-5)
     kl = kl_per_token(given["logprobs"], given["new_logprobs"], "k1")
     assert masked_mean(kl, mask).item() == pytest.approx(numbers["verl/ppo_kl"], rel=1e-5)

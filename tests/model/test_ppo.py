@@ -177,6 +177,7 @@ def test_the_reward_rises(world: Path, tmp_path: Path) -> None:
         "loss",
         "value_loss",
         "clip_fraction",
+        "value_clip_fraction",
         "answer_tokens",
         "ended_share",
     } <= set(lines[0])
