@@ -157,7 +157,7 @@ def run(request: Request, is_json: Json = False) -> None:
     os.environ.update(services.prefect_environment(execution.home, api))
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     shown = Shown(execution)
-    with shown:
+    with shown, services.kept_prefect(execution.home, api):
         # A server of somebody else's may want what only Prefect's own client can give.
         has_stopped = not is_named and _run_cached(execution, api, shown)
         has_stopped = has_stopped or _run_pipeline(execution, shown)
@@ -167,8 +167,9 @@ def run(request: Request, is_json: Json = False) -> None:
     else:
         _print_result(record, execution.home, api)
     code = {"done": OK, "failed": FAILED}.get(record.status, CANCELLED)
-    if not has_stopped:
-        # A stage that did not stop holds a thread, for which Python would wait when it ends.
+    if not has_stopped or (not is_named and services.has_lost_prefect(execution.home, api)):
+        # Python would wait for the thread of a stage that did not stop, and for minutes until all that
+        # is still to be told to a server that is gone has failed.
         sys.stdout.flush()
         os._exit(code)
     raise typer.Exit(code)

@@ -5,6 +5,7 @@ what the flow of that name makes, and what it needs. `flows/worker.py` registers
 """
 
 import logging
+import os
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -25,6 +26,7 @@ from flows.pipeline import run_pipeline
 from flows.plan import plan
 from flows.preparation import PARTS, Request, prepare
 from flows.runs import Home, open_home
+from flows.services import kept_prefect
 from flows.settle import heed_cancel
 
 HIDDEN = ("standard",)
@@ -111,7 +113,8 @@ def bessemer(
         execution = prepare(request, home, base=Path.cwd())
     except RecipeError as error:
         return Failed(message=str(error))
-    run_pipeline(execution, is_inside=True)
+    with kept_prefect(home, os.environ.get("PREFECT_API_URL", "")):
+        run_pipeline(execution, is_inside=True)
     return _ended(execution)
 
 

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any, Literal
 from uuid import UUID
 
-from prefect import flow
+import httpx
+from prefect import Flow, flow
 from prefect import tags as tagged
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import ArtifactCreate
 from prefect.client.schemas.objects import State
-from prefect.exceptions import TerminationSignal
+from prefect.exceptions import PrefectException, TerminationSignal
 from prefect.runtime import flow_run as this_run
 from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 
@@ -81,7 +82,7 @@ def run_pipeline(
             if is_inside:
                 pipeline.fn()
             else:
-                pipeline.with_options(flow_run_name=execution.record.title)(return_state=True)
+                _tell(say, pipeline.with_options(flow_run_name=execution.record.title))
     finally:
         execution.finish(time.monotonic() - started)
         report = attach_report(execution, say)
@@ -90,6 +91,14 @@ def run_pipeline(
         if tracking:
             tracking.end(_TRACKED[execution.record.status], report)
     return not execution.is_busy
+
+
+def _tell(say: Say, named: Flow[Any, Any]) -> None:
+    """Run the flow; that Prefect could not be told of it is no failure of the run's."""
+    try:
+        named(return_state=True)
+    except (httpx.HTTPError, PrefectException) as error:
+        say(f"Prefect's page lacks the end of this run ({type(error).__name__}: {error})")
 
 
 def _tag(execution: Execution) -> None:

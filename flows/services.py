@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import http.client
 import json
+import logging
 import os
 import signal
 import socket
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Generator, MutableMapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -38,6 +39,8 @@ POLL_SECONDS = 0.1
 WATCH_SECONDS = 5.0
 HEALTH_SECONDS = 5.0
 IDLE_SECONDS = 900.0
+KEEP_SECONDS = 1.0
+"""Time between two looks of a run after its server."""
 LOG_TAIL_LINES = 15
 NAMES = ("watcher", "worker", "mlflow", "prefect")
 """In the order in which they are ended: the worker still has to tell the server."""
@@ -56,6 +59,7 @@ QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
 """Telemetry of both off."""
+_log = logging.getLogger("bessemer.run")
 
 
 class Service(BaseModel):
@@ -82,12 +86,8 @@ def prefect_environment(home: Home, url: str) -> dict[str, str]:
     logging_file = folder / "logging.yml"
     logging_file.write_text(json.dumps(_LOGGING), "utf-8")
     password = os.environ.get("PREFECT_API_AUTH_STRING") or os.environ.get(AUTH)
-    # The embedded server comes back, if at all, at another address: asking on for a minute, at each call,
-    # only keeps a run from its end.
-    retries = {} if "PREFECT_API_URL" in os.environ else {"PREFECT_CLIENT_MAX_RETRIES": "3"}
     return {
         **QUIET,
-        **retries,
         **({"PREFECT_API_AUTH_STRING": password} if password else {}),
         "PREFECT_API_URL": url,
         "PREFECT_HOME": str(folder),
@@ -123,6 +123,50 @@ def ensure_prefect(home: Home) -> str:
     return f"{service.url}/api"
 
 
+@contextlib.contextmanager
+def kept_prefect(home: Home, api: str) -> Generator[None]:
+    """Within it the embedded server, where `api` is its address, is started again, there, when it dies.
+
+    What asks it meanwhile asks again until it is back. Any other server is left to those who run it.
+    """
+    if not _is_embedded(home, api):
+        yield
+        return
+    is_over = threading.Event()
+
+    def keep() -> None:
+        patience = KEEP_SECONDS
+        while not is_over.wait(patience):
+            patience = KEEP_SECONDS
+            if not has_lost_prefect(home, api):
+                continue
+            try:
+                with FileLock(_folder(home) / "start.lock"):
+                    # Looked at again: `down` may have ended it, or another run has started it.
+                    if _is_embedded(home, api) and has_lost_prefect(home, api):
+                        _log.warning("the Prefect server is gone; it is started again")
+                        _start_prefect(home)
+            except ServiceError as error:
+                _log.warning("%s", error)
+                patience = START_SECONDS
+
+    threading.Thread(target=keep, daemon=True).start()
+    try:
+        yield
+    finally:
+        is_over.set()
+
+
+def has_lost_prefect(home: Home, api: str) -> bool:
+    """Whether no process of the home's serves Prefect at that address."""
+    return not _is_embedded(home, api) or "prefect" not in {one.name for one in running(home)}
+
+
+def _is_embedded(home: Home, api: str) -> bool:
+    service = read_service(home, "prefect")
+    return service is not None and api == f"{service.url}/api"
+
+
 def up(home: Home) -> list[Service]:
     """Start what is not running and keep all until `down`; nothing where others see to the services."""
     if os.environ.get(EXTERNAL) == "external":
@@ -154,12 +198,13 @@ def down(home: Home, *, waits: bool = False) -> list[Service]:
         if not waits:
             raise ServiceError(_still_needed(live))
         time.sleep(POLL_SECONDS)
-    (_folder(home) / "keep").unlink(missing_ok=True)
-    ended = running(home)
-    for service in ended:
-        _end_group(service)
-    for file in _folder(home).glob("*.json"):
-        file.unlink(missing_ok=True)
+    with FileLock(_folder(home) / "start.lock"):  # or a run that ends now starts its server again
+        (_folder(home) / "keep").unlink(missing_ok=True)
+        ended = running(home)
+        for service in ended:
+            _end_group(service)
+        for file in _folder(home).glob("*.json"):
+            file.unlink(missing_ok=True)
     return ended
 
 

@@ -17,7 +17,7 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from flows.runs import RunRecord
-from flows.services import read_service
+from flows.services import Service, read_service
 from tasks.processes import is_alive
 from tests.browser import chromium, shoot
 from tests.e2e.commands import Command, of_home, wait_for
@@ -164,6 +164,15 @@ def end_worker(bessemer: Command, *others: int) -> None:
     for pid in (worker.pid, *others):
         os.kill(pid, signal.SIGKILL)
     wait_for(lambda: not any(is_alive(pid) for pid in (worker.pid, *others)))
+
+
+def end_server(bessemer: Command) -> Service:
+    """kill -9."""
+    server = read_service(bessemer.home, "prefect")
+    assert server
+    os.kill(server.pid, signal.SIGKILL)
+    wait_for(lambda: not server.is_running)
+    return server
 
 
 def steps(bessemer: Command) -> int:
@@ -419,29 +428,33 @@ def test_a_training_outlives_its_worker_and_ends_by_the_button_of_its_page(
 
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
-def test_a_training_outlives_its_server_and_the_worker_that_waited_for_it(
+def test_a_training_has_its_server_back_and_a_worker_alone_waits_for_up(
     bessemer: Command,
 ) -> None:
     reached = steps(bessemer)
     training = begin(bessemer, deployments(bessemer)["pretraining"], recipe="training.yaml")
     wait_for(lambda: steps(bessemer) > reached + 100, seconds=PATIENT)
     job, going = job_of(bessemer), next(bessemer.home.records())
-    server, worker = (read_service(bessemer.home, name) for name in ("prefect", "worker"))
-    assert server
-    assert worker
-    os.kill(server.pid, signal.SIGKILL)
-    wait_for(lambda: not worker.is_running, seconds=PATIENT)  # Prefect's asks three times
+    server = end_server(bessemer)
+    wait_for(lambda: read_service(bessemer.home, "prefect") != server, seconds=PATIENT)
     reached = steps(bessemer)
     wait_for(lambda: steps(bessemer) > reached + 100, seconds=PATIENT)
     assert job_of(bessemer) == job
     assert is_alive(going.pid)
-
-    # The server comes back where it was, and the run, which has asked for it all the while, is there.
-    bessemer("up", timeout=PATIENT)
     assert page_url(bessemer) == server.url
     assert state_of(bessemer, training) == "RUNNING"
+    bessemer("up", timeout=PATIENT)  # the worker may have waited too long, on a busy machine
     cancel(bessemer, training)
     wait_for(lambda: not any(is_alive(pid) for pid in (*job, going.pid)), seconds=15)
+
+    # With no run that needs it, it stays away, the worker gives up, and both come back where they were.
+    worker = read_service(bessemer.home, "worker")
+    assert worker
+    end_server(bessemer)
+    wait_for(lambda: not worker.is_running, seconds=PATIENT)  # Prefect's asks three times
+    bessemer("up", timeout=PATIENT)
+    assert page_url(bessemer) == server.url
+    assert state_of(bessemer, training) == "CANCELLED"
 
 
 @pytest.mark.soak

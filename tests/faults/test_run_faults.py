@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from flows.runs import Home
+from flows.services import read_service
 from storage.store import PARTS_BUILT
 from tasks.processes import is_alive
 from tests.faults.small_run import (
@@ -105,6 +107,25 @@ def test_a_job_whose_flow_is_killed_goes_on_and_the_next_run_joins_it(
     again = place.run("joined")
     assert built(again) == {"pretrain"}
     assert digests(again) == digests(unbroken)
+    assert place.going() == []
+
+
+def test_a_prefect_server_that_is_killed_comes_back_and_hears_the_end(
+    place: Place, unbroken: Told
+) -> None:
+    place.copy("unbroken", "served", without=["pretrain"])
+    flow = place.start("served")
+    wait_until(flow, lambda: attempt_at(place, "served", "pretrain", 10))
+    server = read_service(Home(place.folder / "home"), "prefect")
+    assert server
+    os.kill(server.pid, signal.SIGKILL)
+    told = finish(flow)
+    assert built(told) == {"pretrain"}
+    assert digests(told) == digests(unbroken)
+    again = read_service(Home(place.folder / "home"), "prefect")
+    assert again
+    assert again.pid != server.pid
+    assert again.url == server.url
     assert place.going() == []
 
 

@@ -7,7 +7,7 @@ import httpx
 import pytest
 
 from flows.part import current, show
-from flows.pipeline import _start  # pyright: ignore[reportPrivateUsage]
+from flows.pipeline import _start, _tell  # pyright: ignore[reportPrivateUsage]
 from tests.flows.conftest import Place
 from tests.flows.test_execution import start
 
@@ -59,3 +59,12 @@ def test_a_server_that_is_gone_is_not_asked_again_at_each_figure(place: Place) -
         assert show(lambda: "shown") == "shown"
     finally:
         current.reset(token)
+
+
+def test_that_prefect_was_not_told_of_the_end_is_said_and_no_failure() -> None:
+    def gone(*, return_state: bool) -> None:
+        raise httpx.ConnectError("connection refused")
+
+    said: list[str] = []
+    _tell(said.append, gone)  # type: ignore[arg-type]
+    assert said == ["Prefect's page lacks the end of this run (ConnectError: connection refused)"]

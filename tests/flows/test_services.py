@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from flows import services
 from flows.runs import NEWEST_RUNS, FileLock, Home, RunRecord, RunStatus, ServiceError, is_alive
 from flows.services import (
     PROCESSES,
@@ -24,11 +25,14 @@ from flows.services import (
     down,
     ensure_prefect,
     ensure_process,
+    has_lost_prefect,
+    kept_prefect,
     prefect_environment,
     read_service,
     running,
 )
 from tasks.processes import start_of
+from tests.tasks.launching import wait_for
 
 
 class Healthy(BaseHTTPRequestHandler):
@@ -73,6 +77,71 @@ def test_a_number_that_another_process_got_is_not_the_service(tmp_path: Path) ->
     assert running(home) == []
     assert down(home) == []  # and we are not killed
     assert is_alive(os.getpid(), start_of(os.getpid()))
+
+
+@pytest.fixture
+def gone(tmp_path: Path) -> Service:
+    """The embedded server of the home `tmp_path`, whose process is gone."""
+    service = Service(name="prefect", pid=2**22 + 1, started=1.0, url="http://127.0.0.1:1")
+    (tmp_path / "services").mkdir()
+    (tmp_path / "services" / "prefect.json").write_text(service.model_dump_json(), "utf-8")
+    return service
+
+
+@pytest.fixture
+def starts(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """When a server was to be started, which fails."""
+    times: list[float] = []
+
+    def fail(home: Home) -> None:
+        times.append(time.monotonic())
+        raise ServiceError("no room")
+
+    monkeypatch.setattr(services, "KEEP_SECONDS", 0.01)
+    monkeypatch.setattr(services, "START_SECONDS", 0.1)
+    monkeypatch.setattr(services, "_start_prefect", fail)
+    return times
+
+
+def test_a_run_starts_its_server_again_as_often_as_it_takes(
+    tmp_path: Path, gone: Service, starts: list[float]
+) -> None:
+    home = Home(tmp_path)
+    assert has_lost_prefect(home, f"{gone.url}/api")
+    with kept_prefect(home, f"{gone.url}/api"):
+        wait_for(lambda: len(starts) >= 3, 20)
+    assert starts[2] - starts[1] > 0.1
+    time.sleep(0.2)
+    reached = len(starts)
+    time.sleep(0.3)
+    assert len(starts) == reached
+
+
+@pytest.mark.usefixtures("gone")
+def test_a_server_that_is_not_the_home_s_is_not_started(
+    tmp_path: Path, starts: list[float]
+) -> None:
+    with kept_prefect(Home(tmp_path), "http://elsewhere:4200/api"):
+        time.sleep(0.2)
+    assert starts == []
+
+
+def test_a_server_that_down_ends_is_not_started_again(tmp_path: Path, starts: list[float]) -> None:
+    home, folder = Home(tmp_path), tmp_path / "services"
+    folder.mkdir()
+    with subprocess.Popen(["sleep", "60"]) as process:
+        service = Service(
+            name="prefect", pid=process.pid, started=start_of(process.pid), url="http://127.0.0.1:1"
+        )
+        (folder / "prefect.json").write_text(service.model_dump_json(), "utf-8")
+        with kept_prefect(home, f"{service.url}/api"):
+            with FileLock(folder / "start.lock"):  # as `down` does
+                process.kill()
+                process.wait()
+                time.sleep(0.2)
+                (folder / "prefect.json").unlink()
+            time.sleep(0.2)
+    assert starts == []
 
 
 def test_everything_of_prefect_is_kept_in_the_home_and_telemetry_is_off(tmp_path: Path) -> None:
