@@ -98,6 +98,7 @@ class Execution:
 
     def finish(self, seconds: float) -> None:
         """Note how the run ended."""
+        self.abandon(self.selected)
         with self._changed:
             for node in self.record.stages.values():
                 if node.status in ("waiting", "running"):

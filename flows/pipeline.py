@@ -94,11 +94,11 @@ def run_pipeline(
 
 
 def _tell(say: Say, named: Flow[Any, Any]) -> None:
-    """Run the flow; that Prefect could not be told of it is no failure of the run's."""
+    """Run the flow; that Prefect could not be told how it went is no failure of what was built."""
     try:
         named(return_state=True)
     except (httpx.HTTPError, PrefectException) as error:
-        say(f"Prefect's page lacks the end of this run ({type(error).__name__}: {error})")
+        say(f"Prefect was not told all of this run: {type(error).__name__}: {error}")
 
 
 def _tag(execution: Execution) -> None:

@@ -61,10 +61,16 @@ def test_a_server_that_is_gone_is_not_asked_again_at_each_figure(place: Place) -
         current.reset(token)
 
 
-def test_that_prefect_was_not_told_of_the_end_is_said_and_no_failure() -> None:
+def test_a_run_that_prefect_was_not_told_of_is_as_good_as_what_it_built(place: Place) -> None:
+    said: list[str] = []
+
     def gone(*, return_state: bool) -> None:
         raise httpx.ConnectError("connection refused")
 
-    said: list[str] = []
+    execution = start(place)
+    execution.start()
     _tell(said.append, gone)  # type: ignore[arg-type]
-    assert said == ["Prefect's page lacks the end of this run (ConnectError: connection refused)"]
+    execution.finish(0.1)
+    assert said == ["Prefect was not told all of this run: ConnectError: connection refused"]
+    assert execution.record.status == "failed"
+    assert {stage.status for stage in execution.record.stages.values()} == {"failed"}
