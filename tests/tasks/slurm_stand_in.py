@@ -4,8 +4,10 @@ and requeue. `python slurm_stand_in.py COMMAND ARGUMENTS...`; its books are in $
 import contextlib
 import fcntl
 import os
+import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -43,13 +45,24 @@ def write(path: Path, text: str) -> None:
     draft.replace(path)
 
 
+def draw() -> int:
+    """A number for a job, whose port nobody has: other tests have a Slurm of their own on this machine."""
+    while True:
+        number = random.randrange(1, 20_000)
+        with contextlib.suppress(OSError), socket.socket() as port:
+            port.bind(("127.0.0.1", 20_000 + number))
+            return number
+
+
 def sbatch(*arguments: str) -> int:
     path = Path(arguments[-1])
     if "--partition=none" in path.read_text():
         sys.stderr.write("sbatch: error: invalid partition specified: none\n")
         return 1
     with locked("books"):
-        number = str(101 + len(list(Path(os.environ["SLURM_STAND_IN"]).glob("*.script"))))
+        number = str(draw())
+        while books(number, "script").exists():
+            number = str(draw())
         write(books(number, "status"), "PENDING")
         # The controller takes what has a script.
         write(books(number, "script"), path.read_text())

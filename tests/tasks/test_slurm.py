@@ -64,7 +64,8 @@ def test_a_job_that_must_make_room_saves_and_goes_on_from_the_queue(
     job = make_job(tmp_path)
     thread, found = in_thread(job, steps=150, launch=ONE_NODE)
     wait_for(lambda: count(job) > 2)
-    subprocess.run(["scancel", "--signal=TERM", "101"], check=True)
+    [script] = queue.glob("*.script")
+    subprocess.run(["scancel", "--signal=TERM", script.stem], check=True)
     thread.join(60)
     assert found[0]["count"] == 150
     assert len(submitted(queue)) == 1
