@@ -7,7 +7,6 @@ minutes), unless `bessemer up` said to keep it; `bessemer down` ends all. Beside
 reports of the runs, at `/report/RUN`.
 """
 
-import asyncio
 import contextlib
 import http.client
 import json
@@ -19,7 +18,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable, Generator, MutableMapping
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -36,9 +35,7 @@ START_SECONDS = 180.0
 """A server that has not answered by then never will; on a busy machine it took 100 s."""
 STOP_SECONDS = 15.0
 POLL_SECONDS = 0.1
-WATCH_SECONDS = 5.0
 HEALTH_SECONDS = 5.0
-IDLE_SECONDS = 900.0
 KEEP_SECONDS = 1.0
 """Time between two looks of a run after its server."""
 LOG_TAIL_LINES = 15
@@ -118,7 +115,7 @@ def ensure_prefect(home: Home) -> str:
         )
     service = _answering(home)
     if service is None:
-        with FileLock(_folder(home) / "start.lock"):
+        with FileLock(folder_of(home) / "start.lock"):
             service = _answering(home) or _start_prefect(home)
     return f"{service.url}/api"
 
@@ -141,7 +138,7 @@ def kept_prefect(home: Home, api: str) -> Generator[None]:
             if not has_lost_prefect(home, api):
                 continue
             try:
-                with FileLock(_folder(home) / "start.lock"):
+                with FileLock(folder_of(home) / "start.lock"):
                     # Looked at again: `down` may have ended it, or another run has started it.
                     if _is_embedded(home, api) and has_lost_prefect(home, api):
                         _log.warning("the Prefect server is gone; it is started again")
@@ -171,7 +168,7 @@ def up(home: Home) -> list[Service]:
     """Start what is not running and keep all until `down`; nothing where others see to the services."""
     if os.environ.get(EXTERNAL) == "external":
         return []
-    folder = _folder(home)
+    folder = folder_of(home)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "keep").touch()
     api = ensure_prefect(home)
@@ -198,12 +195,12 @@ def down(home: Home, *, waits: bool = False) -> list[Service]:
         if not waits:
             raise ServiceError(_still_needed(live))
         time.sleep(POLL_SECONDS)
-    with FileLock(_folder(home) / "start.lock"):  # or a run that ends now starts its server again
-        (_folder(home) / "keep").unlink(missing_ok=True)
+    with FileLock(folder_of(home) / "start.lock"):  # or a run that ends now starts its server again
+        (folder_of(home) / "keep").unlink(missing_ok=True)
         ended = running(home)
         for service in ended:
             _end_group(service)
-        for file in _folder(home).glob("*.json"):
+        for file in folder_of(home).glob("*.json"):
             file.unlink(missing_ok=True)
     return ended
 
@@ -225,19 +222,21 @@ def running(home: Home) -> list[Service]:
 
 def read_service(home: Home, name: str) -> Service | None:
     """What was noted of a service when it was started; None when there is nothing."""
-    file = _folder(home) / f"{name}.json"
+    file = folder_of(home) / f"{name}.json"
     try:
         return Service.model_validate_json(file.read_bytes())
     except FileNotFoundError:
         return None
 
 
-def _folder(home: Home) -> Path:
+def folder_of(home: Home) -> Path:
+    """Where what is known of the home's services lies."""
     return home.path / "services"
 
 
-def _note(home: Home, service: Service) -> None:
-    file = _folder(home) / f"{service.name}.json"
+def note(home: Home, service: Service) -> None:
+    """Write down where a service answers and which process it is."""
+    file = folder_of(home) / f"{service.name}.json"
     draft = file.with_suffix(f".{os.getpid()}")
     draft.write_text(service.model_dump_json(indent=1), "utf-8")
     draft.replace(file)
@@ -266,7 +265,7 @@ def _answers(url: str) -> bool:
 def _start_prefect(home: Home) -> Service:
     if (old := read_service(home, "prefect")) and old.is_running:
         _end_group(old)  # it is there and does not answer
-    process, output = _spawn(home, "prefect", [sys.executable, "-m", "flows.services"], QUIET)
+    process, output = _spawn(home, "prefect", [sys.executable, "-m", "flows.prefect_server"], QUIET)
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline and process.poll() is None:
         service = read_service(home, "prefect")
@@ -294,7 +293,7 @@ def ensure_process(home: Home, api: str, name: str) -> None:
     environment = prefect_environment(home, api)
     command = [sys.executable, "-m", module]
     process, _ = _spawn(home, name, command, environment, folder=Path.cwd())
-    _note(home, Service(name=name, pid=process.pid, started=start_of(process.pid), url=url))
+    note(home, Service(name=name, pid=process.pid, started=start_of(process.pid), url=url))
 
 
 def _start_mlflow(home: Home) -> Service:
@@ -315,7 +314,7 @@ def _start_mlflow(home: Home) -> Service:
         started=start_of(process.pid),
         url=url,
     )
-    _note(home, service)
+    note(home, service)
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline and process.poll() is None:
         if _answers(f"{url}/health"):
@@ -334,8 +333,8 @@ def _spawn(
     folder: Path | None = None,
 ) -> tuple[subprocess.Popen[bytes], Path]:
     """A process of its own session whose output goes to a file, so that it outlives the command."""
-    _folder(home).mkdir(parents=True, exist_ok=True)
-    output = _folder(home) / f"{name}.log"
+    folder_of(home).mkdir(parents=True, exist_ok=True)
+    output = folder_of(home) / f"{name}.log"
     root = Path(__file__).resolve().parents[1]
     paths = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
     with output.open("wb") as stream:
@@ -386,137 +385,6 @@ def _died(name: str, output: Path) -> str:
     return f"the service {name} did not start; {output} ends with:\n{tail}"
 
 
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-Application = Callable[[Scope, Receive, Send], Awaitable[None]]
-
-
-class Reports:
-    """An ASGI application around another that serves the reports of a home's runs beside it.
-
-    Prefect's password is asked for by its interface alone; where one is set, no report is served.
-    """
-
-    def __init__(self, application: Application, home: Home) -> None:
-        self._application, self._home = application, home
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not scope["path"].startswith(REPORTS):
-            await self._application(scope, receive, send)
-            return
-        from starlette.responses import FileResponse, PlainTextResponse
-
-        run_id = scope["path"].removeprefix(REPORTS)
-        page = self._home.run_folder(run_id) / "report.html"
-        is_there = run_id.replace("-", "").isalnum() and not os.environ.get(AUTH) and page.is_file()
-        answer = FileResponse(page) if is_there else PlainTextResponse("no report", 404)
-        await answer(scope, receive, send)
-
-
-class Activity:
-    """An ASGI application around another that knows when it was last asked something."""
-
-    def __init__(self, application: Application) -> None:
-        self._application = application
-        self._open = 0
-        self._last = time.monotonic()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan":
-            await self._application(scope, receive, send)
-            return
-        self._open += 1
-        try:
-            await self._application(scope, receive, send)
-        finally:
-            self._open -= 1
-            self._last = time.monotonic()
-
-    @property
-    def idle_seconds(self) -> float:
-        """Time since the last request; 0 while one, or a page's socket, is open."""
-        return 0.0 if self._open else time.monotonic() - self._last
-
-
-def serve_prefect(home: Home, idle_seconds: float) -> None:
-    """Be the embedded Prefect server until it is idle, told to end, or no longer the home's."""
-    port = bind(home)
-    url = f"http://{HOST}:{port.getsockname()[1]}"
-    folder = home.path / "prefect"
-    folder.mkdir(parents=True, exist_ok=True)
-    os.environ.update(
-        QUIET,
-        PREFECT_HOME=str(folder),
-        PREFECT_API_DATABASE_CONNECTION_URL=f"sqlite+aiosqlite:///{folder / 'prefect.db'}",
-        # On any port but 4200 the page asks the wrong one unless it is told.
-        PREFECT_SERVER_UI_API_URL=f"{url}/api",
-        PREFECT_SERVER_LOGGING_LEVEL="WARNING",
-    )
-    os.environ.pop("PREFECT_API_URL", None)
-
-    import uvicorn
-    from prefect.server.api.server import create_app
-
-    _write_at_once()
-    activity = Activity(Reports(create_app(), home))
-    server = uvicorn.Server(
-        uvicorn.Config(activity, log_level="warning", timeout_graceful_shutdown=3)
-    )
-    _note(home, Service(name="prefect", pid=os.getpid(), started=start_of(os.getpid()), url=url))
-    threading.Thread(
-        target=_watch, args=(home, activity, server, idle_seconds), daemon=True
-    ).start()
-    port.listen(128)
-    asyncio.run(server.serve(sockets=[port]))
-
-
-def bind(home: Home) -> socket.socket:
-    """The port that the home's server had before, where it is free: what asked there finds it again."""
-    old = read_service(home, "prefect")
-    port = urlsplit(old.url).port if old else 0
-    bound = socket.socket()
-    # Or connections of the server that was killed keep the port for a minute.
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        bound.bind((HOST, port))
-    except OSError:
-        bound.bind((HOST, 0))
-    return bound
-
-
-def _write_at_once() -> None:
-    """Let SQLite transactions that will write take the write lock when they begin.
-
-    Prefect begins them as readers; one that another writer overtook is then refused at once
-    ("database is locked", whatever the time-out), and the client waits two seconds and more before
-    it tries again: measured, four subflows of four tasks took 6.4 s, and 0.7 s with this.
-    """
-    from prefect.server.database import configurations
-    from sqlalchemy import Connection
-
-    def begin(self: object, conn: Connection) -> None:
-        if configurations.SQLITE_BEGIN_MODE.get() is not None:
-            conn.exec_driver_sql("BEGIN IMMEDIATE")
-
-    configurations.AioSqliteConfiguration.begin_sqlite_stmt = begin
-
-
-def _watch(home: Home, activity: Activity, server: Any, idle_seconds: float) -> None:
-    while not (server.started or server.should_exit):
-        time.sleep(POLL_SECONDS)  # on a busy machine it may take longer than it may be idle
-    started = time.monotonic()
-    while not server.should_exit:
-        time.sleep(min(WATCH_SECONDS, idle_seconds / 4))
-        service = read_service(home, "prefect")
-        is_ours = service is not None and service.pid == os.getpid()
-        idle = min(activity.idle_seconds, time.monotonic() - started)
-        is_idle = idle > idle_seconds and not (_folder(home) / "keep").exists()
-        # A stage may have nothing to tell for longer than that.
-        if not is_ours or (is_idle and not home.live_runs()):
-            server.should_exit = True
-
-
 _LOGGING: dict[str, Any] = {
     # As Prefect's own, but nothing goes to the console: a flow whose terminal is gone would die of
     # its next line, and the command line shows its own progress.
@@ -534,10 +402,3 @@ _LOGGING: dict[str, Any] = {
     },
     "root": {"level": "WARNING", "handlers": ["none"]},
 }
-
-
-if __name__ == "__main__":
-    serve_prefect(
-        Home(Path(os.environ["BESSEMER_HOME"])),
-        float(os.environ.get("BESSEMER_IDLE_SECONDS", IDLE_SECONDS)),
-    )

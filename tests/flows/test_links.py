@@ -10,8 +10,9 @@ from starlette.responses import PlainTextResponse
 from starlette.testclient import TestClient
 
 from flows.links import links, tags
+from flows.prefect_server import Reports
 from flows.runs import Home
-from flows.services import AUTH, Reports, Service
+from flows.services import AUTH, Service
 from tests.flows.conftest import Place
 from tests.flows.test_execution import go
 

@@ -16,12 +16,11 @@ from typing import Any
 import pytest
 
 from flows import services
+from flows.prefect_server import Activity, bind
 from flows.runs import NEWEST_RUNS, FileLock, Home, RunRecord, RunStatus, ServiceError, is_alive
 from flows.services import (
     PROCESSES,
-    Activity,
     Service,
-    bind,
     down,
     ensure_prefect,
     ensure_process,
